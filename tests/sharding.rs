@@ -112,10 +112,7 @@ fn train(case: Case) -> Vec<Outcome> {
 fn train_rank(case: Case, groups: &Groups) -> Outcome {
     let comm = groups.world.as_ref();
     let golden = Golden::load("bert_odd");
-    let mut config = ModelConfig::from_dir(&golden.dir).unwrap();
-    config.encoder.hidden_dropout = 0.0;
-    config.encoder.attention_dropout = 0.0;
-    config.encoder.classifier_dropout = 0.0;
+    let config = ModelConfig::from_dir(&golden.dir).unwrap().without_dropout();
     let weights = WeightFiles::open(&golden.dir).unwrap();
     let rates = ParameterGroups {
         lr: 1e-3,

@@ -48,7 +48,7 @@ impl MemoryForecast {
         let saved = stages.iter().map(|stage| stage.saved_bytes_per_token(width));
         let per_token = if recompute {
             // Every stage's input, and one stage in full.
-            let inputs = config.encoder.hidden as usize * width * stages.len();
+            let inputs = config.hidden() * width * stages.len();
             inputs + saved.max().unwrap_or(0)
         } else {
             saved.sum()

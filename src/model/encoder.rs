@@ -3,7 +3,7 @@
 
 use tch::Tensor;
 
-use super::config::{Activation, EncoderConfig};
+use super::config::EncoderConfig;
 use super::stage::{
     ForwardContext, Init, Parameter, Stage, TensorSpec, dropout, inner, layer_norm, linear, to_fp32,
 };
@@ -95,15 +95,6 @@ impl Layer {
     fn is_last(&self) -> bool {
         self.index + 1 == self.config.layers
     }
-
-    fn activate(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(match self.config.activation {
-            Activation::Gelu => x.f_gelu("none")?,
-            Activation::GeluTanh => x.f_gelu("tanh")?,
-            Activation::Relu => x.f_relu()?,
-            Activation::Silu => x.f_silu()?,
-        })
-    }
 }
 
 impl Stage for Layer {
@@ -175,7 +166,7 @@ impl Stage for Layer {
         };
         let attended = dropout(linear(&attended, out_w, out_b)?, c.hidden_dropout, train)?;
         let x = layer_norm(&attended.f_add(&residual)?, ln1_w, ln1_b, c.layer_norm_eps)?;
-        let up = self.activate(&linear(&x, up_w, up_b)?)?;
+        let up = c.activation.apply(&linear(&x, up_w, up_b)?)?;
         let down = dropout(linear(&up, down_w, down_b)?, c.hidden_dropout, train)?;
         layer_norm(&down.f_add(&x)?, ln2_w, ln2_b, c.layer_norm_eps)
     }

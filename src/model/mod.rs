@@ -5,11 +5,13 @@ pub mod encoder;
 pub mod stage;
 pub mod weights;
 
-pub use config::ModelConfig;
+pub use config::{ModelConfig, Trunk};
 pub use stage::{ForwardContext, PackedBatch, Parameter, Stage};
 
 /// The stages of the model that `config` describes.
 #[must_use]
 pub fn stages(config: &ModelConfig) -> Vec<Box<dyn Stage>> {
-    encoder::stages(&config.encoder)
+    match &config.trunk {
+        Trunk::Encoder(encoder) => encoder::stages(encoder),
+    }
 }

@@ -89,7 +89,7 @@ impl CrossEncoder {
         let rates = ParameterGroups { lr: 0.0, weight_decay: 0.0, special: Vec::new() };
         let options = EngineOptions::whole(device);
         let engine = Engine::load(&config, &weights, UNTRAINED_HEAD_SEED, &rates, options)?;
-        let positions = config.encoder.max_positions as usize;
+        let positions = config.max_positions();
         let trained_len = sidecar.map(|sidecar| sidecar.max_len);
         let max_len = trained_len.unwrap_or(positions).min(positions);
         let groups = Groups::flat(Box::new(Solo));
@@ -184,8 +184,8 @@ pub fn check_model(
     let parameters: Vec<_> =
         crate::model::stages(config).iter().flat_map(|stage| stage.parameters()).collect();
     let initialised = weights.check(parameters.iter().flat_map(|p| &p.parts))?;
-    let vocabulary = config.encoder.vocab_size;
-    if i64::from(tokenizer.max_token_id()) >= vocabulary {
+    let vocabulary = config.vocab_size();
+    if tokenizer.max_token_id() as usize >= vocabulary {
         return Err(Error::File {
             path: dir.join("tokenizer.json"),
             message: format!(
@@ -194,8 +194,9 @@ pub fn check_model(
             ),
         });
     }
-    let segments = config.encoder.type_vocab_size;
-    if i64::from(tokenizer.max_type_id()) >= segments {
+    if let Some(segments) = config.segments()
+        && tokenizer.max_type_id() as usize >= segments
+    {
         return Err(Error::File {
             path: dir.join("tokenizer.json"),
             message: format!(

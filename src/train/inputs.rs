@@ -55,7 +55,7 @@ impl Inputs {
     pub fn load(plan: &Plan, world_size: usize) -> Result<Self> {
         let model_dir = model_dir(plan)?;
         let config = ModelConfig::from_dir(&model_dir)?;
-        let positions = config.encoder.max_positions as usize;
+        let positions = config.max_positions();
         if plan.data.max_len > positions {
             return Err(plan.error(
                 "max_len",

@@ -72,10 +72,7 @@ impl Golden {
 
     /// The model without dropout, with room for training.
     pub fn engine(&self, lr: f64) -> Engine {
-        let mut config = ModelConfig::from_dir(&self.dir).unwrap();
-        config.encoder.hidden_dropout = 0.0;
-        config.encoder.attention_dropout = 0.0;
-        config.encoder.classifier_dropout = 0.0;
+        let config = ModelConfig::from_dir(&self.dir).unwrap().without_dropout();
         let weights = WeightFiles::open(&self.dir).unwrap();
         let groups = ParameterGroups { lr, weight_decay: 0.01, special: vec![] };
         let mut engine =

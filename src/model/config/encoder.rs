@@ -1,27 +1,12 @@
-//! `config.json` of a Hugging Face model directory, as far as the model's mathematics needs it.
-
-use std::path::Path;
+//! The hyper-parameters of encoders: BERT and its relatives.
 
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::error::{Error, Result};
+use super::Activation;
 
-/// Architectures that can be trained, by the `model_type` of `config.json`.
-const SUPPORTED: [&str; 1] = ["bert"];
-
-/// The non-linearity between the two feed-forward products.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Activation {
-    /// Exact GELU.
-    Gelu,
-    /// GELU with the tanh approximation.
-    GeluTanh,
-    /// Rectified linear unit.
-    Relu,
-    /// `x * sigmoid(x)`.
-    Silu,
-}
+/// `model_type`s that this trunk computes.
+pub(super) const MODEL_TYPES: &[&str] = &["bert"];
 
 /// The hyper-parameters of an encoder.
 #[derive(Debug, Clone, PartialEq)]
@@ -97,70 +82,19 @@ impl Default for RawBert {
     }
 }
 
-/// A model directory's configuration, read and checked.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ModelConfig {
-    /// `model_type` of `config.json`.
-    pub model_type: String,
-    /// What the encoder trunk needs.
-    pub encoder: EncoderConfig,
-    /// The whole file, from which a saved model's `config.json` is made.
-    pub raw: Value,
-}
-
-impl ModelConfig {
-    /// Reads `config.json` in `dir`.
-    ///
-    /// # Errors
-    /// [`Error::File`] or [`Error::Io`] when the file is missing, is not JSON, or names an
-    /// architecture or an option that is not supported.
-    pub fn from_dir(dir: &Path) -> Result<Self> {
-        let path = dir.join("config.json");
-        let file = |message: String| Error::File { path: path.clone(), message };
-        if !dir.is_dir() {
-            return Err(Error::File {
-                path: dir.to_owned(),
-                message: "no such model directory; expected one with config.json, \
-                          model.safetensors and tokenizer.json"
-                    .into(),
-            });
-        }
-        let text = std::fs::read_to_string(&path).map_err(|source| Error::Io {
-            path: path.clone(),
-            action: "read",
-            source,
-        })?;
-        let raw: Value = serde_json::from_str(&text)
-            .map_err(|error| file(format!("not valid JSON: {error}")))?;
-        let model_type = raw.get("model_type").and_then(Value::as_str).unwrap_or("").to_owned();
-        if !SUPPORTED.contains(&model_type.as_str()) {
-            return Err(file(format!(
-                "unknown architecture: model_type is {model_type:?}, supported: {}",
-                SUPPORTED.join(", ")
-            )));
-        }
-        let bert: RawBert = serde_json::from_value(raw.clone()).map_err(|error| {
-            file(format!("cannot read the {model_type} configuration: {error}"))
-        })?;
-        let encoder = bert.check().map_err(file)?;
-        Ok(Self { model_type, encoder, raw })
-    }
+/// Reads the encoder that `raw`, a `config.json` of a supported `model_type`, describes.
+///
+/// # Errors
+/// What is wrong with it.
+pub(super) fn read(model_type: &str, raw: &Value) -> Result<EncoderConfig, String> {
+    let bert: RawBert = serde_json::from_value(raw.clone())
+        .map_err(|error| format!("cannot read the {model_type} configuration: {error}"))?;
+    bert.check()
 }
 
 impl RawBert {
     fn check(&self) -> Result<EncoderConfig, String> {
-        let activation = match self.hidden_act.as_str() {
-            "gelu" => Activation::Gelu,
-            "gelu_new" | "gelu_pytorch_tanh" => Activation::GeluTanh,
-            "relu" => Activation::Relu,
-            "silu" | "swish" => Activation::Silu,
-            other => {
-                return Err(format!(
-                    "hidden_act {other:?} is not supported, expected gelu, gelu_new, \
-                     gelu_pytorch_tanh, relu or silu"
-                ));
-            }
-        };
+        let activation = Activation::read("hidden_act", &self.hidden_act)?;
         if self.position_embedding_type != "absolute" {
             return Err(format!(
                 "position_embedding_type {:?} is not supported, expected \"absolute\"",

@@ -1,0 +1,159 @@
+//! `config.json` of a Hugging Face model directory, as far as the model's mathematics needs it.
+
+mod encoder;
+
+use std::path::Path;
+
+use serde_json::Value;
+use tch::Tensor;
+
+pub use encoder::EncoderConfig;
+
+use crate::error::{Error, Result};
+
+/// The non-linearity between the two feed-forward products.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// Exact GELU.
+    Gelu,
+    /// GELU with the tanh approximation.
+    GeluTanh,
+    /// Rectified linear unit.
+    Relu,
+    /// `x * sigmoid(x)`.
+    Silu,
+}
+
+impl Activation {
+    /// The non-linearity that transformers calls `name`, found under `key`.
+    fn read(key: &str, name: &str) -> Result<Self, String> {
+        match name {
+            "gelu" => Ok(Self::Gelu),
+            "gelu_new" | "gelu_pytorch_tanh" => Ok(Self::GeluTanh),
+            "relu" => Ok(Self::Relu),
+            "silu" | "swish" => Ok(Self::Silu),
+            other => Err(format!(
+                "{key} {other:?} is not supported, expected gelu, gelu_new, gelu_pytorch_tanh, \
+                 relu or silu"
+            )),
+        }
+    }
+
+    /// Applies it, element by element.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] from libtorch.
+    pub fn apply(self, x: &Tensor) -> Result<Tensor> {
+        Ok(match self {
+            Self::Gelu => x.f_gelu("none")?,
+            Self::GeluTanh => x.f_gelu("tanh")?,
+            Self::Relu => x.f_relu()?,
+            Self::Silu => x.f_silu()?,
+        })
+    }
+}
+
+/// The kinds of trunk, each with its hyper-parameters.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Trunk {
+    /// Every token sees every other; the head reads the first.
+    Encoder(EncoderConfig),
+}
+
+impl Trunk {
+    fn read(model_type: &str, raw: &Value) -> Result<Self, String> {
+        if encoder::MODEL_TYPES.contains(&model_type) {
+            return encoder::read(model_type, raw).map(Self::Encoder);
+        }
+        Err(format!(
+            "unknown architecture: model_type is {model_type:?}, supported: {}",
+            encoder::MODEL_TYPES.join(", ")
+        ))
+    }
+}
+
+/// A model directory's configuration, read and checked.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelConfig {
+    /// `model_type` of `config.json`.
+    pub model_type: String,
+    /// The trunk and its hyper-parameters.
+    pub trunk: Trunk,
+    /// The whole file, from which a saved model's `config.json` is made.
+    pub raw: Value,
+}
+
+impl ModelConfig {
+    /// Reads `config.json` in `dir`.
+    ///
+    /// # Errors
+    /// [`Error::File`] or [`Error::Io`] when the file is missing, is not JSON, or names an
+    /// architecture or an option that is not supported.
+    pub fn from_dir(dir: &Path) -> Result<Self> {
+        let path = dir.join("config.json");
+        let file = |message: String| Error::File { path: path.clone(), message };
+        if !dir.is_dir() {
+            return Err(Error::File {
+                path: dir.to_owned(),
+                message: "no such model directory; expected one with config.json, \
+                          model.safetensors and tokenizer.json"
+                    .into(),
+            });
+        }
+        let text = std::fs::read_to_string(&path).map_err(|source| Error::Io {
+            path: path.clone(),
+            action: "read",
+            source,
+        })?;
+        let raw: Value = serde_json::from_str(&text)
+            .map_err(|error| file(format!("not valid JSON: {error}")))?;
+        let model_type = raw.get("model_type").and_then(Value::as_str).unwrap_or("").to_owned();
+        let trunk = Trunk::read(&model_type, &raw).map_err(file)?;
+        Ok(Self { model_type, trunk, raw })
+    }
+
+    /// Width of the residual stream.
+    #[must_use]
+    pub fn hidden(&self) -> usize {
+        match &self.trunk {
+            Trunk::Encoder(encoder) => encoder.hidden as usize,
+        }
+    }
+
+    /// Rows of the word embedding table.
+    #[must_use]
+    pub fn vocab_size(&self) -> usize {
+        match &self.trunk {
+            Trunk::Encoder(encoder) => encoder.vocab_size as usize,
+        }
+    }
+
+    /// Rows of the segment table, where the model has one.
+    #[must_use]
+    pub fn segments(&self) -> Option<usize> {
+        match &self.trunk {
+            Trunk::Encoder(encoder) => Some(encoder.type_vocab_size as usize),
+        }
+    }
+
+    /// The longest input in tokens.
+    #[must_use]
+    pub fn max_positions(&self) -> usize {
+        match &self.trunk {
+            Trunk::Encoder(encoder) => encoder.max_positions as usize,
+        }
+    }
+
+    /// The same model without dropout.
+    #[must_use]
+    pub fn without_dropout(mut self) -> Self {
+        match &mut self.trunk {
+            Trunk::Encoder(encoder) => {
+                encoder.hidden_dropout = 0.0;
+                encoder.attention_dropout = 0.0;
+                encoder.classifier_dropout = 0.0;
+            }
+        }
+        self
+    }
+}
