@@ -67,7 +67,7 @@ pub fn run(plan: &Plan, env: &WorkerEnv) -> Result<()> {
     let validation = job.train()?;
     job.save(validation)?;
     job.reporter.finish();
-    groups.world.barrier()
+    groups.world.leave()
 }
 
 /// Meets the other ranks, and forms the groups that the strategy works over.
