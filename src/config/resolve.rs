@@ -55,6 +55,7 @@ impl Plan {
             origins: resolver.origins,
         };
         check_groups(&plan)?;
+        check_train_batch_size(&plan, value_of(raw_parallel.deepspeed.train_batch_size.as_ref()))?;
         Ok(plan)
     }
 }
@@ -74,7 +75,7 @@ fn read_sources(sources: &Sources) -> Result<(RawTraining, RawParallel, Log)> {
     let training = RawTraining::read(&mut fields)?;
     let mut log = fields.finish()?;
     let mut fields = Fields::new(vec![&overrides.mapping, &parallel_file]);
-    let parallel = RawParallel::read(&mut fields)?;
+    let mut parallel = RawParallel::read(&mut fields)?;
     let parallel_log = fields.finish()?;
 
     log.known.extend(parallel_log.known);
@@ -90,6 +91,7 @@ fn read_sources(sources: &Sources) -> Result<(RawTraining, RawParallel, Log)> {
         let keys = parallel_log.ignored.join(", ");
         notices.push(format!("{file}: without meaning here, ignored: {keys}"));
     }
+    notices.extend(parallel.adopt_deepspeed_file()?);
     log.notices = notices;
     Ok((training, parallel, log))
 }
@@ -418,6 +420,24 @@ fn check_groups(plan: &Plan) -> Result<()> {
         ));
     }
     Ok(())
+}
+
+/// What a `DeepSpeed` file says of the whole batch has to be what its parts come to; `DeepSpeed`
+/// asserts the same.
+fn check_train_batch_size(plan: &Plan, stated: Option<Setting<i64>>) -> Result<()> {
+    let (Some(setting), Some(processes)) = (stated, plan.parallel.processes) else {
+        return Ok(());
+    };
+    let TrainingPlan { batch_size, accumulation, .. } = plan.training;
+    let whole = batch_size * accumulation * processes;
+    if setting.value == whole as i64 {
+        return Ok(());
+    }
+    Err(setting.error(format!(
+        "{}, but {batch_size} per worker x {accumulation} accumulation step(s) x {processes} \
+         worker(s) is {whole}; write {whole} or \"auto\"",
+        setting.value
+    )))
 }
 
 impl DistributedType {

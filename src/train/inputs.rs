@@ -10,8 +10,8 @@ use crate::config::{self, DatasetKind, ModelKind, Plan};
 use crate::data::{Dataset, LoadOptions, LoadReport, Sampler, SamplerOptions};
 use crate::engine::MemoryForecast;
 use crate::error::{Error, Result};
-use crate::model::ModelConfig;
 use crate::model::weights::WeightFiles;
+use crate::model::{ModelConfig, foreign_layer_classes};
 use crate::optim::Schedule;
 use crate::score::check_model;
 use crate::text::{LengthReport, PairTokenizer, TextFormat};
@@ -144,6 +144,10 @@ impl Inputs {
             .collect();
         for keyword in super::parameter_groups(plan).unmatched(&parameters) {
             lines.push(format!("special_lr_groups: {keyword:?} is in no parameter's name"));
+        }
+        let classes = &plan.parallel.layer_classes;
+        for line in foreign_layer_classes(classes, &self.config.model_type) {
+            lines.push(plan.warning("layer_classes", line));
         }
         if self.tokenizer.fixed_tokens() == 0 {
             lines.push("the tokenizer has no pair template: texts are joined as they are".into());

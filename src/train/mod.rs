@@ -19,7 +19,7 @@ pub use validate::Validation;
 use crate::checkpoint::model_dir::MAX_SHARD_BYTES;
 use crate::checkpoint::{SavedModel, Sidecar, save_model};
 use crate::comm::{Communicator, Gloo, Groups, Reduction, Solo, reduce_values};
-use crate::config::{self, Plan, Precision, Strategy};
+use crate::config::{self, Plan, Precision, Strategy, ZeroStage};
 use crate::data::{Augment, StepPlan};
 use crate::engine::{Engine, EngineOptions, StepOptions, StepReport, TrainBatch};
 use crate::error::{Error, Result};
@@ -98,11 +98,13 @@ pub fn check_machines(plan: &Plan, world_size: usize, local: usize) -> Result<()
         );
         return Err(plan.error("num_machines", message));
     }
-    let hybrid = matches!(plan.parallel.strategy, Strategy::Hybrid { .. });
-    if hybrid && (machines < 2 || !world_size.is_multiple_of(local)) {
+    if let Strategy::Hybrid { stage } = plan.parallel.strategy
+        && (machines < 2 || !world_size.is_multiple_of(local))
+    {
+        let flat = if stage == ZeroStage::Three { "FULL_SHARD" } else { "SHARD_GRAD_OP" };
         let message = format!(
             "hybrid sharding divides inside a machine and repeats over machines of one size, but \
-             these {world_size} worker(s) are on {machines}; use FULL_SHARD or SHARD_GRAD_OP"
+             these {world_size} worker(s) are on {machines}; use {flat}"
         );
         return Err(plan.error("strategy", message));
     }
