@@ -1,5 +1,8 @@
 //! Process-wide settings, made once at start-up.
 
+use std::ffi::c_int;
+
+use super::{check, ffi};
 use crate::config;
 use crate::error::{Error, Result};
 
@@ -86,7 +89,29 @@ pub fn load_cuda() -> Result<()> {
 /// system does not say.
 #[must_use]
 pub fn available_memory() -> Option<usize> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
+    bytes_in("/proc/meminfo", "MemAvailable:")
+}
+
+/// The most memory of the host in bytes that this process has had at once, libraries and buffers
+/// included; `None` where the system does not say.
+#[must_use]
+pub fn peak_host_memory() -> Option<usize> {
+    bytes_in("/proc/self/status", "VmHWM:")
+}
+
+/// The most bytes that tensors of this process have held at once on a GPU; `None` on the CPU.
+#[must_use]
+pub fn peak_gpu_memory(device: tch::Device) -> Option<usize> {
+    let tch::Device::Cuda(number) = device else { return None };
+    let mut bytes = 0;
+    // SAFETY: `out` is a live usize; the C++ side only reads statistics.
+    let result = unsafe { ffi::rr_peak_gpu_bytes(c_int::try_from(number).ok()?, &raw mut bytes) };
+    check(result).is_ok().then_some(bytes)
+}
+
+/// The number behind `name` in a file of lines such as `name   123 kB`, in bytes.
+fn bytes_in(file: &str, name: &str) -> Option<usize> {
+    let text = std::fs::read_to_string(file).ok()?;
+    let line = text.lines().find(|line| line.starts_with(name))?;
     line.split_whitespace().nth(1)?.parse::<usize>().ok().map(|kib| kib * 1024)
 }

@@ -1,6 +1,7 @@
 //! The training job of one worker.
 
 pub mod inputs;
+mod memory;
 mod output;
 mod report;
 mod validate;
@@ -29,6 +30,7 @@ use crate::shard::{FlatUnit, ParameterGroups, Sharding, Share};
 use crate::text::{PipelineOptions, TokenBatch, WorkItem, token_batches};
 use crate::torch_ext::runtime;
 
+use memory::Memory;
 use report::Reporter;
 
 /// Deadline of the rendezvous and of every collective.
@@ -65,8 +67,9 @@ pub fn run(plan: &Plan, env: &WorkerEnv) -> Result<()> {
         engine,
     };
     let validation = job.train()?;
-    job.save(validation)?;
-    job.reporter.finish();
+    let saving = job.save(validation)?;
+    let memory = Memory::gather(&job.engine, saving, groups.world.as_ref())?;
+    job.reporter.finish(&memory)?;
     groups.world.barrier()
 }
 
@@ -240,7 +243,8 @@ impl Job<'_> {
         self.engine.train_step(micro, options, self.groups)
     }
 
-    fn save(&mut self, validation: Option<Validation>) -> Result<()> {
+    /// Returns the most bytes of parameters that this rank held meanwhile.
+    fn save(&mut self, validation: Option<Validation>) -> Result<usize> {
         let started = Instant::now();
         let target = self.plan.saving.output_dir.join(output::MODEL);
         let metrics = validation.map_or(serde_json::Value::Null, |v| v.to_json());
@@ -251,12 +255,12 @@ impl Job<'_> {
             sidecar: &Sidecar::of_run(self.plan, metrics),
             max_shard_bytes: MAX_SHARD_BYTES,
         };
-        save_model(model, &target, self.groups)?;
+        let most_held = save_model(model, &target, self.groups)?;
         let seconds = started.elapsed().as_secs_f64();
         if self.groups.world.rank() == 0 {
             info!("saved {} in {seconds:.1} s", target.display());
         }
-        Ok(())
+        Ok(most_held)
     }
 }
 
