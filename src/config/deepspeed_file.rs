@@ -19,7 +19,6 @@ const IGNORED: &[&str] = &[
     "autotuning",
     "checkpoint",
     "comms_logger",
-    "communication_data_type",
     "csv_monitor",
     "data_types",
     "disable_allgather",
@@ -59,6 +58,9 @@ const REFUSED: &[(&str, &str)] = &[
     ("sparse_attention", NOT_DONE),
     ("tensor_parallel", NOT_DONE),
 ];
+
+const DATA_TYPES: &[(&str, Precision)] =
+    &[("fp32", Precision::Fp32), ("fp16", Precision::Fp16), ("bf16", Precision::Bf16)];
 
 const ZERO_IGNORED: &[&str] = &[
     "allgather_bucket_size",
@@ -200,6 +202,7 @@ fn read(fields: &mut Fields<'_>, path: &Setting<String>) -> Result<Read> {
         gradient_clipping: fields.float_or_auto("gradient_clipping")?,
         train_micro_batch_size_per_gpu: fields.integer_or_auto("train_micro_batch_size_per_gpu")?,
         train_batch_size: fields.integer_or_auto("train_batch_size")?,
+        communication_data_type: fields.choice("communication_data_type", DATA_TYPES)?,
         offload_optimizer_device: optimizer,
         offload_param_device: parameters,
         deepspeed_config_file: None,

@@ -71,6 +71,8 @@ pub struct RawDeepSpeed {
     pub train_micro_batch_size_per_gpu: Option<Setting<Auto<i64>>>,
     /// Of a `DeepSpeed` JSON file only: what batch size, accumulation and world size come to.
     pub train_batch_size: Option<Setting<Auto<i64>>>,
+    /// Of a `DeepSpeed` JSON file only: the precision of reductions.
+    pub communication_data_type: Option<Setting<Precision>>,
     pub offload_optimizer_device: Option<Setting<OffloadDevice>>,
     pub offload_param_device: Option<Setting<OffloadDevice>>,
     pub deepspeed_config_file: Option<Setting<String>>,
@@ -215,6 +217,7 @@ impl RawDeepSpeed {
             train_micro_batch_size_per_gpu: fields
                 .integer_or_auto("train_micro_batch_size_per_gpu")?,
             train_batch_size: None,
+            communication_data_type: None,
             offload_optimizer_device: fields.choice("offload_optimizer_device", OFFLOAD)?,
             offload_param_device: fields.choice("offload_param_device", OFFLOAD)?,
             deepspeed_config_file: fields.string("deepspeed_config_file")?,

@@ -103,6 +103,7 @@ pub(super) struct Shared {
     pub(super) accumulation: Option<Setting<Auto<i64>>>,
     pub(super) batch_size: Option<Setting<Auto<i64>>>,
     pub(super) clipping: Option<Setting<Auto<f64>>>,
+    pub(super) reduction: Option<Setting<Precision>>,
 }
 
 /// The state of one resolution.
@@ -214,8 +215,9 @@ impl Resolver<'_> {
             raw.batch_size.as_ref(),
             value_of(shared.batch_size.as_ref()).as_ref(),
         );
-        let precision =
-            self.prefer("mixed_precision", raw.mixed_precision.as_ref(), shared.precision.as_ref());
+        let precision = self
+            .prefer("mixed_precision", raw.mixed_precision.as_ref(), shared.precision.as_ref())
+            .map_or(Precision::Fp32, |setting| setting.value);
         let warmup_proportion = share(raw.warmup_proportion.as_ref(), 0.1)?;
         let stable_proportion = share(raw.stable_proportion.as_ref(), 0.0)?;
         if let Some(setting) = raw.stable_proportion.as_ref().or(raw.warmup_proportion.as_ref())
@@ -235,11 +237,12 @@ impl Resolver<'_> {
             warmup_proportion,
             stable_proportion,
             accumulation: count(accumulation.as_ref(), 1, 1)?,
-            precision: precision.map_or(Precision::Fp32, |setting| setting.value),
+            precision,
             max_grad_norm: self.max_grad_norm(raw, shared)?,
             weight_decay: within(raw.weight_decay.as_ref(), 0.01, |v| v >= 0.0, "0 or more")?,
             special_lr_groups: groups.iter().map(LrGroup::from_raw).collect::<Result<_>>()?,
             gradient_checkpointing: flag(raw.gradient_checkpointing.as_ref()),
+            reduce_in_fp32: self.reduce_in_fp32(raw, shared, precision)?,
         })
     }
 
@@ -267,6 +270,32 @@ impl Resolver<'_> {
             (None, Some(_)) => Some(1.0),
             (None, None) => None,
         })
+    }
+
+    /// The training YAML's word; else a `DeepSpeed` file's, which may name the gradients' own
+    /// precision or fp32.
+    fn reduce_in_fp32(
+        &mut self,
+        raw: &RawTraining,
+        shared: &Shared,
+        precision: Precision,
+    ) -> Result<bool> {
+        let stated = match &shared.reduction {
+            Some(Setting { value, key, place }) if [Precision::Fp32, precision].contains(value) => {
+                let value = *value != precision;
+                Some(Setting { value, key: key.clone(), place: place.clone() })
+            }
+            Some(other) => {
+                return Err(other.error(format!(
+                    "expected fp32 or the precision of the gradients, which is {precision}, found \
+                     {}",
+                    other.value
+                )));
+            }
+            None => None,
+        };
+        let chosen = self.prefer("reduce_in_fp32", raw.reduce_in_fp32.as_ref(), stated.as_ref());
+        Ok(flag(chosen.as_ref()))
     }
 
     /// The higher of two sources; a value that loses is noted, and the winner's place is kept

@@ -43,6 +43,7 @@ impl Resolver<'_> {
                     accumulation: raw.deepspeed.gradient_accumulation_steps.clone(),
                     batch_size: raw.deepspeed.train_micro_batch_size_per_gpu.clone(),
                     clipping: raw.deepspeed.gradient_clipping.clone(),
+                    reduction: raw.deepspeed.communication_data_type.clone(),
                     ..shared
                 };
             }

@@ -28,16 +28,6 @@ const REFUSALS: &[Refusal] = &[
         instead: "use 1: a reranker gives one score per pair",
     },
     Refusal {
-        key: "offload_optimizer",
-        asks: |plan| plan.parallel.offload_optimizer.then(|| "offload to the CPU".into()),
-        instead: "use none",
-    },
-    Refusal {
-        key: "offload_parameters",
-        asks: |plan| plan.parallel.offload_parameters.then(|| "offload to the CPU".into()),
-        instead: "use none",
-    },
-    Refusal {
         key: "save_on_epoch_end",
         asks: |plan| plan.saving.save_on_epoch_end.then(|| "a checkpoint per epoch".into()),
         instead: "use 0; the final model is always saved",

@@ -6,6 +6,9 @@ use super::{check, ffi};
 use crate::config;
 use crate::error::{Error, Result};
 
+/// The name under which the driver installs NVML.
+const NVML_LIBRARY: &str = "libnvidia-ml.so.1";
+
 /// Tells glibc to keep freed memory instead of giving it back to the kernel. libtorch asks for and
 /// frees the same large tensors every step; with the default settings each of them is mapped,
 /// zeroed page by page and unmapped again, which costs a large share of a step on the CPU.
@@ -90,6 +93,15 @@ pub fn load_cuda() -> Result<()> {
 #[must_use]
 pub fn available_memory() -> Option<usize> {
     bytes_in("/proc/meminfo", "MemAvailable:")
+}
+
+/// The memory in bytes that the GPU with most to spare has left, as the driver says; `None` where
+/// there is no driver.
+#[must_use]
+pub fn freest_gpu_memory() -> Option<usize> {
+    let nvml = nvml_wrapper::Nvml::builder().lib_path(NVML_LIBRARY.as_ref()).init().ok()?;
+    let left = |index| Some(nvml.device_by_index(index).ok()?.memory_info().ok()?.free as usize);
+    (0..nvml.device_count().ok()?).filter_map(left).max()
 }
 
 /// The most memory of the host in bytes that this process has had at once, libraries and buffers

@@ -13,7 +13,7 @@ use crate::torch_ext::runtime;
 /// Bytes, each the largest of all workers.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Memory {
-    /// Parameters, gradients and states between two steps.
+    /// Parameters, gradients and states between two steps, and what of them is offloaded.
     pub held: HeldBytes,
     /// The most of each at once during steps.
     pub peak: HeldBytes,
@@ -38,9 +38,11 @@ impl Memory {
             held.parameters,
             held.gradients,
             held.states,
+            held.host,
             peak.parameters,
             peak.gradients,
             peak.states,
+            peak.host,
             saving,
             process,
             gpu,
@@ -52,9 +54,10 @@ impl Memory {
             parameters: bytes[at],
             gradients: bytes[at + 1],
             states: bytes[at + 2],
+            host: bytes[at + 3],
         };
         let [.., saving, process, gpu] = bytes;
-        Ok(Self { held: kinds(0), peak: kinds(3), saving, process, gpu })
+        Ok(Self { held: kinds(0), peak: kinds(4), saving, process, gpu })
     }
 
     /// The line of `metrics.jsonl`; all sizes in bytes.
@@ -65,6 +68,7 @@ impl Memory {
                 "parameters": held.parameters,
                 "gradients": held.gradients,
                 "states": held.states,
+                "host": held.host,
             })
         };
         json!({
@@ -93,6 +97,9 @@ impl fmt::Display for Memory {
             mb(self.peak.gradients),
             mb(self.peak.states),
         )?;
+        if self.held.host > 0 {
+            write!(out, "offloaded {:.0} MB; ", mb(self.held.host))?;
+        }
         if self.gpu > 0 {
             write!(out, "on a GPU at most {:.0} MB; ", mb(self.gpu))?;
         }

@@ -418,16 +418,6 @@ fn what_the_engine_cannot_do_is_refused() {
         decoder.load().unwrap_err(),
         "training.yaml:2:13: model_type: llm_decoder is not supported yet; use bert_encoder"
     );
-    let parallel = [(
-        "distributed_type: FSDP\nfsdp_config: {fsdp_sharding_strategy: 3, \
-             fsdp_offload_params: true}",
-        "2:63: fsdp_config.fsdp_offload_params: offload to the CPU is not supported yet; use \
-             none",
-    )];
-    for (yaml, message) in parallel {
-        let error = Case::new("").parallel(yaml).load().unwrap_err();
-        assert_eq!(error, format!("parallel.yaml:{message}"), "{yaml}");
-    }
 }
 
 /// A file that is cut off, or whose bytes are damaged, is read or refused in one line.

@@ -31,6 +31,7 @@ const AS_WRITTEN: &str = r#"{
 	"gradient_accumulation_steps": 4,
 	"gradient_clipping": 0.5,
 	"steps_per_print": 2000,
+	"communication_data_type": "fp32",
 	"train_batch_size": "auto",
 	"train_micro_batch_size_per_gpu": 6,
 	"wall_clock_breakdown": false
@@ -46,6 +47,7 @@ fn every_setting_arrives() {
     assert_eq!(plan.training.precision, Precision::Bf16);
     assert_eq!((plan.training.accumulation, plan.training.batch_size), (4, 6));
     assert_eq!(plan.training.max_grad_norm, Some(0.5));
+    assert!(plan.training.reduce_in_fp32);
     assert_eq!(
         case.notices(),
         ["ds.json: without meaning here, ignored: steps_per_print, wall_clock_breakdown, \
@@ -152,6 +154,11 @@ fn what_is_not_done_here_is_refused() {
             "\"fp16\": {\"enabled\": true, \"loss_scale\": 128}",
             "ds.json:2:41: fp16.loss_scale: expected 0, found the number 128: the loss scale is \
              dynamic here",
+        ),
+        (
+            "\"communication_data_type\": \"fp16\"",
+            "ds.json:2:28: communication_data_type: expected fp32 or the precision of the \
+             gradients, which is no, found fp16",
         ),
         (
             "\"optimizer\": {\"type\": \"AdamW\"}",
