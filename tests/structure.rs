@@ -47,7 +47,7 @@ const FLAGS: &[(&str, &str)] = &[
     ),
     (
         "reranker check",
-        "--config --config-file --config_file --device --for-launch --help --nproc --overwrite \
+        "--config --config-file --config_file --device --for-launch --gpus --help --nproc --overwrite \
          --parallel --resume --set --skip-bad-records --timeout",
     ),
     (
