@@ -53,6 +53,23 @@ pub enum Error {
         /// The system's answer.
         source: std::io::Error,
     },
+    /// The disk has no room for what must be written.
+    #[error(
+        "{}: no room for a checkpoint: {:.1} MB needed, {:.1} MB free; make room, lower \
+         num_max_checkpoints, or set save_failure: continue",
+        path.display(), *needed as f64 / 1e6, *free as f64 / 1e6
+    )]
+    NoRoom {
+        /// The directory.
+        path: PathBuf,
+        /// Bytes needed.
+        needed: u64,
+        /// Bytes free.
+        free: u64,
+    },
+    /// Another rank could not save its part of a checkpoint, and says why.
+    #[error("rank {0} could not save its part of the checkpoint; its own message says why")]
+    PeerCannotSave(usize),
     /// libtorch refused an operation; ours to mend, not the user's.
     #[error("libtorch: {0}")]
     Torch(String),
@@ -81,7 +98,11 @@ impl Error {
             | Self::File { .. }
             | Self::Usage(_)
             | Self::Io { .. } => 2,
-            Self::Torch(_) | Self::Comm { .. } | Self::Training(_) => 1,
+            Self::NoRoom { .. }
+            | Self::PeerCannotSave(_)
+            | Self::Torch(_)
+            | Self::Comm { .. }
+            | Self::Training(_) => 1,
         }
     }
 }

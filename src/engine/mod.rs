@@ -129,6 +129,13 @@ impl Engine {
         self.peak
     }
 
+    /// Takes up the loss scale of a checkpoint; only an fp16 run has one.
+    pub fn set_loss_scale(&mut self, loss_scale: LossScale) {
+        if let Some(own) = &mut self.loss_scale {
+            *own = loss_scale;
+        }
+    }
+
     /// The loss scale of an fp16 run.
     #[must_use]
     pub fn loss_scale(&self) -> Option<&LossScale> {
