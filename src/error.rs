@@ -53,10 +53,14 @@ pub enum Error {
         /// The system's answer.
         source: std::io::Error,
     },
+    /// A checkpoint could not be saved, and the run ends over it.
+    #[error(
+        "cannot save a checkpoint: {0}; the earlier ones are whole, start again to go on from them"
+    )]
+    Save(Box<Error>),
     /// The disk has no room for what must be written.
     #[error(
-        "{}: no room for a checkpoint: {:.1} MB needed, {:.1} MB free; make room, lower \
-         num_max_checkpoints, or set save_failure: continue",
+        "{}: {:.1} MB needed, {:.1} MB free; make room, or lower num_max_checkpoints",
         path.display(), *needed as f64 / 1e6, *free as f64 / 1e6
     )]
     NoRoom {
@@ -89,7 +93,8 @@ pub enum Error {
 }
 
 impl Error {
-    /// The process exit code for this error: 2 where the user can mend it, 1 otherwise.
+    /// The process exit code for this error: 2 where the user can mend it, 4 where
+    /// a checkpoint could not be saved, 1 otherwise.
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
@@ -98,6 +103,7 @@ impl Error {
             | Self::File { .. }
             | Self::Usage(_)
             | Self::Io { .. } => 2,
+            Self::Save(_) => rr_launch::contract::exit_code::CANNOT_SAVE,
             Self::NoRoom { .. }
             | Self::PeerCannotSave(_)
             | Self::Torch(_)

@@ -90,6 +90,8 @@ pub mod exit_code {
     pub const FAILURE: u8 = 1;
     /// The command line, a file or the machine cannot give what was asked for.
     pub const USER_ERROR: u8 = 2;
+    /// A worker could not save a checkpoint, and ended over it; earlier ones are whole.
+    pub const CANNOT_SAVE: u8 = 4;
     /// Added to a signal's number when a signal ended a worker or the launcher.
     pub const SIGNAL_BASE: u8 = 128;
 

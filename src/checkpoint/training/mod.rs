@@ -45,6 +45,16 @@ fn fail_point(place: &str) {
     }
 }
 
+/// CRC-32 of a file's bytes.
+///
+/// # Errors
+/// [`Error::Io`] with the file.
+pub fn file_crc32(path: &Path) -> Result<u32> {
+    let (dir, name) = (path.parent().unwrap_or(Path::new("")), path.file_name());
+    let name = name.unwrap_or_default().to_string_lossy();
+    Ok(states::record(dir, &name)?.crc32)
+}
+
 /// Reads a whole small file.
 fn read(path: &Path) -> Result<Vec<u8>> {
     std::fs::read(path).map_err(io(path, "read"))

@@ -147,6 +147,18 @@ impl Saver {
         Ok(())
     }
 
+    /// The error of a save under way that has failed on this rank; does not wait for one that has
+    /// not ended.
+    ///
+    /// # Errors
+    /// What the save failed with.
+    pub fn poll(&mut self) -> Result<()> {
+        match &self.writing {
+            Some(writing) if writing.thread.is_finished() => self.join(),
+            _ => Ok(()),
+        }
+    }
+
     /// Waits until the last save is on the disk. All ranks call it together.
     ///
     /// # Errors

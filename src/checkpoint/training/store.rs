@@ -107,6 +107,14 @@ impl Store {
         Ok(())
     }
 
+    /// Removes all checkpoints, whole or not.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when one cannot be removed.
+    pub fn remove_all(&self) -> Result<()> {
+        self.steps()?.into_iter().try_for_each(|step| self.remove(step))
+    }
+
     /// Takes a checkpoint out of sight in one step, then removes it.
     fn remove(&self, step: usize) -> Result<()> {
         let path = self.path(step);
