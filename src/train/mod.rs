@@ -70,7 +70,7 @@ pub fn run(plan: &Plan, env: &WorkerEnv) -> Result<()> {
     let saving = job.save(validation)?;
     let memory = Memory::gather(&job.engine, saving, groups.world.as_ref())?;
     job.reporter.finish(&memory)?;
-    groups.world.barrier()
+    groups.world.leave()
 }
 
 /// Meets the other ranks, and forms the groups that the strategy works over.
