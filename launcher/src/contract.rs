@@ -48,7 +48,7 @@ pub mod vars {
     pub const TORCHELASTIC_RESTART_COUNT: &str = "TORCHELASTIC_RESTART_COUNT";
     /// How many restarts torchrun would allow.
     pub const TORCHELASTIC_MAX_RESTARTS: &str = "TORCHELASTIC_MAX_RESTARTS";
-    /// `False`: rank 0 hosts the rendezvous store, not the launcher.
+    /// `False`: rank 0 hosts the rendezvous store; `True`: torchrun's agent does.
     pub const TORCHELASTIC_USE_AGENT_STORE: &str = "TORCHELASTIC_USE_AGENT_STORE";
     /// Slurm: the rank of this task in the step.
     pub const SLURM_PROCID: &str = "SLURM_PROCID";
