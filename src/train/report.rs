@@ -11,7 +11,7 @@ use tracing::info;
 
 use super::output::RUNS;
 use super::validate::Validation;
-use crate::checkpoint::atomic::create_dir;
+use crate::atomic::create_dir;
 use crate::config::Plan;
 use crate::engine::StepReport;
 use crate::error::{Error, Result};
