@@ -4,6 +4,7 @@
 #[path = "common/launch.rs"]
 mod launch;
 
+use std::fmt::Write as _;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -22,17 +23,18 @@ fn write_data(dir: &Path) {
     let query = |i: usize| text(i, 1 + i % 5) + &i.to_string();
     let (mut pointwise, mut grouped) = (String::new(), String::new());
     for i in 0..24 {
-        let hits: Vec<_> = (0..1 + i % 5)
+        let hits: Vec<_> = (0..=i % 5)
             .map(|j| {
                 let (content, label) = (text(i + j, 3 + 7 * j), (i + j) % 2);
                 format!("\"content\": \"{content}\", \"label\": {label}")
             })
             .collect();
         for hit in &hits {
-            pointwise += &format!("{{\"query\": \"{}\", {hit}}}\n", query(i));
+            writeln!(pointwise, "{{\"query\": \"{}\", {hit}}}", query(i)).unwrap();
         }
         let hits: Vec<_> = hits.iter().map(|hit| format!("{{{hit}}}")).collect();
-        grouped += &format!("{{\"query\": \"{}\", \"hits\": [{}]}}\n", query(i), hits.join(", "));
+        let hits = hits.join(", ");
+        writeln!(grouped, "{{\"query\": \"{}\", \"hits\": [{hits}]}}", query(i)).unwrap();
     }
     fs::write(dir.join("pointwise.jsonl"), pointwise).unwrap();
     fs::write(dir.join("grouped.jsonl"), grouped).unwrap();

@@ -189,16 +189,15 @@ impl Converter<'_> {
             }
             Entry::Occupied(entry) => {
                 let &(first, place) = entry.get();
-                match self.groups.open.get_mut(place).filter(|group| group.line == first) {
-                    Some(group) => group.documents.extend(record.documents),
-                    None => {
-                        let message = format!(
-                            "the query of line {first} comes again after others; sort the records \
-                             by query, or pass --gather to gather them in memory"
-                        );
-                        return Err(self.error(record.line, message));
-                    }
-                }
+                let open = self.groups.open.get_mut(place).filter(|group| group.line == first);
+                let Some(group) = open else {
+                    let message = format!(
+                        "the query of line {first} comes again after others; sort the records by \
+                         query, or pass --gather to gather them in memory"
+                    );
+                    return Err(self.error(record.line, message));
+                };
+                group.documents.extend(record.documents);
             }
         }
         Ok(())
@@ -309,7 +308,7 @@ mod tests {
 
     #[test]
     fn numbers_come_back_as_they_were() {
-        let labels = [0.0, 1.0, -3.0, 0.1, 0.30000000000000004, 1e-7, 2.5e30, 1e15, -0.5];
+        let labels = [0.0, 1.0, -3.0, 0.1, 0.300_000_000_000_000_04, 1e-7, 2.5e30, 1e15, -0.5];
         for label in labels {
             let text = number(label);
             let back: Value = serde_json::from_str(&text).unwrap_or_default();

@@ -85,6 +85,7 @@ fn is_large(path: &Path, bytes: u64) -> bool {
 
 /// All that a cache depends on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(clippy::struct_field_names, reason = "the key of the labels is called so")]
 struct Key {
     format: u32,
     version: String,

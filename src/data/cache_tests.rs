@@ -91,7 +91,7 @@ fn pointwise() -> String {
 fn grouped() -> String {
     let line = |i: usize| {
         let hit = |j: usize| format!("{{\"content\": \"d{i} {j}\", \"label\": {}}}", j % 2);
-        let hits: Vec<_> = (0..1 + i % 4).map(hit).collect();
+        let hits: Vec<_> = (0..=i % 4).map(hit).collect();
         format!("{{\"query\": \"q{i}\", \"hits\": [{}]}}\n", hits.join(", "))
     };
     (0..1000).map(line).collect()
@@ -262,7 +262,7 @@ fn a_directory_that_cannot_be_written_is_named() {
 fn a_full_disk_says_what_to_do() {
     let mut sink =
         super::super::store::Sink::new(&Place::Directory("/dev".into()), "full").unwrap();
-    let written = sink.write(&[0; 1 << 20]);
+    let written = sink.write(&vec![0; 1 << 20]);
     let error = written.and_then(|()| sink.finish().map(|_| ())).unwrap_err().to_string();
     let start = "/dev/full: the disk is full while the data cache is written; make room, or set ";
     assert!(error.starts_with(start), "{error}");

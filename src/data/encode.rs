@@ -189,7 +189,7 @@ impl<R: BufRead> Iterator for LineBatches<R> {
                 }
             }
         }
-        batch.rule = self.rule.clone();
+        batch.rule.clone_from(&self.rule);
         (!batch.lines.is_empty()).then_some(Ok(batch))
     }
 }
@@ -212,13 +212,13 @@ impl LineBatch {
                 }
                 None => Err(RecordError { reason: DropReason::LineTooLong, message: too_long() }),
             };
-            let encoded = match parsed {
+            let outcome = match parsed {
                 Ok(record) => encode(record, encoder, &mut out.texts, &mut last_query)
                     .map_err(LineError::Failed),
                 Err(error) => Err(LineError::Bad(error)),
             };
-            let failed = matches!(encoded, Err(LineError::Failed(_)));
-            out.records.push((number, encoded));
+            let failed = matches!(outcome, Err(LineError::Failed(_)));
+            out.records.push((number, outcome));
             if failed {
                 break;
             }

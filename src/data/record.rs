@@ -20,13 +20,16 @@ fn bad<T>(reason: DropReason, message: impl Into<String>) -> RecordResult<T> {
     Err(RecordError { reason, message: message.into() })
 }
 
+/// Stripped texts with their labels.
+pub(crate) type Documents = Vec<(Box<str>, f64)>;
+
 /// A record's query with its labelled documents; labels are final.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Record {
     /// Stripped, never empty.
     pub(crate) query: String,
     /// Stripped contents with labels, at least one; 32 bits can hold the labels.
-    pub(crate) documents: Vec<(Box<str>, f64)>,
+    pub(crate) documents: Documents,
     /// One `"content"` rather than a list.
     pub(crate) is_single: bool,
     /// Labels come from the label range, because positives or negatives have no scores.
@@ -159,7 +162,7 @@ fn document(
     Ok((content.into(), label(value, rule, &format!("\"{place}{key}\""))?))
 }
 
-fn hits(object: &Map<String, Value>, rule: &LabelRule) -> RecordResult<Vec<(Box<str>, f64)>> {
+fn hits(object: &Map<String, Value>, rule: &LabelRule) -> RecordResult<Documents> {
     let hits = list_at(object, "hits")?;
     if hits.is_empty() {
         let message =
@@ -180,7 +183,7 @@ fn hits(object: &Map<String, Value>, rule: &LabelRule) -> RecordResult<Vec<(Box<
 fn positives_and_negatives(
     object: &Map<String, Value>,
     rule: &LabelRule,
-) -> RecordResult<(Vec<(Box<str>, f64)>, bool)> {
+) -> RecordResult<(Documents, bool)> {
     let mut documents = Vec::new();
     let mut implied = false;
     for (key, scores_key, default) in
@@ -203,12 +206,11 @@ fn positives_and_negatives(
             let Value::String(content) = text else {
                 return wrong_type(&format!("{key}[{i}]"), text, "a string");
             };
-            let label = match scores {
-                Some(scores) => label(&scores[i], rule, &format!("\"{scores_key}[{i}]\""))?,
-                None => {
-                    implied = true;
-                    rule.apply(default, key)?
-                }
+            let label = if let Some(scores) = scores {
+                label(&scores[i], rule, &format!("\"{scores_key}[{i}]\""))?
+            } else {
+                implied = true;
+                rule.apply(default, key)?
             };
             documents.push((strip(content).into(), label));
         }

@@ -4,7 +4,7 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io::{BufWriter, Write as _};
+use std::io::{BufWriter, IntoInnerError, Write as _};
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
@@ -75,7 +75,7 @@ impl Sink {
                 Ok((Bytes::Memory(bytes), checksum))
             }
             Self::File { path, file, crc32, bytes } => {
-                let file = file.into_inner().map_err(|error| error.into_error());
+                let file = file.into_inner().map_err(IntoInnerError::into_error);
                 file.and_then(|file| file.sync_all())
                     .map_err(|source| cannot_write(&path, source))?;
                 let checksum = Checksum { bytes, crc32: crc32.finalize() };

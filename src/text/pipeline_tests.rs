@@ -9,7 +9,7 @@ use crate::data::testing;
 
 /// Pair number `i` has a query of three tokens or of one, and a document of `i % 5`.
 fn dataset() -> Arc<Dataset> {
-    let query = |i: usize| if i / 3 % 2 == 0 { "how to bake" } else { "how" };
+    let query = |i: usize| if (i / 3).is_multiple_of(2) { "how to bake" } else { "how" };
     let pair = |i: usize| (query(i), "bread ".repeat(i % 5), i as f32);
     Arc::new(testing::dataset(DatasetKind::Pointwise, (0..30).map(pair), &[]))
 }
