@@ -129,7 +129,7 @@ pub(super) type Built = (Dataset, LoadReport, Sections);
 
 impl<'a> Builder<'a> {
     pub(super) fn new(options: &'a LoadOptions, encoder: &Encoder, place: &Place) -> Result<Self> {
-        let [query_form, document_form] = encoder.forms();
+        let [query_form, document_form] = encoder.forms;
         Ok(Self {
             options,
             place: place.clone(),

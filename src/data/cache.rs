@@ -145,11 +145,8 @@ pub(super) fn load(
     cache: &CacheOptions,
     dir: &Path,
 ) -> Result<(Dataset, LoadReport)> {
-    let encoder = Encoder {
-        tokenizer: Some(Arc::clone(&cache.encoder)),
-        document_texts: cache.document_texts,
-    };
-    let key = Key::new(options, cache, encoder.forms())?;
+    let encoder = Encoder::tokens(Arc::clone(&cache.encoder), cache.document_texts);
+    let key = Key::new(options, cache, encoder.forms)?;
     let target = dir.join(key.name());
     if let Ok(Some(found)) = open(&target, &key, options) {
         return Ok(found);

@@ -199,13 +199,8 @@ fn damage_anywhere_is_noticed_and_mended() {
                 }
                 None => fs::remove_file(path).unwrap(),
             }
-            let key = {
-                let encoder = Encoder {
-                    tokenizer: Some(Arc::clone(&case.characters) as _),
-                    document_texts: false,
-                };
-                Key::new(&case.options, &case.cache(), encoder.forms()).unwrap()
-            };
+            let encoder = Encoder::tokens(Arc::clone(&case.characters) as _, false);
+            let key = Key::new(&case.options, &case.cache(), encoder.forms).unwrap();
             let reason = open(&cache, &key, &case.options).unwrap_err();
             assert!(
                 reason.starts_with("damaged: ") || reason.starts_with("not a data"),

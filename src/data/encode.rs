@@ -37,29 +37,35 @@ pub trait Encode: fmt::Debug + Send + Sync {
 }
 
 /// How the texts of a data set are kept.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub(super) struct Encoder {
     /// Texts stay texts without it.
-    pub(super) tokenizer: Option<Arc<dyn Encode>>,
-    /// Documents stay texts with it too: they change before each use.
-    pub(super) document_texts: bool,
+    tokenizer: Option<Arc<dyn Encode>>,
+    /// The forms of queries and of documents.
+    pub(super) forms: [Form; 2],
 }
 
 impl Encoder {
-    /// The forms of queries and of documents.
-    pub(super) fn forms(&self) -> [Form; 2] {
-        match &self.tokenizer {
-            None => [Form::Text; 2],
-            Some(tokenizer) => {
-                let tokens = Form::of_tokens(tokenizer.max_id());
-                [tokens, if self.document_texts { Form::Text } else { tokens }]
-            }
-        }
+    /// Keeps texts as they are.
+    pub(super) fn texts() -> Self {
+        Self { tokenizer: None, forms: [Form::Text; 2] }
+    }
+
+    /// Keeps tokens; documents stay texts where they change before each use.
+    pub(super) fn tokens(tokenizer: Arc<dyn Encode>, document_texts: bool) -> Self {
+        let tokens = Form::of_tokens(tokenizer.max_id());
+        let forms = [tokens, if document_texts { Form::Text } else { tokens }];
+        Self { tokenizer: Some(tokenizer), forms }
+    }
+
+    /// Whether it has more to do than to copy.
+    pub(super) fn tokenizes(&self) -> bool {
+        self.tokenizer.is_some()
     }
 
     /// Appends a query as it is kept.
     fn put_query(&self, text: &str, out: &mut Vec<u8>) -> Result<()> {
-        match (&self.tokenizer, self.forms()) {
+        match (&self.tokenizer, self.forms) {
             (Some(tokenizer), [form, _]) => form.put_tokens(&tokenizer.query(text)?, out),
             (None, _) => out.extend_from_slice(text.as_bytes()),
         }
@@ -68,7 +74,7 @@ impl Encoder {
 
     /// Appends a document as it is kept.
     fn put_document(&self, text: &str, out: &mut Vec<u8>) -> Result<()> {
-        match (&self.tokenizer, self.forms()) {
+        match (&self.tokenizer, self.forms) {
             (_, [_, Form::Text]) | (None, _) => out.extend_from_slice(text.as_bytes()),
             (Some(tokenizer), [_, form]) => form.put_tokens(&tokenizer.document(text)?, out),
         }

@@ -76,7 +76,7 @@ impl Dataset {
     /// nothing is left or the file breaks off; [`Error::Io`] when it cannot be opened;
     /// [`Error::Usage`] when the label range is empty.
     pub fn load(options: &LoadOptions) -> Result<(Self, LoadReport)> {
-        let (dataset, report, _) = build(options, &Encoder::default(), &Place::Memory)?;
+        let (dataset, report, _) = build(options, &Encoder::texts(), &Place::Memory)?;
         Ok((dataset, report))
     }
 
@@ -106,7 +106,7 @@ pub(super) fn build(options: &LoadOptions, encoder: &Encoder, place: &Place) -> 
     let batches = LineBatches { lines, path: options.path.clone(), rule_for, rule };
     // Parsing alone keeps one thread busy for as long as reading takes.
     let cores = available_parallelism().map_or(1, usize::from);
-    let threads = if encoder.tokenizer.is_some() { cores } else { 1 };
+    let threads = if encoder.tokenizes() { cores } else { 1 };
     let worker = encoder.clone();
     let work = move |batch: LineBatch| Ok(batch.encode(&worker, &fallback));
     let mut builder = Builder::new(options, encoder, place)?;
