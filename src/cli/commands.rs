@@ -9,7 +9,8 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::time::ChronoUtc;
 
 use super::{
-    CheckArgs, Cli, Command, ConvertArgs, EvalArgs, FormatArg, ModelArgs, PlanArgs, ScoreArgs,
+    CheckArgs, Cli, Command, ConvertArgs, DeviceArg, EvalArgs, FormatArg, ModelArgs, PlanArgs,
+    ScoreArgs,
 };
 use crate::config::LabelRange;
 use crate::convert::{self, ConvertOptions, Output};
@@ -38,7 +39,7 @@ fn train(args: &PlanArgs) -> Result<()> {
     start_log(env.rank);
     // Every line of this worker carries its rank, also those of its libraries.
     let _rank = tracing::info_span!("worker", rank = env.rank).entered();
-    train::run(&args.plan(Some(env.world_size))?, &env)
+    train::run(&args.plan(Some(env.world_size), args.device)?, &env)
 }
 
 /// Rank 0 tells what happens; the others only what is wrong. `RUST_LOG` decides otherwise.
@@ -73,7 +74,8 @@ impl Write for LogLine {
 
 fn check(args: &CheckArgs) -> Result<()> {
     start_log(0);
-    let plan = args.plan.plan(args.nproc)?;
+    let device = args.gpus.map(|_| DeviceArg::Cuda).or(args.plan.device);
+    let plan = args.plan.plan(args.gpus.or(args.nproc), device)?;
     train::check_output(&plan)?;
     let workers = plan.parallel.processes.unwrap_or(1);
     if args.for_launch {
