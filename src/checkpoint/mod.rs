@@ -1,6 +1,5 @@
 //! What a run leaves on disk: the Hugging Face model directory.
 
-pub mod atomic;
 pub mod model_dir;
 pub mod sidecar;
 pub mod training;

@@ -6,9 +6,9 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 use tch::Tensor;
 
-use super::atomic::{StagedDir, write_synced};
 use super::sidecar::Sidecar;
 use super::weight_writer::WeightWriter;
+use crate::atomic::{StagedDir, write_synced};
 use crate::comm::Groups;
 use crate::error::{Error, Result};
 use crate::model::ModelConfig;

@@ -9,7 +9,7 @@ use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use serde_json::json;
 use tch::Tensor;
 
-use super::atomic::write_synced;
+use crate::atomic::write_synced;
 use crate::error::{Error, Result};
 use crate::model::stage::TensorSpec;
 use crate::model::weights::{INDEX_FILE, SINGLE_FILE};

@@ -8,7 +8,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Serialize, Serializer};
 
 use super::reader::Origin;
 use crate::error::Error;
@@ -152,12 +152,15 @@ pub struct DataPlan {
     pub max_len: usize,
     /// The probability that a long training text has its parts shuffled.
     pub shuffle_rate: f64,
+    /// Where tokenized data is kept between runs; large files only, below the user's cache
+    /// directory, when absent.
+    pub cache_dir: Option<PathBuf>,
     /// Drop bad records and report them, instead of stopping.
     pub skip_bad_records: bool,
 }
 
 /// The forms of a data set.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DatasetKind {
     /// One query, one document, one label per record.

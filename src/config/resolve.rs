@@ -188,6 +188,7 @@ impl Resolver<'_> {
     fn data(&self, raw: &RawTraining, sources: &Sources) -> Result<DataPlan> {
         let train = self.required(raw.train_dataset.as_ref(), "train_dataset", "a JSONL file")?;
         let validation = text(raw.val_dataset.as_ref(), "");
+        let cache_dir = text(raw.cache_dir.as_ref(), "");
         let group_size = count(raw.train_group_size.as_ref(), 8, 1)?;
         Ok(DataPlan {
             train: train.into(),
@@ -200,6 +201,7 @@ impl Resolver<'_> {
             labels: label_range(raw)?,
             max_len: count(raw.max_len.as_ref(), 512, 4)?,
             shuffle_rate: share(raw.shuffle_rate.as_ref(), 0.0)?,
+            cache_dir: (!cache_dir.is_empty()).then(|| PathBuf::from(cache_dir)),
             skip_bad_records: sources.skip_bad_records,
         })
     }

@@ -83,6 +83,7 @@ fn defaults_are_those_of_the_specification() {
             "train_dataset_type": null, "val_dataset_type": null,
             "train_label_key": "label", "val_label_key": "label", "train_group_size": 8,
             "min_label": 0.0, "max_label": 1.0, "max_len": 512, "shuffle_rate": 0.0,
+            "cache_dir": null,
             "skip_bad_records": false,
         },
         "loss_type": "pointwise_bce",
@@ -127,6 +128,7 @@ max_label: 3
 min_label: -1
 max_len: 256
 shuffle_rate: .5
+cache_dir: caches
 loss_type: listwise_ce
 output_dir: out
 epoch: 3

@@ -30,6 +30,7 @@ pub struct RawTraining {
     pub min_label: Option<Setting<f64>>,
     pub max_len: Option<Setting<i64>>,
     pub shuffle_rate: Option<Setting<f64>>,
+    pub cache_dir: Option<Setting<String>>,
 
     pub loss_type: Option<Setting<LossKind>>,
 
@@ -123,6 +124,7 @@ impl RawTraining {
             min_label: fields.float("min_label")?,
             max_len: fields.integer(&["max_len"])?,
             shuffle_rate: fields.float("shuffle_rate")?,
+            cache_dir: fields.string("cache_dir")?,
             loss_type: fields.choice("loss_type", LOSSES)?,
             output_dir: fields.string("output_dir")?,
             epochs: fields.integer(&["epochs", "epoch"])?,

@@ -7,9 +7,9 @@ use tracing::info;
 
 use super::output;
 use crate::config::{self, DatasetKind, ModelKind, Plan, Strategy};
-use crate::data::{Dataset, LoadOptions, LoadReport, Sampler, SamplerOptions};
+use crate::data::{CacheOptions, Dataset, LoadOptions, LoadReport, Sampler, SamplerOptions};
 use crate::engine::MemoryForecast;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::model::weights::WeightFiles;
 use crate::model::{ModelConfig, foreign_layer_classes};
 use crate::optim::Schedule;
@@ -67,8 +67,15 @@ impl Inputs {
         let initialised = check_model(&model_dir, &config, &weights, &tokenizer)?;
 
         let data = &plan.data;
-        let (train, train_report) =
-            load_data(plan, &data.train, data.train_kind, &data.train_label_key)?;
+        // The smaller one first: what is wrong with it is known before a long load.
+        let (validation, validation_report) = match &data.validation {
+            Some(path) => {
+                let (dataset, report) = load_validation(plan, path, &tokenizer)?;
+                (Some(Arc::new(dataset)), Some(report))
+            }
+            None => (None, None),
+        };
+        let (train, train_report) = load_train(plan, &tokenizer)?;
         if plan.loss.needs_groups() && train.kind != DatasetKind::Grouped {
             let message = "compares the hits of a query, but train_dataset holds single pairs; \
                            give grouped records, or use pointwise_bce or pointwise_mse";
@@ -80,14 +87,6 @@ impl Inputs {
             return Err(plan.error("loss_type", message));
         }
         let train = Arc::new(train);
-        let (validation, validation_report) = match &data.validation {
-            Some(path) => {
-                let (dataset, report) =
-                    load_data(plan, path, data.validation_kind, &data.validation_label_key)?;
-                (Some(Arc::new(dataset)), Some(report))
-            }
-            None => (None, None),
-        };
         let training = &plan.training;
         let options = SamplerOptions {
             world_size,
@@ -123,14 +122,17 @@ impl Inputs {
         let training = &plan.training;
         let items = training.batch_size * training.accumulation * world_size;
         let unit = if self.train.kind == DatasetKind::Grouped { "groups" } else { "pairs" };
-        let lengths =
-            LengthReport::measure(&self.train, &self.tokenizer, plan.data.max_len, LENGTH_SAMPLE)?;
+        let lengths = |dataset: &Dataset| {
+            LengthReport::measure(dataset, &self.tokenizer, plan.data.max_len, LENGTH_SAMPLE)
+        };
         let mut lines = vec![
             self.train_report.to_string(),
-            lengths.to_string(),
+            lengths(&self.train)?.to_string(),
             self.sampler.report().to_string(),
         ];
-        lines.extend(self.validation_report.iter().map(ToString::to_string));
+        if let (Some(dataset), Some(report)) = (&self.validation, &self.validation_report) {
+            lines.extend([report.to_string(), lengths(dataset)?.to_string()]);
+        }
         lines.push(format!(
             "{} optimizer steps: {} an epoch, {} epochs; {items} {unit} a step over {world_size} \
              worker(s)",
@@ -251,20 +253,43 @@ fn tokenizer(plan: &Plan, dir: &Path) -> Result<PairTokenizer> {
     Ok(tokenizer)
 }
 
-fn load_data(
+fn load_train(plan: &Plan, tokenizer: &Arc<PairTokenizer>) -> Result<(Dataset, LoadReport)> {
+    let data = &plan.data;
+    let options = LoadOptions {
+        kind: data.train_kind,
+        label_key: data.train_label_key.clone(),
+        ..load_options(plan, &data.train)
+    };
+    let document_texts = data.shuffle_rate > 0.0;
+    Dataset::open(&options, &CacheOptions { document_texts, ..cache_options(plan, tokenizer) })
+}
+
+fn load_validation(
     plan: &Plan,
     path: &Path,
-    kind: Option<DatasetKind>,
-    label_key: &str,
-) -> Result<(Dataset, LoadReport), Error> {
-    Dataset::load(&LoadOptions {
-        path: path.to_owned(),
-        kind,
-        label_key: label_key.to_owned(),
+    tokenizer: &Arc<PairTokenizer>,
+) -> Result<(Dataset, LoadReport)> {
+    let data = &plan.data;
+    let options = LoadOptions {
+        kind: data.validation_kind,
+        label_key: data.validation_label_key.clone(),
+        ..load_options(plan, path)
+    };
+    Dataset::open(&options, &cache_options(plan, tokenizer))
+}
+
+fn load_options(plan: &Plan, path: &Path) -> LoadOptions {
+    LoadOptions {
         label_min: plan.data.labels.min,
         label_max: plan.data.labels.max,
         skip_bad_records: plan.data.skip_bad_records,
-    })
+        ..LoadOptions::new(path)
+    }
+}
+
+fn cache_options(plan: &Plan, tokenizer: &Arc<PairTokenizer>) -> CacheOptions {
+    let encoder = Arc::clone(tokenizer) as _;
+    CacheOptions { dir: plan.data.cache_dir.clone(), encoder, document_texts: false }
 }
 
 #[cfg(test)]

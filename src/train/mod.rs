@@ -217,9 +217,8 @@ impl Job<'_> {
         let rank = self.groups.world.rank();
         let sampler = Arc::clone(&self.inputs.sampler);
         let items = (0..self.plan.training.epochs).flat_map(move |epoch| {
-            let steps = sampler.epoch(epoch);
-            steps
-                .into_iter()
+            sampler
+                .epoch(epoch)
                 .flat_map(|step| step.micro_batches)
                 .map(move |micro| WorkItem::of_rank(&micro, rank, epoch))
         });
@@ -288,7 +287,7 @@ fn tokenizer_threads() -> usize {
 
 fn to_device(tokens: &TokenBatch, inputs: &Inputs, device: Device) -> Result<TrainBatch> {
     let path = inputs.train.path.display();
-    let line = |&pair: &u32| format!("{path}:{}", inputs.train.pairs[pair as usize].line);
+    let line = |&pair: &u32| format!("{path}:{}", inputs.train.pair(pair).line);
     Ok(TrainBatch {
         packed: pack(tokens, device)?,
         labels: Tensor::f_from_slice(&tokens.labels)?.f_to_device(device)?,
@@ -303,7 +302,7 @@ impl Inputs {
         let mut weight = 0.0;
         for micro in &step.micro_batches {
             for (rank, pairs) in micro.per_rank.iter().enumerate() {
-                let label = |&pair: &u32| self.train.pairs[pair as usize].label;
+                let label = |&pair: &u32| self.train.pair(pair).label;
                 let labels: Vec<f32> = pairs.iter().map(label).collect();
                 let groups = micro.cu_groups.get(rank).map_or(&[][..], Vec::as_slice);
                 let cu_groups: Vec<i64> = groups.iter().copied().map(i64::from).collect();

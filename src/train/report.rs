@@ -12,7 +12,7 @@ use tracing::info;
 use super::memory::Memory;
 use super::output::RUNS;
 use super::validate::Validation;
-use crate::checkpoint::atomic::create_dir;
+use crate::atomic::create_dir;
 use crate::config::Plan;
 use crate::engine::StepReport;
 use crate::error::{Error, Result};
