@@ -59,7 +59,7 @@ pub(super) fn lock(plan: &Plan, groups: &Groups) -> Result<Option<Lock>> {
         return Ok(None);
     }
     let dir = &plan.saving.output_dir;
-    crate::checkpoint::atomic::create_dir(dir)?;
+    crate::atomic::create_dir(dir)?;
     let run = std::env::var(rr_launch::contract::vars::RR_RUN_ID).unwrap_or_default();
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let holder = format!(

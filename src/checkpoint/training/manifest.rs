@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{damaged, read};
-use crate::checkpoint::atomic::write_synced;
+use crate::atomic::write_synced;
 use crate::engine::LossScale;
 use crate::error::Result;
 use crate::shard::FlatUnit;

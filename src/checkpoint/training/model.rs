@@ -22,7 +22,7 @@ pub(super) fn write(
     model: &ModelFiles,
 ) -> Result<Vec<FileRecord>> {
     let target = dir.join(DIRECTORY);
-    crate::checkpoint::atomic::create_dir(&target)?;
+    crate::atomic::create_dir(&target)?;
     let specs: Vec<TensorSpec> = units
         .iter()
         .flat_map(|unit| &unit.parts)
@@ -33,7 +33,7 @@ pub(super) fn write(
         writer.write(spec, &states.weights(&spec.name)?)?;
     }
     write_model_files(&target, model)?;
-    crate::checkpoint::atomic::sync_dir(&target)?;
+    crate::atomic::sync_dir(&target)?;
     let mut names: Vec<String> = std::fs::read_dir(&target)
         .map_err(super::io(&target, "read"))?
         .flatten()

@@ -13,7 +13,7 @@ use super::manifest::{FileRecord, Identity, Manifest, Progress, UnitRecord};
 use super::states::{self, StateFiles, UnitStates};
 use super::store::Store;
 use super::{fail_point, io, model, read};
-use crate::checkpoint::atomic::{create_dir, sync_dir, write_synced};
+use crate::atomic::{create_dir, sync_dir, write_synced};
 use crate::checkpoint::model_dir::ModelFiles;
 use crate::comm::{Groups, Reduction, reduce_values};
 use crate::engine::Engine;

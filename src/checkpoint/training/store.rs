@@ -9,7 +9,7 @@ use rustix::io::Errno;
 
 use super::manifest::{FileRecord, Manifest};
 use super::{fail_point, io, states};
-use crate::checkpoint::atomic::sync_dir;
+use crate::atomic::sync_dir;
 use crate::error::{Error, Result};
 
 /// What a checkpoint's directory begins with.
