@@ -12,7 +12,7 @@ use super::output;
 use crate::checkpoint::Sidecar;
 use crate::checkpoint::model_dir::{MAX_SHARD_BYTES, ModelFiles};
 use crate::checkpoint::training::{
-    Identity, Lock, Manifest, Progress, SaveOptions, Saver, Store, file_crc32,
+    Identity, Lock, Manifest, Moment, Progress, SaveOptions, Saver, Store, file_crc32,
 };
 use crate::comm::{Groups, Reduction, reduce_values};
 use crate::config::{Plan, Resume, SaveFailure};
@@ -251,21 +251,25 @@ impl<'a> Checkpoints<'a> {
         Ok(Self { plan, saver: Saver::new(store, options, groups)?, _lock: lock })
     }
 
-    /// Saves where it is due after a step; `last_of_epoch` says that it ended its epoch. All ranks
-    /// call it together.
+    /// Saves where it is due after a step. All ranks call it together.
     pub(super) fn after_step(
         &mut self,
         progress: Progress,
-        last_of_epoch: bool,
         job: impl FnOnce() -> Value,
         engine: &Engine,
         groups: &Groups,
     ) -> Result<()> {
         let saving = &self.plan.saving;
+        // The next step's epoch has used nothing yet.
+        let last_of_epoch = progress.items == 0;
         let is_due = saving.save_steps.is_some_and(|every| progress.step.is_multiple_of(every))
             || (saving.save_on_epoch_end && last_of_epoch);
         if is_due {
-            let outcome = self.saver.save(progress, job(), engine, groups);
+            let outcome = {
+                let loss_scale = engine.loss_scale().copied();
+                let now = Moment { progress, loss_scale, job: job() };
+                self.saver.save(now, engine.units(), groups)
+            };
             return self.judge(outcome);
         }
         // A run that ends over a failed save ends as soon as it is known.

@@ -8,8 +8,8 @@ use serde_json::Value;
 
 use super::{damaged, read};
 use crate::atomic::write_synced;
-use crate::engine::LossScale;
 use crate::error::Result;
+use crate::optim::LossScale;
 use crate::shard::FlatUnit;
 
 /// The manifest's name inside a checkpoint.
