@@ -28,7 +28,7 @@ describe() {
     linkage) echo "rr-launch is free of libtorch, reranker of its CUDA half" ;;
     golden) echo "golden files are what transformers and PyTorch compute" ;;
     quickstart) echo "the quick start in short form" ;;
-    interop) echo "transformers and sentence-transformers give our scores" ;;
+    interop) echo "transformers and sentence-transformers give our scores, huggingface_hub our cache" ;;
     esac
 }
 
@@ -87,6 +87,7 @@ step_interop() {
     "$BIN/reranker" score --model "$model" --input "$files/interop_pairs.jsonl" \
         >"$files/interop_scores.jsonl"
     "$python" scripts/check_interop.py "$model" "$files"/interop_{pairs,scores}.jsonl
+    "$python" scripts/check_hub_cache.py "$BIN/reranker" "$model"
 }
 
 # Errors leave through here too (set -e), so that the last line always tells how it went.

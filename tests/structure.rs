@@ -12,7 +12,7 @@ use clap::CommandFactory as _;
 /// own; floor 0 is `rr_launch::contract`.
 const FLOORS: &[(u8, &[&str])] = &[
     (1, &["config", "error", "seed"]),
-    (2, &["data", "text", "metrics"]),
+    (2, &["data", "text", "metrics", "hub"]),
     (3, &["torch_ext"]),
     (4, &["model", "loss", "optim", "comm"]),
     (5, &["shard"]),
@@ -26,6 +26,7 @@ const FLOORS: &[(u8, &[&str])] = &[
 const WITHIN_A_FLOOR: &[(&str, &str)] = &[
     ("config", "error"),
     ("eval", "score"),
+    ("hub", "text"),
     ("main", "cli"),
     ("metrics", "data"),
     ("text", "data"),

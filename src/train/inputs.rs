@@ -10,6 +10,7 @@ use crate::config::{self, DatasetKind, ModelKind, Plan};
 use crate::data::{Dataset, LoadOptions, LoadReport, Sampler, SamplerOptions};
 use crate::engine::MemoryForecast;
 use crate::error::{Error, Result};
+use crate::hub::{self, ModelDir};
 use crate::model::ModelConfig;
 use crate::model::weights::WeightFiles;
 use crate::optim::Schedule;
@@ -25,6 +26,8 @@ const LENGTH_SAMPLE: usize = 256;
 pub struct Inputs {
     /// The base model's directory.
     pub model_dir: PathBuf,
+    /// The hub's commit that it is a snapshot of.
+    pub model_revision: Option<String>,
     /// Its configuration.
     pub config: ModelConfig,
     /// Its weights, on disk.
@@ -53,7 +56,7 @@ impl Inputs {
     /// # Errors
     /// User errors that name the file, the line or the setting.
     pub fn load(plan: &Plan, world_size: usize) -> Result<Self> {
-        let model_dir = model_dir(plan)?;
+        let ModelDir { path: model_dir, revision: model_revision } = model_dir(plan)?;
         let config = ModelConfig::from_dir(&model_dir)?;
         let positions = config.max_positions();
         if plan.data.max_len > positions {
@@ -102,6 +105,7 @@ impl Inputs {
         let schedule = Schedule::new(total, training.warmup_proportion, training.stable_proportion);
         Ok(Self {
             model_dir,
+            model_revision,
             config,
             weights,
             tokenizer,
@@ -125,11 +129,17 @@ impl Inputs {
         let unit = if self.train.kind == DatasetKind::Grouped { "groups" } else { "pairs" };
         let lengths =
             LengthReport::measure(&self.train, &self.tokenizer, plan.data.max_len, LENGTH_SAMPLE)?;
-        let mut lines = vec![
+        let mut lines = Vec::new();
+        lines.extend(
+            self.model_revision
+                .iter()
+                .map(|revision| format!("{}: revision {revision} of the hub", plan.model.path)),
+        );
+        lines.extend([
             self.train_report.to_string(),
             lengths.to_string(),
             self.sampler.report().to_string(),
-        ];
+        ]);
         lines.extend(self.validation_report.iter().map(ToString::to_string));
         lines.push(format!(
             "{} optimizer steps: {} an epoch, {} epochs; {items} {unit} a step over {world_size} \
@@ -202,23 +212,15 @@ impl Inputs {
     }
 }
 
-/// The base model's directory.
-fn model_dir(plan: &Plan) -> Result<PathBuf> {
+/// The base model's directory, downloaded where it is on the hub.
+fn model_dir(plan: &Plan) -> Result<ModelDir> {
     if plan.model.kind != ModelKind::BertEncoder {
         return Err(plan.error("model_type", "expected bert_encoder"));
     }
-    let path = PathBuf::from(&plan.model.path);
-    if path.is_dir() {
-        return Ok(path);
-    }
-    Err(plan.error(
-        "model_name_or_path",
-        format!(
-            "no directory {:?} here; expected one with config.json, model.safetensors and \
-             tokenizer.json",
-            plan.model.path
-        ),
-    ))
+    hub::resolve(&plan.model.path).map_err(|error| match error {
+        Error::Usage(message) => plan.error("model_name_or_path", message),
+        other => other,
+    })
 }
 
 /// The base model's tokenizer with the run's formats around query and document.

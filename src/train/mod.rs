@@ -246,7 +246,7 @@ impl Job<'_> {
             units: self.engine.units(),
             config: &self.inputs.config,
             base: &self.inputs.model_dir,
-            sidecar: &Sidecar::of_run(self.plan, metrics),
+            sidecar: &Sidecar::of_run(self.plan, self.inputs.model_revision.clone(), metrics),
             max_shard_bytes: MAX_SHARD_BYTES,
         };
         save_model(model, &target, self.groups)?;
