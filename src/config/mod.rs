@@ -22,9 +22,9 @@ mod tree;
 mod tests;
 
 pub use plan::{
-    DataPlan, DatasetKind, Device, LabelRange, LoggingPlan, LossKind, LrGroup, ModelKind,
+    DataPlan, DatasetKind, Device, LabelRange, LoggingPlan, LossKind, LrGroup, Metric, ModelKind,
     ModelPlan, ParallelPlan, Plan, Precision, Resume, SavingPlan, Sources, Strategy, Tracker,
-    TrainingPlan, ZeroStage,
+    TrainingPlan, ValidationPlan, ZeroStage,
 };
 pub use reader::Origin;
 pub use tree::Place;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tracing::info;
 
-use super::output;
+use super::{best, output};
 use crate::config::{self, DatasetKind, ModelKind, Plan};
 use crate::data::{Dataset, LoadOptions, LoadReport, Sampler, SamplerOptions};
 use crate::engine::MemoryForecast;
@@ -87,6 +87,7 @@ impl Inputs {
             Some(path) => {
                 let (dataset, report) =
                     load_data(plan, path, data.validation_kind, &data.validation_label_key)?;
+                best::check(plan, &dataset)?;
                 (Some(Arc::new(dataset)), Some(report))
             }
             None => (None, None),

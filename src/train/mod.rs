@@ -1,5 +1,6 @@
 //! The training job of one worker.
 
+mod best;
 pub mod inputs;
 mod output;
 mod report;
@@ -20,7 +21,7 @@ use crate::checkpoint::model_dir::MAX_SHARD_BYTES;
 use crate::checkpoint::{SavedModel, Sidecar, save_model};
 use crate::comm::{Communicator, Gloo, Groups, Reduction, Solo, reduce_values};
 use crate::config::{self, Plan, Precision, Strategy};
-use crate::data::{Augment, StepPlan};
+use crate::data::{Augment, Dataset, StepPlan};
 use crate::engine::{Engine, EngineOptions, StepOptions, StepReport, TrainBatch};
 use crate::error::{Error, Result};
 use crate::loss;
@@ -29,6 +30,7 @@ use crate::shard::{FlatUnit, ParameterGroups, Sharding, Share};
 use crate::text::{PipelineOptions, TokenBatch, WorkItem, token_batches};
 use crate::torch_ext::runtime;
 
+use best::{Best, Verdict};
 use report::Reporter;
 
 /// Deadline of the rendezvous and of every collective.
@@ -62,11 +64,12 @@ pub fn run(plan: &Plan, env: &WorkerEnv) -> Result<()> {
         inputs: &inputs,
         groups: &groups,
         reporter: Reporter::new(plan, env, inputs.schedule.total())?,
+        best: Best::new(&plan.validation),
         engine,
     };
     let validation = job.train()?;
-    job.save(validation)?;
-    job.reporter.finish();
+    job.save(output::MODEL, validation)?;
+    job.reporter.finish(plan, job.best)?;
     groups.world.barrier()
 }
 
@@ -157,37 +160,65 @@ struct Job<'a> {
     inputs: &'a Inputs,
     groups: &'a Groups,
     reporter: Reporter,
+    /// Where the plan keeps the best model.
+    best: Option<Best>,
     engine: Engine,
 }
 
 impl Job<'_> {
-    /// All epochs; returns the last validation.
+    /// All epochs, or fewer where validations stop getting better; returns the last validation.
     fn train(&mut self) -> Result<Option<Validation>> {
         let mut batches = self.batches()?;
         let mut step = 0;
-        let mut validation = None;
+        let mut last = None;
         self.reporter.start();
         for epoch in 0..self.plan.training.epochs {
-            for step_plan in self.inputs.sampler.epoch(epoch) {
-                let report = self.step(step, &step_plan, &mut batches)?;
+            let steps = self.inputs.sampler.epoch(epoch);
+            for (i, step_plan) in steps.iter().enumerate() {
+                self.reporter.order(step, step_plan);
+                let report = self.step(step, step_plan, &mut batches)?;
                 let lr = self.plan.training.lr * self.inputs.schedule.factor(step);
                 step += 1;
                 self.reporter.step(step, epoch, lr, step_plan.pairs(), &report)?;
-            }
-            if let Some(data) = &self.inputs.validation {
-                let started = Instant::now();
-                let result = validate::validate(
-                    &self.engine,
-                    &self.inputs.tokenizer,
-                    data,
-                    self.plan,
-                    self.groups,
-                )?;
-                self.reporter.validation(step, epoch, &result, started.elapsed())?;
-                validation = Some(result);
+                let Some(data) = &self.inputs.validation else { continue };
+                let is_due = match self.plan.validation.interval {
+                    Some(interval) => {
+                        step.is_multiple_of(interval) || step == self.inputs.schedule.total()
+                    }
+                    None => i + 1 == steps.len(),
+                };
+                if is_due {
+                    let (validation, verdict) = self.validate(data, step, epoch)?;
+                    last = Some(validation);
+                    if verdict == Verdict::Stop {
+                        return Ok(last);
+                    }
+                }
             }
         }
-        Ok(validation)
+        Ok(last)
+    }
+
+    /// Validates on all ranks, and keeps the model where it is the best so far.
+    fn validate(
+        &mut self,
+        data: &Arc<Dataset>,
+        step: usize,
+        epoch: usize,
+    ) -> Result<(Validation, Verdict)> {
+        let started = Instant::now();
+        let (plan, groups) = (self.plan, self.groups);
+        let result = validate::validate(&self.engine, &self.inputs.tokenizer, data, plan, groups)?;
+        let verdict = match &mut self.best {
+            Some(best) => best.judge(step, &result)?,
+            None => Verdict::Worse,
+        };
+        if verdict == Verdict::Best {
+            self.save(output::BEST, Some(result))?;
+        }
+        let is_best = self.best.is_some().then_some(verdict == Verdict::Best);
+        self.reporter.validation(step, epoch, &result, is_best, started.elapsed())?;
+        Ok((result, verdict))
     }
 
     /// This rank's micro-batches of the whole run, tokenized in the background.
@@ -238,9 +269,10 @@ impl Job<'_> {
         self.engine.train_step(micro, options, self.groups)
     }
 
-    fn save(&mut self, validation: Option<Validation>) -> Result<()> {
+    /// Saves the model as the directory `name` of the output directory, with these metrics.
+    fn save(&self, name: &str, validation: Option<Validation>) -> Result<()> {
         let started = Instant::now();
-        let target = self.plan.saving.output_dir.join(output::MODEL);
+        let target = self.plan.saving.output_dir.join(name);
         let metrics = validation.map_or(serde_json::Value::Null, |v| v.to_json());
         let model = SavedModel {
             units: self.engine.units(),
