@@ -46,6 +46,7 @@ pub struct RawTraining {
     pub weight_decay: Option<Setting<f64>>,
     pub special_lr_groups: Option<Setting<Vec<RawLrGroup>>>,
     pub gradient_checkpointing: Option<Setting<bool>>,
+    pub reduce_in_fp32: Option<Setting<bool>>,
 
     pub eval_steps: Option<Setting<i64>>,
     pub metric_for_best: Option<Setting<Metric>>,
@@ -147,6 +148,7 @@ impl RawTraining {
             weight_decay: fields.float("weight_decay")?,
             special_lr_groups: fields.sections("special_lr_groups", RawLrGroup::read)?,
             gradient_checkpointing: fields.boolean("gradient_checkpointing")?,
+            reduce_in_fp32: fields.boolean("reduce_in_fp32")?,
             eval_steps: fields.integer(&["eval_steps"])?,
             metric_for_best: fields
                 .choice_of(&["metric_for_best", "metric_for_best_model"], METRICS)?,
