@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-readonly STEPS=(fmt clippy doc build test linkage golden quickstart interop)
+readonly STEPS=(fmt clippy doc build test linkage golden training quickstart interop)
 readonly BIN=${CARGO_TARGET_DIR:-target}/release
 export QUICKSTART_OUTPUT=output/test-quickstart
 
@@ -27,6 +27,7 @@ describe() {
     test) echo "unit and integration tests" ;;
     linkage) echo "rr-launch is free of libtorch, reranker of its CUDA half" ;;
     golden) echo "golden files are what transformers and PyTorch compute" ;;
+    training) echo "a short training run is the one of a plain PyTorch loop" ;;
     quickstart) echo "the quick start in short form" ;;
     interop) echo "transformers and sentence-transformers give our scores, huggingface_hub our cache" ;;
     esac
@@ -76,6 +77,12 @@ step_linkage() {
 }
 
 step_golden() { "$python" scripts/make_golden.py --check; }
+
+# scripts/check_training.py without --short is the whole proof, a matter of minutes.
+step_training() {
+    cargo build --release --workspace
+    "$python" scripts/check_training.py --short
+}
 
 step_quickstart() { scripts/quickstart.sh --short; }
 
