@@ -48,7 +48,7 @@ const FLAGS: &[(&str, &str)] = &[
     ),
     (
         "reranker check",
-        "--config --config-file --config_file --device --for-launch --help --nproc --overwrite \
+        "--config --config-file --config_file --device --for-launch --gpus --help --nproc --overwrite \
          --parallel --resume --set --skip-bad-records --timeout",
     ),
     (
@@ -400,7 +400,9 @@ fn the_configuration_page_names_every_key_and_no_other() {
     let parallel = key_literals("src/config/parallel.rs");
     let keys: BTreeSet<_> = training.union(&parallel).cloned().collect();
     assert!(keys.contains("train_group_size") && keys.contains("zero_stage"), "{keys:?}");
-    for key in &keys {
+    let deepspeed = key_literals("src/config/deepspeed_file.rs");
+    assert!(deepspeed.contains("zero_optimization"), "{deepspeed:?}");
+    for key in keys.union(&deepspeed) {
         assert!(page.contains(&format!("`{key}`")), "docs/configuration.md does not name {key}");
     }
     let rows = page.lines().filter_map(|line| line.strip_prefix("| `"));

@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
+use tch::Tensor;
 
 use super::atomic::{StagedDir, write_synced};
 use super::sidecar::Sidecar;
@@ -13,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::model::ModelConfig;
 use crate::shard::FlatUnit;
 use crate::text::TOKENIZER_FILES;
+use crate::torch_ext::storage;
 
 /// Weight files are split above this many bytes, as transformers does.
 pub const MAX_SHARD_BYTES: usize = 5_000_000_000;
@@ -34,19 +36,19 @@ pub struct SavedModel<'a> {
 
 /// Writes the model directory `target` on rank 0, whole or not at all, replacing one that is there.
 /// Every rank calls it: divided parameters are collected a stage at a time, so that no rank holds
-/// the whole model.
+/// the whole model. Returns the most bytes of parameters that this rank held meanwhile, its own
+/// part and what was collected.
 ///
 /// # Errors
 /// [`Error::Io`] or [`Error::File`] with the file that could not be written; [`Error::Comm`] from
 /// the communicator.
-pub fn save_model(model: SavedModel<'_>, target: &Path, groups: &Groups) -> Result<()> {
+pub fn save_model(model: SavedModel<'_>, target: &Path, groups: &Groups) -> Result<usize> {
     if groups.world.rank() != 0 {
-        let collect = |unit: &FlatUnit| unit.whole_fp32(groups.shard()).map(drop);
-        return model.units.iter().try_for_each(collect);
+        return collect(model.units, groups, |_, _| Ok(()));
     }
     let staged = StagedDir::new(target)?;
     let dir = staged.path();
-    write_weights(model, dir, groups)?;
+    let most_held = write_weights(model, dir, groups)?;
     let config = serde_json::to_string_pretty(&saved_config(model.config)).unwrap_or_default();
     write_synced(&dir.join("config.json"), (config + "\n").as_bytes())?;
     for name in TOKENIZER_FILES {
@@ -61,23 +63,44 @@ pub fn save_model(model: SavedModel<'_>, target: &Path, groups: &Groups) -> Resu
         }
     }
     model.sidecar.write(dir)?;
-    staged.publish()
+    staged.publish()?;
+    Ok(most_held)
 }
 
-fn write_weights(model: SavedModel<'_>, dir: &Path, groups: &Groups) -> Result<()> {
+fn write_weights(model: SavedModel<'_>, dir: &Path, groups: &Groups) -> Result<usize> {
     let parts = |unit: &FlatUnit| -> Vec<_> {
         unit.layout().places.iter().flat_map(|place| place.parts.clone()).collect()
     };
     let specs = model.units.iter().flat_map(parts).map(|(spec, _)| spec).collect();
     let mut writer = WeightWriter::new(dir, specs, model.max_shard_bytes)?;
-    for unit in model.units {
-        let whole = unit.whole_fp32(groups.shard())?;
+    collect(model.units, groups, |unit, whole| {
         for (spec, range) in parts(unit) {
             let values = whole.f_narrow(0, range.start as i64, range.len() as i64)?;
             writer.write(&spec, &values)?;
         }
+        Ok(())
+    })
+}
+
+/// Collects one stage's parameters after the other, in fp32, and lends each to `take` before the
+/// next. Returns the most bytes of parameters that this rank held meanwhile.
+fn collect(
+    units: &[FlatUnit],
+    groups: &Groups,
+    mut take: impl FnMut(&FlatUnit, &Tensor) -> Result<()>,
+) -> Result<usize> {
+    let mut most_held = 0;
+    for unit in units {
+        let whole = unit.whole_fp32(groups.shard())?;
+        let own: usize = units.iter().map(|unit| unit.held_bytes().parameters).sum();
+        // Whole parameters in fp32 are lent as they are.
+        let values = unit.values();
+        let lent = storage::held_bytes(values) > 0 && values.data_ptr() == whole.data_ptr();
+        let collected = if lent { 0 } else { storage::held_bytes(&whole) };
+        most_held = most_held.max(own + collected);
+        take(unit, &whole)?;
     }
-    Ok(())
+    Ok(most_held)
 }
 
 /// The base model's `config.json` as a one-label sequence classifier in fp32.

@@ -8,7 +8,9 @@ use rr_launch::contract::{LaunchPlan, WorkerEnv};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::time::ChronoUtc;
 
-use super::{CheckArgs, Cli, Command, EvalArgs, FormatArg, ModelArgs, PlanArgs, ScoreArgs};
+use super::{
+    CheckArgs, Cli, Command, DeviceArg, EvalArgs, FormatArg, ModelArgs, PlanArgs, ScoreArgs,
+};
 use crate::data::{InputFormat, InputPair, InputPairs};
 use crate::error::{Error, Result};
 use crate::score::{CrossEncoder, ScoreOptions, score_stream};
@@ -33,7 +35,7 @@ fn train(args: &PlanArgs) -> Result<()> {
     start_log(env.rank);
     // Every line of this worker carries its rank, also those of its libraries.
     let _rank = tracing::info_span!("worker", rank = env.rank).entered();
-    train::run(&args.plan(Some(env.world_size))?, &env)
+    train::run(&args.plan(Some(env.world_size), args.device)?, &env)
 }
 
 /// Rank 0 tells what happens; the others only what is wrong. `RUST_LOG` decides otherwise.
@@ -67,7 +69,8 @@ impl Write for LogLine {
 }
 
 fn check(args: &CheckArgs) -> Result<()> {
-    let plan = args.plan.plan(args.nproc)?;
+    let device = args.gpus.map(|_| DeviceArg::Cuda).or(args.plan.device);
+    let plan = args.plan.plan(args.gpus.or(args.nproc), device)?;
     train::check_output(&plan)?;
     let workers = plan.parallel.processes.unwrap_or(1);
     if args.for_launch {

@@ -78,6 +78,9 @@ pub struct CheckArgs {
     /// Number of workers the plan is for
     #[arg(long, value_name = "N", default_value = None)]
     nproc: Option<usize>,
+    /// Number of workers the plan is for, each on a GPU; none need be here
+    #[arg(long, value_name = "N", conflicts_with_all = ["nproc", "device"])]
+    gpus: Option<usize>,
     /// Print one JSON line for rr-launch instead of the plan
     #[arg(long, hide = true)]
     for_launch: bool,
@@ -169,8 +172,8 @@ impl From<DeviceArg> for config::Device {
 }
 
 impl PlanArgs {
-    /// The validated plan for a world of `processes` workers.
-    fn plan(&self, processes: Option<usize>) -> Result<config::Plan> {
+    /// The validated plan for a world of `processes` workers on `device`.
+    fn plan(&self, processes: Option<usize>, device: Option<DeviceArg>) -> Result<config::Plan> {
         config::Plan::load(&config::Sources {
             training: self.config.clone(),
             parallel: self.parallel.clone(),
@@ -179,7 +182,7 @@ impl PlanArgs {
             overwrite: self.overwrite,
             skip_bad_records: self.skip_bad_records,
             processes,
-            device: self.device.map(Into::into),
+            device: device.map(Into::into),
             timeout: self.timeout,
         })
     }

@@ -23,6 +23,8 @@ pub struct Gloo {
     group: Group,
     rank: usize,
     world_size: usize,
+    /// The host of rank 0, as the ranks name it.
+    master: String,
     place: RefCell<Option<Place>>,
 }
 
@@ -67,11 +69,15 @@ impl Gloo {
                 failed(message)
             }
         })?;
-        Ok(Self::over(group, env.rank, env.world_size))
+        Ok(Self::over(group, env.rank, env.world_size, &env.master_addr))
     }
 
-    fn over(group: Group, rank: usize, world_size: usize) -> Self {
-        Self { group, rank, world_size, place: RefCell::new(None) }
+    fn over(group: Group, rank: usize, world_size: usize, master: &str) -> Self {
+        Self { group, rank, world_size, master: master.to_owned(), place: RefCell::new(None) }
+    }
+
+    pub(super) fn master(&self) -> &str {
+        &self.master
     }
 
     fn failed(&self, name: &str) -> impl Fn(String) -> Error + Send + use<> {
@@ -93,7 +99,7 @@ impl Gloo {
         let name = format!("{name}/{}", ranks[0]);
         let group =
             self.group.split(rank, ranks.len(), &name).map_err(self.failed("splitting a group"))?;
-        Ok(Some(Self::over(group, rank, ranks.len())))
+        Ok(Some(Self::over(group, rank, ranks.len(), &self.master)))
     }
 
     /// Gloo works on host memory: a tensor elsewhere goes through a copy.

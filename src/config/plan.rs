@@ -68,6 +68,15 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// A line about the setting `key` that is no error, with the place where it was given.
+    #[must_use]
+    pub fn warning(&self, key: &str, message: impl fmt::Display) -> String {
+        match self.origins.get(key) {
+            Some(Origin { key, place }) => format!("{place}: {key}: {message}"),
+            None => format!("{key}: {message}"),
+        }
+    }
+
     /// An error about the setting `key` (a serialized name, such as `train_dataset`) at the place
     /// where it was given, or about the training YAML as a whole where it is a default.
     #[must_use]
@@ -392,9 +401,10 @@ pub struct ParallelPlan {
     pub offload_parameters: bool,
     /// Recompute activations, as the parallel YAML asks (`fsdp_activation_checkpointing`).
     pub activation_checkpointing: bool,
-    /// The layer class that FSDP files name; layers are known here, so it is only checked.
-    pub layer_class: Option<String>,
-    /// A `DeepSpeed` JSON file that the parallel YAML points to.
+    /// The layer classes that FSDP files name (`fsdp_transformer_layer_cls_to_wrap`); layers are
+    /// known here, so they are only compared with the model's.
+    pub layer_classes: Vec<String>,
+    /// The `DeepSpeed` JSON file that the parallel YAML points to and that was read in its place.
     pub deepspeed_config_file: Option<PathBuf>,
 }
 

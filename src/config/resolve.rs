@@ -56,6 +56,7 @@ impl Plan {
             origins: resolver.origins,
         };
         check_groups(&plan)?;
+        check_train_batch_size(&plan, value_of(raw_parallel.deepspeed.train_batch_size.as_ref()))?;
         Ok(plan)
     }
 }
@@ -75,7 +76,7 @@ fn read_sources(sources: &Sources) -> Result<(RawTraining, RawParallel, Log)> {
     let training = RawTraining::read(&mut fields)?;
     let mut log = fields.finish()?;
     let mut fields = Fields::new(vec![&overrides.mapping, &parallel_file]);
-    let parallel = RawParallel::read(&mut fields)?;
+    let mut parallel = RawParallel::read(&mut fields)?;
     let parallel_log = fields.finish()?;
 
     log.known.extend(parallel_log.known);
@@ -91,6 +92,7 @@ fn read_sources(sources: &Sources) -> Result<(RawTraining, RawParallel, Log)> {
         let keys = parallel_log.ignored.join(", ");
         notices.push(format!("{file}: without meaning here, ignored: {keys}"));
     }
+    notices.extend(parallel.adopt_deepspeed_file()?);
     log.notices = notices;
     Ok((training, parallel, log))
 }
@@ -102,6 +104,7 @@ pub(super) struct Shared {
     pub(super) accumulation: Option<Setting<Auto<i64>>>,
     pub(super) batch_size: Option<Setting<Auto<i64>>>,
     pub(super) clipping: Option<Setting<Auto<f64>>>,
+    pub(super) reduction: Option<Setting<Precision>>,
 }
 
 /// The state of one resolution.
@@ -213,8 +216,9 @@ impl Resolver<'_> {
             raw.batch_size.as_ref(),
             value_of(shared.batch_size.as_ref()).as_ref(),
         );
-        let precision =
-            self.prefer("mixed_precision", raw.mixed_precision.as_ref(), shared.precision.as_ref());
+        let precision = self
+            .prefer("mixed_precision", raw.mixed_precision.as_ref(), shared.precision.as_ref())
+            .map_or(Precision::Fp32, |setting| setting.value);
         let warmup_proportion = share(raw.warmup_proportion.as_ref(), 0.1)?;
         let stable_proportion = share(raw.stable_proportion.as_ref(), 0.0)?;
         if let Some(setting) = raw.stable_proportion.as_ref().or(raw.warmup_proportion.as_ref())
@@ -234,12 +238,12 @@ impl Resolver<'_> {
             warmup_proportion,
             stable_proportion,
             accumulation: count(accumulation.as_ref(), 1, 1)?,
-            precision: precision.map_or(Precision::Fp32, |setting| setting.value),
+            precision,
             max_grad_norm: self.max_grad_norm(raw, shared)?,
             weight_decay: within(raw.weight_decay.as_ref(), 0.01, |v| v >= 0.0, "0 or more")?,
             special_lr_groups: groups.iter().map(LrGroup::from_raw).collect::<Result<_>>()?,
             gradient_checkpointing: flag(raw.gradient_checkpointing.as_ref()),
-            reduce_in_fp32: flag(raw.reduce_in_fp32.as_ref()),
+            reduce_in_fp32: self.reduce_in_fp32(raw, shared, precision)?,
         })
     }
 
@@ -267,6 +271,32 @@ impl Resolver<'_> {
             (None, Some(_)) => Some(1.0),
             (None, None) => None,
         })
+    }
+
+    /// The training YAML's word; else a `DeepSpeed` file's, which may name the gradients' own
+    /// precision or fp32.
+    fn reduce_in_fp32(
+        &mut self,
+        raw: &RawTraining,
+        shared: &Shared,
+        precision: Precision,
+    ) -> Result<bool> {
+        let stated = match &shared.reduction {
+            Some(Setting { value, key, place }) if [Precision::Fp32, precision].contains(value) => {
+                let value = *value != precision;
+                Some(Setting { value, key: key.clone(), place: place.clone() })
+            }
+            Some(other) => {
+                return Err(other.error(format!(
+                    "expected fp32 or the precision of the gradients, which is {precision}, found \
+                     {}",
+                    other.value
+                )));
+            }
+            None => None,
+        };
+        let chosen = self.prefer("reduce_in_fp32", raw.reduce_in_fp32.as_ref(), stated.as_ref());
+        Ok(flag(chosen.as_ref()))
     }
 
     /// The higher of two sources; a value that loses is noted, and the winner's place is kept
@@ -444,6 +474,24 @@ fn check_groups(plan: &Plan) -> Result<()> {
         ));
     }
     Ok(())
+}
+
+/// What a `DeepSpeed` file says of the whole batch has to be what its parts come to; `DeepSpeed`
+/// asserts the same.
+fn check_train_batch_size(plan: &Plan, stated: Option<Setting<i64>>) -> Result<()> {
+    let (Some(setting), Some(processes)) = (stated, plan.parallel.processes) else {
+        return Ok(());
+    };
+    let TrainingPlan { batch_size, accumulation, .. } = plan.training;
+    let whole = batch_size * accumulation * processes;
+    if setting.value == whole as i64 {
+        return Ok(());
+    }
+    Err(setting.error(format!(
+        "{}, but {batch_size} per worker x {accumulation} accumulation step(s) x {processes} \
+         worker(s) is {whole}; write {whole} or \"auto\"",
+        setting.value
+    )))
 }
 
 impl DistributedType {

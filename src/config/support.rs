@@ -28,13 +28,6 @@ const REFUSALS: &[Refusal] = &[
         instead: "use 1: a reranker gives one score per pair",
     },
     Refusal {
-        key: "deepspeed_config_file",
-        asks: |plan| {
-            plan.parallel.deepspeed_config_file.as_ref().map(|_| "a DeepSpeed JSON file".into())
-        },
-        instead: "write its settings under deepspeed_config",
-    },
-    Refusal {
         key: "save_on_epoch_end",
         asks: |plan| plan.saving.save_on_epoch_end.then(|| "a checkpoint per epoch".into()),
         instead: "use 0; the final model is always saved",

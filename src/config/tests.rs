@@ -9,6 +9,7 @@ use super::{Device, LossKind, Plan, Sources, Strategy, ZeroStage};
 use crate::error::Result;
 
 mod bad_input;
+mod deepspeed_file;
 mod precedence;
 
 /// The repository's own configuration files.
@@ -102,7 +103,7 @@ fn defaults_are_those_of_the_specification() {
         "parallel": {
             "strategy": "ddp", "num_processes": null, "num_machines": 1, "device": null,
             "gpu_ids": null, "offload_optimizer": false, "offload_parameters": false,
-            "activation_checkpointing": false, "layer_class": null, "deepspeed_config_file": null,
+            "activation_checkpointing": false, "layer_classes": [], "deepspeed_config_file": null,
         },
     });
     assert_eq!(plan.to_json(), expected);
@@ -344,7 +345,7 @@ fn a_file_as_accelerate_writes_it_loads() {
     assert_eq!(parallel.strategy, Strategy::Zero { stage: ZeroStage::Three });
     assert!(parallel.offload_optimizer && parallel.offload_parameters);
     assert!(parallel.activation_checkpointing);
-    assert_eq!(parallel.layer_class.as_deref(), Some("BertLayer"));
+    assert_eq!(parallel.layer_classes, ["BertLayer"]);
     assert_eq!((parallel.processes, parallel.machines), (Some(2), 1));
     assert_eq!(parallel.gpu_ids, Some(vec!["0".into(), "1".into()]));
     assert_eq!(parallel.device, None);
@@ -363,6 +364,9 @@ fn the_shipped_files_load() {
         ("fsdp/shard_grad_op.yaml", "zero2"),
         ("fsdp/full_shard.yaml", "zero3"),
         ("fsdp/hybrid.yaml", "hybrid zero3"),
+        ("fsdp/full_shard_bert_layer.yaml", "zero3"),
+        ("fsdp/full_shard_xlm_roberta_layer.yaml", "zero3"),
+        ("fsdp/full_shard_qwen2_layer.yaml", "zero3"),
     ];
     for training in training {
         for (parallel, strategy) in parallel {
@@ -374,7 +378,10 @@ fn the_shipped_files_load() {
             let plan = Plan::resolve(&sources).unwrap();
             assert_eq!(plan.parallel.strategy.to_string(), strategy, "{parallel}");
             assert_eq!(plan.training.max_grad_norm, Some(1.0));
-            assert_eq!(plan.notices, [""; 0], "{training} with {parallel}");
+            let named = !plan.parallel.layer_classes.is_empty();
+            assert_eq!(named, parallel.ends_with("_layer.yaml"), "{parallel}");
+            let ignored = plan.notices.iter().all(|line| line.contains("without meaning here"));
+            assert!(ignored && plan.notices.len() == usize::from(named), "{:?}", plan.notices);
             let supported = training != "training_llm.yaml";
             assert_eq!(Plan::load(&sources).is_ok(), supported, "{training} with {parallel}");
         }

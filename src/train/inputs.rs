@@ -6,13 +6,13 @@ use std::sync::Arc;
 use tracing::info;
 
 use super::{best, output};
-use crate::config::{self, DatasetKind, ModelKind, Plan};
+use crate::config::{self, DatasetKind, ModelKind, Plan, Strategy};
 use crate::data::{Dataset, LoadOptions, LoadReport, Sampler, SamplerOptions};
 use crate::engine::MemoryForecast;
 use crate::error::{Error, Result};
 use crate::hub::{self, ModelDir};
-use crate::model::ModelConfig;
 use crate::model::weights::WeightFiles;
+use crate::model::{ModelConfig, foreign_layer_classes};
 use crate::optim::Schedule;
 use crate::score::check_model;
 use crate::text::{LengthReport, PairTokenizer, TextFormat};
@@ -156,6 +156,10 @@ impl Inputs {
         for keyword in super::parameter_groups(plan).unmatched(&parameters) {
             lines.push(format!("special_lr_groups: {keyword:?} is in no parameter's name"));
         }
+        let classes = &plan.parallel.layer_classes;
+        for line in foreign_layer_classes(classes, &self.config.model_type) {
+            lines.push(plan.warning("layer_classes", line));
+        }
         if self.tokenizer.fixed_tokens() == 0 {
             lines.push("the tokenizer has no pair template: texts are joined as they are".into());
         }
@@ -176,29 +180,33 @@ impl Inputs {
         Ok(lines.join("\n"))
     }
 
-    /// What a worker will hold, and whether the machine has that much. Hybrid runs divide by the
-    /// workers of a machine, which is what `world_size` is before any start.
+    /// What a worker will hold, and whether there is that much. Hybrid runs divide by the workers
+    /// of a machine.
     fn forecast(&self, plan: &Plan, world_size: usize) -> String {
-        let options = super::engine_options(plan, tch::Device::Cpu, 0, world_size);
+        let on_a_machine = world_size.div_ceil(plan.parallel.machines);
+        let dividing = match plan.parallel.strategy {
+            Strategy::Hybrid { .. } => on_a_machine,
+            Strategy::Ddp | Strategy::Zero { .. } => world_size,
+        };
+        let options = super::engine_options(plan, tch::Device::Cpu, 0, dividing);
         let group = match self.train.kind {
             DatasetKind::Pointwise => 1,
             DatasetKind::Grouped => plan.data.group_size,
         };
         let tokens = plan.training.batch_size * group * plan.data.max_len;
         let forecast = MemoryForecast::new(&self.config, &options, tokens);
-        let workers = plan.parallel.processes.unwrap_or(world_size);
-        let needed = (forecast.total() + forecast.held.host) * workers;
-        let on_cpu = plan.parallel.device != Some(config::Device::Cuda);
-        match runtime::available_memory() {
-            Some(available) if on_cpu && needed > available => format!(
-                "{forecast}\nthis does not fit: {workers} workers need {:.1} GB, this machine has {:.1} GB \
-                 left; lower batch_size or max_len, set gradient_checkpointing: true, or divide \
-                 more",
-                needed as f64 / 1e9,
-                available as f64 / 1e9
-            ),
-            _ => forecast.to_string(),
+        let on_gpu = match plan.parallel.device {
+            Some(device) => device == config::Device::Cuda,
+            None => runtime::sees_gpu(),
+        };
+        let mut lines = vec![forecast.to_string()];
+        if on_gpu {
+            lines.extend(shortfall("a GPU", forecast.total(), runtime::freest_gpu_memory()));
         }
+        let on_host = forecast.held.host + if on_gpu { 0 } else { forecast.total() };
+        let needed = on_host * on_a_machine;
+        lines.extend(shortfall("this machine", needed, runtime::available_memory()));
+        lines.join("\n")
     }
 
     /// Logs the plan's notices and what was read, a line at a time.
@@ -211,6 +219,18 @@ impl Inputs {
         }
         Ok(())
     }
+}
+
+/// What to say where `needed` bytes are more than there are `available`, if that is known.
+fn shortfall(place: &str, needed: usize, available: Option<usize>) -> Option<String> {
+    let available = available.filter(|&available| needed > available)?;
+    let gb = |bytes: usize| bytes as f64 / 1e9;
+    Some(format!(
+        "this does not fit: {place} has to hold {:.1} GB and has {:.1} GB left; lower batch_size or \
+         max_len, set gradient_checkpointing: true, or divide more",
+        gb(needed),
+        gb(available)
+    ))
 }
 
 /// The base model's directory, downloaded where it is on the hub.
@@ -248,4 +268,23 @@ fn load_data(
         label_max: plan.data.labels.max,
         skip_bad_records: plan.data.skip_bad_records,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::shortfall;
+
+    #[test]
+    fn only_what_is_known_not_to_fit_is_told() {
+        assert_eq!(shortfall("a GPU", 80, Some(80)), None);
+        assert_eq!(shortfall("a GPU", 80, None), None);
+        let line = shortfall("a GPU", 96_000_000_000, Some(79_500_000_000));
+        assert_eq!(
+            line.as_deref(),
+            Some(
+                "this does not fit: a GPU has to hold 96.0 GB and has 79.5 GB left; lower \
+                 batch_size or max_len, set gradient_checkpointing: true, or divide more"
+            )
+        );
+    }
 }

@@ -2,6 +2,7 @@
 
 mod best;
 pub mod inputs;
+mod memory;
 mod output;
 mod report;
 mod validate;
@@ -20,7 +21,7 @@ pub use validate::Validation;
 use crate::checkpoint::model_dir::MAX_SHARD_BYTES;
 use crate::checkpoint::{SavedModel, Sidecar, save_model};
 use crate::comm::{Communicator, Gloo, Groups, Nccl, Reduction, Solo, reduce_values};
-use crate::config::{self, Plan, Precision, Strategy};
+use crate::config::{self, Plan, Precision, Strategy, ZeroStage};
 use crate::data::{Augment, Dataset, StepPlan};
 use crate::engine::{Engine, EngineOptions, StepOptions, StepReport, TrainBatch};
 use crate::error::{Error, Result};
@@ -31,6 +32,7 @@ use crate::text::{PipelineOptions, TokenBatch, WorkItem, token_batches};
 use crate::torch_ext::{nccl, runtime};
 
 use best::{Best, Verdict};
+use memory::Memory;
 use report::Reporter;
 
 /// Deadline of the rendezvous and of every collective, where `--timeout` gives none.
@@ -68,9 +70,11 @@ pub fn run(plan: &Plan, env: &WorkerEnv) -> Result<()> {
         engine,
     };
     let validation = job.train()?;
-    job.save(output::MODEL, validation)?;
-    job.reporter.finish(plan, job.best)?;
-    groups.world.barrier()
+    let saving = job.save(output::MODEL, validation)?;
+    let memory = Memory::gather(&job.engine, saving, groups.world.as_ref())?;
+    job.reporter.finish(&memory)?;
+    job.reporter.best(plan, job.best)?;
+    groups.world.leave()
 }
 
 /// Meets the other ranks, and forms the groups that the strategy works over.
@@ -107,11 +111,13 @@ pub fn check_machines(plan: &Plan, world_size: usize, local: usize) -> Result<()
         );
         return Err(plan.error("num_machines", message));
     }
-    let hybrid = matches!(plan.parallel.strategy, Strategy::Hybrid { .. });
-    if hybrid && (machines < 2 || !world_size.is_multiple_of(local)) {
+    if let Strategy::Hybrid { stage } = plan.parallel.strategy
+        && (machines < 2 || !world_size.is_multiple_of(local))
+    {
+        let flat = if stage == ZeroStage::Three { "FULL_SHARD" } else { "SHARD_GRAD_OP" };
         let message = format!(
             "hybrid sharding divides inside a machine and repeats over machines of one size, but \
-             these {world_size} worker(s) are on {machines}; use FULL_SHARD or SHARD_GRAD_OP"
+             these {world_size} worker(s) are on {machines}; use {flat}"
         );
         return Err(plan.error("strategy", message));
     }
@@ -280,8 +286,9 @@ impl Job<'_> {
         self.engine.train_step(micro, options, self.groups)
     }
 
-    /// Saves the model as the directory `name` of the output directory, with these metrics.
-    fn save(&self, name: &str, validation: Option<Validation>) -> Result<()> {
+    /// Saves the model as the directory `name` of the output directory, with these metrics; returns
+    /// the most bytes of parameters that this rank held meanwhile.
+    fn save(&self, name: &str, validation: Option<Validation>) -> Result<usize> {
         let started = Instant::now();
         let target = self.plan.saving.output_dir.join(name);
         let metrics = validation.map_or(serde_json::Value::Null, |v| v.to_json());
@@ -292,12 +299,12 @@ impl Job<'_> {
             sidecar: &Sidecar::of_run(self.plan, self.inputs.model_revision.clone(), metrics),
             max_shard_bytes: MAX_SHARD_BYTES,
         };
-        save_model(model, &target, self.groups)?;
+        let most_held = save_model(model, &target, self.groups)?;
         let seconds = started.elapsed().as_secs_f64();
         if self.groups.world.rank() == 0 {
             info!("saved {} in {seconds:.1} s", target.display());
         }
-        Ok(())
+        Ok(most_held)
     }
 }
 

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use tracing::{Level, debug, enabled, info};
 
 use super::best::Best;
+use super::memory::Memory;
 use super::output::{BEST, RUNS};
 use super::validate::Validation;
 use crate::checkpoint::atomic::{create_dir, remove_dir};
@@ -229,18 +230,26 @@ impl Reporter {
         self.write(&line)
     }
 
-    /// The last words of a run, after the final model was saved: where training ended, and which
-    /// model is the best.
-    pub(super) fn finish(&mut self, plan: &Plan, best: Option<Best>) -> Result<()> {
+    /// The last words of a run: where training ended, and what the workers held.
+    pub(super) fn finish(&mut self, memory: &Memory) -> Result<()> {
         self.flush()?;
+        if self.sink.is_some() {
+            if self.last_step < self.total_steps {
+                info!("stopped early, after {} of {} steps", self.last_step, self.total_steps);
+            }
+            let seconds = self.elapsed();
+            info!("trained {} pairs ({} tokens) in {seconds:.1} s", self.pairs, self.tokens);
+            info!("{memory}");
+        }
+        self.write(&memory.to_json())
+    }
+
+    /// Names the best model, once the final one is saved; without one, what an earlier run that
+    /// this one replaces left in its place is removed.
+    pub(super) fn best(&self, plan: &Plan, best: Option<Best>) -> Result<()> {
         if self.sink.is_none() {
             return Ok(());
         }
-        if self.last_step < self.total_steps {
-            info!("stopped early, after {} of {} steps", self.last_step, self.total_steps);
-        }
-        let seconds = self.elapsed();
-        info!("trained {} pairs ({} tokens) in {seconds:.1} s", self.pairs, self.tokens);
         let dir = plan.saving.output_dir.join(BEST);
         match best.and_then(|best| Some((best.metric, best.found?))) {
             Some((metric, (value, step))) => {
@@ -248,12 +257,11 @@ impl Reporter {
                     "the best model, {metric} {value:.4} after step {step}, is {}",
                     dir.display()
                 );
+                Ok(())
             }
-            // Of an earlier run that this one replaces.
-            None if dir.exists() => remove_dir(&dir)?,
-            None => {}
+            None if dir.exists() => remove_dir(&dir),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     fn write(&mut self, line: &Value) -> Result<()> {

@@ -112,13 +112,8 @@ pub fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
-/// One rank's end of a world whose rank 0 listens on `port`.
-pub fn connect(
-    port: u16,
-    rank: usize,
-    world_size: usize,
-    library: Option<&Arc<nccl::Nccl>>,
-) -> Box<dyn Communicator> {
+/// One rank's end of a Gloo group whose rank 0 listens on `port`.
+pub fn gloo(port: u16, rank: usize, world_size: usize, timeout: Duration) -> Gloo {
     let env = WorkerEnv {
         rank,
         local_rank: rank,
@@ -131,8 +126,18 @@ pub fn connect(
         restart_count: 0,
         progress: false,
     };
+    Gloo::join(&env, timeout).unwrap()
+}
+
+/// One rank's end of a world whose rank 0 listens on `port`.
+pub fn connect(
+    port: u16,
+    rank: usize,
+    world_size: usize,
+    library: Option<&Arc<nccl::Nccl>>,
+) -> Box<dyn Communicator> {
     let timeout = Duration::from_secs(60);
-    let gloo = Gloo::join(&env, timeout).unwrap();
+    let gloo = gloo(port, rank, world_size, timeout);
     match library {
         Some(library) => {
             Box::new(Nccl::join(gloo, Arc::clone(library), Device::Cpu, timeout).unwrap())
