@@ -150,9 +150,10 @@ check_libraries() {
     libraries=$root/lib$(printf ':%s' "${root%/torch}"/nvidia/*/lib)
     export LD_LIBRARY_PATH=$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
     report ok "PyTorch's libraries" "${found%% *}"
-    gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
-    judge "GPUs" "$gpus: $("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name(0))')" \
-        "a > 0" "$gpus"
+    found=$("$PYTHON" -c 'import torch
+for i in range(torch.cuda.device_count()): print(torch.cuda.get_device_name(i))' 2>/dev/null)
+    gpus=$(grep -c . <<<"$found")
+    judge "GPUs" "$gpus: ${found//$'\n'/, }" "a > 0" "$gpus"
     ((gpus > 0))
 }
 
