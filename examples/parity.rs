@@ -184,7 +184,7 @@ impl Golden {
             }
             engine.update(&report, options, groups)?;
         }
-        let scale = engine.loss_scale().map_or(1.0, reranker::engine::LossScale::scale);
+        let scale = engine.loss_scale().map_or(1.0, reranker::optim::LossScale::scale);
         let mut all = Vec::new();
         for unit in engine.units() {
             all.extend(host(&unit.grads()?)?.into_iter().map(|value| value / scale));

@@ -14,13 +14,13 @@ use common::{golden_dir, relative};
 use reranker::checkpoint::Sidecar;
 use reranker::checkpoint::model_dir::ModelFiles;
 use reranker::checkpoint::training::{
-    Identity, Lock, Manifest, Progress, SaveOptions, Saver, Store,
+    Identity, Lock, Manifest, Moment, Progress, SaveOptions, Saver, Store,
 };
 use reranker::comm::Groups;
 use reranker::model::ModelConfig;
 use reranker::model::weights::WeightFiles;
 use reranker::shard::Offload;
-use serde_json::json;
+use serde_json::{Value, json};
 use tch::Kind;
 
 type Parameters = BTreeMap<String, Vec<f64>>;
@@ -52,6 +52,12 @@ fn progress(step: usize) -> Progress {
     Progress { step, epoch: 0, items: 4 * step }
 }
 
+fn save(saver: &mut Saver, step: usize, job: Value, trainer: &Trainer, groups: &Groups) {
+    let loss_scale = trainer.engine.loss_scale().copied();
+    let now = Moment { progress: progress(step), loss_scale, job };
+    saver.save(now, trainer.engine.units(), groups).unwrap();
+}
+
 /// Trains to the end, with checkpoints after `saves`; returns rank 0's parameters.
 fn train_and_save(case: Case, root: &Path, saves: &'static [usize]) -> Parameters {
     let root = root.to_owned();
@@ -61,7 +67,7 @@ fn train_and_save(case: Case, root: &Path, saves: &'static [usize]) -> Parameter
         let mut done = 0;
         for &step in saves {
             trainer.steps(done, step, groups);
-            saver.save(progress(step), json!({"best": step}), &trainer.engine, groups).unwrap();
+            save(&mut saver, step, json!({"best": step}), &trainer, groups);
             done = step;
         }
         trainer.steps(done, STEPS, groups);
@@ -80,7 +86,10 @@ fn resume(case: Case, root: &Path, step: usize, end: usize) -> Parameters {
         assert_eq!(manifest.progress, progress(step));
         assert_eq!(manifest.job, json!({"best": step}));
         let mut trainer = Trainer::new(case, groups);
-        manifest.restore(&store.path(step), &mut trainer.engine, groups).unwrap();
+        manifest.restore(&store.path(step), trainer.engine.units(), groups).unwrap();
+        if let Some(loss_scale) = manifest.loss_scale {
+            trainer.engine.set_loss_scale(loss_scale);
+        }
         trainer.steps(step, end, groups);
         trainer.parameters(groups)
     });
@@ -222,7 +231,7 @@ fn old_checkpoints_go_and_what_is_no_checkpoint_stays() {
         let mut saver = saver(&dir, 2, groups);
         for step in 2..6 {
             trainer.steps(step, step + 1, groups);
-            saver.save(progress(step), json!(null), &trainer.engine, groups).unwrap();
+            save(&mut saver, step, json!(null), &trainer, groups);
         }
         saver.finish(groups).unwrap();
     });
@@ -235,7 +244,7 @@ fn old_checkpoints_go_and_what_is_no_checkpoint_stays() {
     on_ranks(Case { ranks: 1, ..case }, None, move |groups| {
         let trainer = Trainer::new(Case { ranks: 1, ..case }, groups);
         let mut saver = saver(&dir, 2, groups);
-        saver.save(progress(3), json!(null), &trainer.engine, groups).unwrap();
+        save(&mut saver, 3, json!(null), &trainer, groups);
         saver.finish(groups).unwrap();
     });
     assert_eq!(store.steps().unwrap(), [3, 1]);

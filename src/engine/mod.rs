@@ -8,7 +8,6 @@
 //! reductions start as soon as a stage's gradients are whole.
 
 mod forecast;
-mod loss_scale;
 mod step;
 mod walk;
 
@@ -17,12 +16,12 @@ use std::sync::Arc;
 use tch::{Device, Kind};
 
 pub use forecast::MemoryForecast;
-pub use loss_scale::LossScale;
 pub use step::{StepOptions, StepReport, TrainBatch};
 
 use crate::error::Result;
 use crate::model::weights::WeightFiles;
 use crate::model::{ModelConfig, Stage};
+use crate::optim::LossScale;
 use crate::shard::{FlatUnit, HeldBytes, Offload, ParameterGroups, Share, UnitOptions};
 
 /// How an engine keeps and computes a model.

@@ -8,8 +8,8 @@ use serde_json::Value;
 
 use super::{damaged, read};
 use crate::atomic::write_synced;
-use crate::engine::LossScale;
 use crate::error::Result;
+use crate::optim::LossScale;
 use crate::shard::FlatUnit;
 
 /// The manifest's name inside a checkpoint.
@@ -31,6 +31,18 @@ pub struct Progress {
     pub epoch: usize,
     /// Items (pairs, or groups) of that epoch that steps have used.
     pub items: usize,
+}
+
+impl Progress {
+    /// A step was taken, which used `items` of the epoch, and perhaps ended it.
+    pub fn advance(&mut self, items: usize, ends_epoch: bool) {
+        self.step += 1;
+        self.items += items;
+        if ends_epoch {
+            self.epoch += 1;
+            self.items = 0;
+        }
+    }
 }
 
 /// What a run trains on and how, by name. A run goes on from its own checkpoints only.

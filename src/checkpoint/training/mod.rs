@@ -16,7 +16,7 @@ mod states;
 mod store;
 
 pub use manifest::{Identity, Manifest, Progress};
-pub use saver::{SaveOptions, Saver};
+pub use saver::{Moment, SaveOptions, Saver};
 pub use states::{StateFiles, UnitStates};
 pub use store::{Lock, Store};
 

@@ -16,8 +16,9 @@ use super::{fail_point, io, model, read};
 use crate::atomic::{create_dir, sync_dir, write_synced};
 use crate::checkpoint::model_dir::ModelFiles;
 use crate::comm::{Groups, Reduction, reduce_values};
-use crate::engine::Engine;
 use crate::error::{Error, Result};
+use crate::optim::LossScale;
+use crate::shard::FlatUnit;
 
 /// Between two looks of rank 0 for the other ranks' receipts.
 const LOOK: Duration = Duration::from_millis(10);
@@ -38,6 +39,17 @@ pub struct SaveOptions {
     pub timeout: Duration,
     /// What the model directory needs beside weights.
     pub model: ModelFiles,
+}
+
+/// Where a run is when it saves, beside what its units hold.
+#[derive(Debug)]
+pub struct Moment {
+    /// How far it is.
+    pub progress: Progress,
+    /// The loss scale of an fp16 run.
+    pub loss_scale: Option<LossScale>,
+    /// What the job keeps besides.
+    pub job: Value,
 }
 
 /// Saves a run's checkpoints from one rank.
@@ -90,55 +102,48 @@ impl Saver {
         })
     }
 
-    /// Copies the states of `engine`, and starts writing them as the checkpoint of `progress`. An
-    /// earlier save is finished first. All ranks call it together.
+    /// Copies the states of `units`, and starts writing them as the checkpoint of `now`. An earlier
+    /// save is finished first. All ranks call it together.
     ///
     /// # Errors
     /// What an earlier save, or this one so far, failed with, on this rank or another;
     /// [`Error::Comm`] when a peer went away.
-    pub fn save(
-        &mut self,
-        progress: Progress,
-        job: Value,
-        engine: &Engine,
-        groups: &Groups,
-    ) -> Result<()> {
+    pub fn save(&mut self, now: Moment, units: &[FlatUnit], groups: &Groups) -> Result<()> {
         self.finish(groups)?;
         // One rank holds what its replicas hold as well.
         let writes = groups.replicas().is_none_or(|replicas| replicas.rank() == 0);
-        let room = if writes { self.check_room(engine, groups) } else { Ok(()) };
+        let room = if writes { self.check_room(units, groups) } else { Ok(()) };
         agree(room, groups)?;
         if !writes {
             return Ok(());
         }
         let buffers = match self.buffers.take() {
             Some(buffers) => buffers,
-            None => engine
-                .units()
+            None => units
                 .iter()
                 .map(|unit| UnitStates::zeros(unit.own_part().len()))
                 .collect::<Result<_>>()?,
         };
-        for (unit, UnitStates(states)) in engine.units().iter().zip(&buffers) {
+        for (unit, UnitStates(states)) in units.iter().zip(&buffers) {
             unit.copy_states(states)?;
         }
         let manifest = (groups.world.rank() == 0).then(|| Manifest {
             format_version: Manifest::version(),
             program: format!("reranker {}", env!("CARGO_PKG_VERSION")),
-            progress,
+            progress: now.progress,
             items_per_step: self.options.items_per_step,
             world_size: groups.world.world_size(),
             rank_files: groups.shard().world_size(),
-            loss_scale: engine.loss_scale().copied(),
+            loss_scale: now.loss_scale,
             identity: self.options.identity.clone(),
-            job,
-            units: engine.units().iter().map(UnitRecord::of).collect(),
+            job: now.job,
+            units: units.iter().map(UnitRecord::of).collect(),
             files: Vec::new(),
         });
         let job = Job {
             store: self.store.clone(),
             options: Arc::clone(&self.options),
-            staging: self.store.staging(progress.step, self.nonce),
+            staging: self.store.staging(now.progress.step, self.nonce),
             writer: (groups.shard().rank(), groups.shard().world_size()),
             manifest,
             cancel: Arc::clone(&self.cancel),
@@ -192,13 +197,13 @@ impl Saver {
     }
 
     /// Whether the disk has room for what this rank writes, and on rank 0 the model.
-    fn check_room(&self, engine: &Engine, groups: &Groups) -> Result<()> {
+    fn check_room(&self, units: &[FlatUnit], groups: &Groups) -> Result<()> {
         let root = self.store.staging(0, 0);
         let root = root.parent().unwrap_or(Path::new("."));
         create_dir(root)?;
         let Ok(disk) = rustix::fs::statvfs(root) else { return Ok(()) };
         let ranks = groups.shard().world_size() as u64;
-        let states = states::bytes_per_rank(engine.units()) * ranks;
+        let states = states::bytes_per_rank(units) * ranks;
         let needed = states + states / 3 + SPARE_BYTES;
         let free = disk.f_bavail * disk.f_frsize;
         if free >= needed {
@@ -320,20 +325,17 @@ impl Job {
 }
 
 impl Manifest {
-    /// Takes up the loss scale and the weights and moments of `engine`'s units from the checkpoint
-    /// `dir`. All ranks call it together.
+    /// Takes up the weights and moments of `units` from the checkpoint `dir`. All ranks call it
+    /// together.
     ///
     /// # Errors
     /// [`Error::File`] or [`Error::Io`] when the files do not hold what the model needs.
-    pub fn restore(&self, dir: &Path, engine: &mut Engine, groups: &Groups) -> Result<()> {
+    pub fn restore(&self, dir: &Path, units: &[FlatUnit], groups: &Groups) -> Result<()> {
         let files = StateFiles::open(dir, self)?;
-        for unit in engine.units() {
+        for unit in units {
             let UnitStates(states) = files.read(unit.layout(), unit.slice())?;
             unit.restore_states(&states)?;
             unit.share_update(groups.shard())?.wait()?;
-        }
-        if let Some(loss_scale) = self.loss_scale {
-            engine.set_loss_scale(loss_scale);
         }
         Ok(())
     }
