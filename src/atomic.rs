@@ -165,7 +165,7 @@ impl Drop for StagedFile {
 }
 
 /// Flushes a directory's entries to the disk.
-fn sync_dir(dir: &Path) -> Result<()> {
+pub(crate) fn sync_dir(dir: &Path) -> Result<()> {
     let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
     File::open(dir).and_then(|handle| handle.sync_all()).map_err(io(dir, "flush the directory"))
 }

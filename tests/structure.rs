@@ -40,18 +40,18 @@ const FLAGS: &[(&str, &str)] = &[
     (
         "rr-launch",
         "--config --config-file --config_file --cpu --dry-run --gpus --grace --help --master-port \
-         --nproc --overwrite --parallel --resume --set --skip-bad-records --timeout --version",
+         --nproc --overwrite --parallel --resume --resume-anyway --set --skip-bad-records --timeout --version",
     ),
     ("reranker", "--help --version"),
     (
         "reranker train",
         "--config --config-file --config_file --device --help --overwrite --parallel --resume \
-         --set --skip-bad-records --timeout",
+         --resume-anyway --set --skip-bad-records --timeout",
     ),
     (
         "reranker check",
         "--config --config-file --config_file --device --for-launch --gpus --help --nproc --overwrite \
-         --parallel --resume --set --skip-bad-records --timeout",
+         --parallel --resume --resume-anyway --set --skip-bad-records --timeout",
     ),
     (
         "reranker score",

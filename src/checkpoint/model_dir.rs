@@ -46,6 +46,56 @@ pub struct SavedModel<'a> {
     pub max_shard_bytes: usize,
 }
 
+/// What a model directory needs beside weights, kept for later: the base model's own files may be
+/// gone by then.
+#[derive(Debug)]
+pub struct ModelFiles {
+    /// `config.json` and the tokenizer's files, by name.
+    files: Vec<(String, Vec<u8>)>,
+    sidecar: Sidecar,
+    /// Weight files are split above this many bytes.
+    pub max_shard_bytes: usize,
+}
+
+impl ModelFiles {
+    /// The files of a model of `config` with the tokenizer in `base`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] with the file that cannot be read.
+    pub fn read(
+        config: &ModelConfig,
+        base: &Path,
+        sidecar: Sidecar,
+        max_shard_bytes: usize,
+    ) -> Result<Self> {
+        let text = serde_json::to_string_pretty(&saved_config(config)).unwrap_or_default();
+        let mut files = vec![("config.json".to_owned(), (text + "\n").into_bytes())];
+        for name in TOKENIZER_FILES {
+            let from = base.join(name);
+            if from.exists() {
+                let bytes = std::fs::read(&from).map_err(|source| Error::Io {
+                    path: from,
+                    action: "read",
+                    source,
+                })?;
+                files.push((name.to_owned(), bytes));
+            }
+        }
+        Ok(Self { files, sidecar, max_shard_bytes })
+    }
+}
+
+/// Writes everything of a model directory but weights into `dir`.
+///
+/// # Errors
+/// [`Error::Io`] with the file.
+pub fn write_model_files(dir: &Path, model: &ModelFiles) -> Result<()> {
+    for (name, bytes) in &model.files {
+        write_synced(&dir.join(name), bytes)?;
+    }
+    model.sidecar.write(dir)
+}
+
 /// Writes the model directory `target` on rank 0, whole or not at all, replacing one that is there.
 /// Every rank calls it: divided parameters are collected a stage at a time, so that no rank holds
 /// the whole model. Returns the most bytes of parameters that this rank held meanwhile, its own
@@ -61,20 +111,8 @@ pub fn save_model(model: SavedModel<'_>, target: &Path, groups: &Groups) -> Resu
     let staged = StagedDir::new(target)?;
     let dir = staged.path();
     let most_held = write_weights(model, dir, groups)?;
-    let config = serde_json::to_string_pretty(&saved_config(model.config)).unwrap_or_default();
-    write_synced(&dir.join("config.json"), (config + "\n").as_bytes())?;
-    for name in TOKENIZER_FILES {
-        let from = model.base.join(name);
-        if from.exists() {
-            let bytes = std::fs::read(&from).map_err(|source| Error::Io {
-                path: from,
-                action: "read",
-                source,
-            })?;
-            write_synced(&dir.join(name), &bytes)?;
-        }
-    }
-    model.sidecar.write(dir)?;
+    let (sidecar, limit) = (model.sidecar.clone(), model.max_shard_bytes);
+    write_model_files(dir, &ModelFiles::read(model.config, model.base, sidecar, limit)?)?;
     staged.publish()?;
     Ok(most_held)
 }

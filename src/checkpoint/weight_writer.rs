@@ -106,7 +106,7 @@ impl WeightWriter {
 }
 
 /// Length and JSON header of a safetensors file whose data follows in the order of `specs`.
-fn header(specs: &[TensorSpec], path: &Path) -> Result<Vec<u8>> {
+pub(super) fn header(specs: &[TensorSpec], path: &Path) -> Result<Vec<u8>> {
     let mut offset = 0;
     let tensors = specs
         .iter()

@@ -52,6 +52,9 @@ pub struct PlanArgs {
     /// Continue an unfinished run: auto, never, or a checkpoint's path
     #[arg(long, value_name = "WHAT")]
     pub resume: Option<String>,
+    /// Go on from a checkpoint although the run differs
+    #[arg(long)]
+    pub resume_anyway: bool,
     /// Replace a finished run in the output directory
     #[arg(long)]
     pub overwrite: bool,
@@ -240,6 +243,7 @@ impl PlanArgs {
             skip_bad_records: self.skip_bad_records,
             processes,
             device: device.map(Into::into),
+            resume_anyway: self.resume_anyway,
             timeout: self.timeout,
         })
     }

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::net::{TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
-use rr_launch::contract::WorkerEnv;
+use rr_launch::contract::{WorkerEnv, vars};
 use tch::{Device, Tensor};
 
 use super::{Communicator, Pending, Place, Reduction, operation};
@@ -47,12 +47,17 @@ impl Gloo {
                     .map_err(|error| failed(format!("no way to that address: {error}")))?,
             ),
         };
-        if env.rank > 0 {
+        // torchrun's agent already listens at the address that it gives.
+        let agent_serves = std::env::var(vars::TORCHELASTIC_USE_AGENT_STORE)
+            .is_ok_and(|value| value.eq_ignore_ascii_case("true"));
+        let serves_store = env.rank == 0 && !agent_serves;
+        if !serves_store {
             wait_for_store(&env.master_addr, env.master_port, timeout);
         }
         let join = Join {
             host: env.master_addr.clone(),
             port: env.master_port,
+            serves_store,
             rank: env.rank,
             world_size: env.world_size,
             timeout,

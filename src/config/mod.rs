@@ -24,8 +24,8 @@ mod tests;
 
 pub use plan::{
     DataPlan, DatasetKind, Device, LabelRange, LoggingPlan, LossKind, LrGroup, ModelKind,
-    ModelPlan, ParallelPlan, Plan, Precision, Resume, SavingPlan, Sources, Strategy, Tracker,
-    TrainingPlan, ZeroStage,
+    ModelPlan, ParallelPlan, Plan, Precision, Resume, SaveFailure, SavingPlan, Sources, Strategy,
+    Tracker, TrainingPlan, ZeroStage,
 };
 pub use reader::Origin;
 pub use tree::Place;

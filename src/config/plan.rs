@@ -32,6 +32,8 @@ pub struct Sources {
     pub processes: Option<usize>,
     /// The device, when the command line chose it.
     pub device: Option<Device>,
+    /// `--resume-anyway`: go on from the checkpoint of a run that differs.
+    pub resume_anyway: bool,
     /// `--timeout`: the longest wait for a peer.
     pub timeout: Option<Duration>,
 }
@@ -281,8 +283,20 @@ pub struct SavingPlan {
     pub save_steps: Option<usize>,
     /// What to do with an unfinished run in `output_dir`.
     pub resume: Resume,
+    /// What follows when a checkpoint cannot be saved.
+    pub save_failure: SaveFailure,
     /// A finished run in `output_dir` may be replaced.
     pub overwrite: bool,
+}
+
+/// What follows when a checkpoint cannot be saved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SaveFailure {
+    /// The run ends; it can go on from the checkpoint before.
+    Stop,
+    /// The checkpoint is left out, with a warning.
+    Continue,
 }
 
 /// Where a run begins.

@@ -8,7 +8,7 @@ use super::overrides::Overrides;
 use super::parallel::{DistributedType, RawParallel};
 use super::plan::{
     DataPlan, DatasetKind, LabelRange, LoggingPlan, LossKind, LrGroup, ModelKind, ModelPlan, Plan,
-    Precision, Resume, SavingPlan, Sources, Tracker, TrainingPlan,
+    Precision, Resume, SaveFailure, SavingPlan, Sources, Tracker, TrainingPlan,
 };
 use super::reader::{Auto, Fields, Log, Origin, Setting, unknown_override};
 use super::support;
@@ -407,6 +407,7 @@ fn saving(raw: &RawTraining, sources: &Sources) -> Result<SavingPlan> {
         save_on_epoch_end: flag(raw.save_on_epoch_end.as_ref()),
         max_checkpoints: count(raw.num_max_checkpoints.as_ref(), 5, 1)?,
         save_steps: save_steps.map(|steps| count(Some(steps), 1, 1)).transpose()?,
+        save_failure: raw.save_failure.as_ref().map_or(SaveFailure::Stop, |s| s.value),
         resume: match text(raw.resume.as_ref(), "auto").as_str() {
             "auto" | "" => Resume::Auto,
             "never" => Resume::Never,

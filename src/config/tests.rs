@@ -95,7 +95,8 @@ fn defaults_are_those_of_the_specification() {
         },
         "saving": {
             "output_dir": "./output", "save_on_epoch_end": false, "num_max_checkpoints": 5,
-            "save_steps": null, "resume": "auto", "overwrite": false,
+            "save_steps": null, "resume": "auto", "save_failure": "stop",
+            "overwrite": false,
         },
         "logging": { "log_interval": 10, "log_with": [] },
         "parallel": {
@@ -149,6 +150,7 @@ reduce_in_fp32: true
 save_on_epoch_end: 1
 num_max_checkpoints: 2
 save_steps: 100
+save_failure: continue
 resume: out/checkpoints/step-3
 log_interval: 5
 log_with: [wandb, TensorBoard]
@@ -179,7 +181,8 @@ log_with: [wandb, TensorBoard]
         json["saving"],
         json!({
             "output_dir": "out", "save_on_epoch_end": true, "num_max_checkpoints": 2,
-            "save_steps": 100, "resume": "out/checkpoints/step-3", "overwrite": false,
+            "save_steps": 100, "resume": "out/checkpoints/step-3",
+            "save_failure": "continue", "overwrite": false,
         })
     );
     assert_eq!(json["logging"], json!({"log_interval": 5, "log_with": ["wandb", "tensorboard"]}));

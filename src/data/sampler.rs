@@ -82,6 +82,12 @@ impl StepPlan {
     pub fn groups(&self) -> usize {
         self.micro_batches.iter().map(MicroBatchPlan::groups).sum()
     }
+
+    /// Items over all ranks and micro-batches: groups, or pairs of pointwise data.
+    #[must_use]
+    pub fn items(&self) -> usize {
+        if self.groups() > 0 { self.groups() } else { self.pairs() }
+    }
 }
 
 /// What a sampler makes of a data set.
@@ -220,10 +226,19 @@ impl Sampler {
     /// The plan of an epoch (counted from 0); the same on every rank and every machine.
     #[must_use]
     pub fn epoch(&self, epoch: usize) -> Epoch {
+        self.epoch_from(epoch, 0)
+    }
+
+    /// The plan of what is left of an epoch after its first `used` items. How these were cut into
+    /// steps, over how many ranks, makes no difference.
+    #[must_use]
+    pub fn epoch_from(&self, epoch: usize, used: usize) -> Epoch {
         let items = self.items(epoch);
         let mut order = items.numbers();
         SeededRng::new(self.options.seed, &[SHUFFLE_STREAM, epoch as u64]).shuffle(&mut order);
-        Epoch(MicroBatches::new(&self.dataset, items, order, self.options))
+        let mut batches = MicroBatches::new(&self.dataset, items, order, self.options);
+        batches.next = used.min(batches.order.len());
+        Epoch(batches)
     }
 
     fn items(&self, epoch: usize) -> Items {

@@ -191,3 +191,32 @@ fn sizes_that_cannot_work_are_refused() {
     let error = Sampler::new(lone, base).unwrap_err().to_string();
     assert_eq!(error, "d: no group has two distinct labels, so none can be learned from");
 }
+
+#[test]
+fn an_epoch_goes_on_behind_the_items_that_were_used() {
+    for (kind, sizes) in [(DatasetKind::Pointwise, vec![47]), (DatasetKind::Grouped, vec![5; 9])] {
+        let dataset = dataset(kind, &sizes);
+        let whole = epoch(&dataset, options(2, 3, 2), 1);
+        // The same items a step, over one rank, two and three.
+        for (world_size, batch_size) in [(1, 6), (2, 3), (3, 2)] {
+            let sampler = Sampler::new(Arc::clone(&dataset), options(world_size, batch_size, 2));
+            let sampler = sampler.unwrap();
+            let mut used = 0;
+            for done in 0..=whole.len() {
+                let rest: Vec<_> = sampler.epoch_from(1, used).collect();
+                assert_eq!(global_sets(&rest), global_sets(&whole[done..]), "{kind:?} {done}");
+                used += whole.get(done).map_or(0, StepPlan::items);
+            }
+            // Another number of items a step: none is used twice, none is left out.
+            let other = epoch(&dataset, options(2, 3, 2), 1);
+            let odd = Sampler::new(Arc::clone(&dataset), options(1, 5, 1)).unwrap();
+            let rest: Vec<_> = odd.epoch_from(1, other[0].items()).collect();
+            let mut all = global_sets(&rest).concat();
+            all.extend(global_sets(&other[..1]).concat());
+            all.sort_unstable();
+            let mut expected = global_sets(&other).concat();
+            expected.sort_unstable();
+            assert_eq!(all, expected, "{kind:?}");
+        }
+    }
+}

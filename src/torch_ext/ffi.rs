@@ -52,6 +52,7 @@ pub(super) struct Attention {
 pub(super) struct GlooJoin {
     pub host: *const c_char,
     pub port: u16,
+    pub serves_store: bool,
     pub rank: c_int,
     pub world_size: c_int,
     pub timeout_ms: i64,

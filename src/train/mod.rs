@@ -1,5 +1,6 @@
 //! The training job of one worker.
 
+mod checkpoints;
 pub mod inputs;
 mod memory;
 mod output;
@@ -73,9 +74,14 @@ pub fn run(plan: &Plan, env: &WorkerEnv) -> Result<()> {
     groups.world.leave()
 }
 
+/// The longest wait for another rank.
+fn timeout(plan: &Plan) -> Duration {
+    plan.sources.timeout.unwrap_or(TIMEOUT)
+}
+
 /// Meets the other ranks, and forms the groups that the strategy works over.
 fn join(plan: &Plan, env: &WorkerEnv, device: Device) -> Result<Groups> {
-    let timeout = plan.sources.timeout.unwrap_or(TIMEOUT);
+    let timeout = timeout(plan);
     let world: Box<dyn Communicator> = match (env.world_size, device) {
         (1, _) => Box::new(Solo),
         (_, Device::Cuda(_)) => {
