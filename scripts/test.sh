@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-readonly STEPS=(fmt clippy doc build test linkage golden quickstart interop gpu torchrun)
+readonly STEPS=(fmt clippy doc build test linkage golden training quickstart interop gpu torchrun)
 readonly BIN=${CARGO_TARGET_DIR:-target}/release
 export QUICKSTART_OUTPUT=output/test-quickstart
 
@@ -27,10 +27,11 @@ describe() {
     test) echo "unit and integration tests" ;;
     linkage) echo "rr-launch is free of libtorch, reranker of its CUDA half" ;;
     golden) echo "golden files are what transformers and PyTorch compute" ;;
+    training) echo "a short training run is the one of a plain PyTorch loop" ;;
     quickstart) echo "the quick start in short form" ;;
     gpu) echo "what the GPU check can do without one" ;;
     torchrun) echo "two machines under torchrun, where network namespaces can be made" ;;
-    interop) echo "transformers and sentence-transformers give our scores" ;;
+    interop) echo "transformers and sentence-transformers give our scores, huggingface_hub our cache" ;;
     esac
 }
 
@@ -79,6 +80,12 @@ step_linkage() {
 
 step_golden() { "$python" scripts/make_golden.py --check; }
 
+# scripts/check_training.py without --short is the whole proof, a matter of minutes.
+step_training() {
+    cargo build --release --workspace
+    "$python" scripts/check_training.py --short
+}
+
 step_quickstart() { scripts/quickstart.sh --short; }
 
 # On the model that the quick start trained, with documents that have to be truncated among the pairs.
@@ -89,6 +96,7 @@ step_interop() {
     "$BIN/reranker" score --model "$model" --input "$files/interop_pairs.jsonl" \
         >"$files/interop_scores.jsonl"
     "$python" scripts/check_interop.py "$model" "$files"/interop_{pairs,scores}.jsonl
+    "$python" scripts/check_hub_cache.py "$BIN/reranker" "$model"
 }
 
 step_gpu() {
