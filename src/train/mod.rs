@@ -332,8 +332,7 @@ impl Job<'_> {
     }
 
     /// Saves the model as the directory `name` of the output directory, with the metrics of the last
-    /// validation; returns
-    /// the most bytes of parameters that this rank held meanwhile.
+    /// validation; returns the most bytes of parameters that this rank held meanwhile.
     fn save(&self, name: &str) -> Result<usize> {
         let started = Instant::now();
         let target = self.plan.saving.output_dir.join(name);
