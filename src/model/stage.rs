@@ -176,6 +176,17 @@ pub trait Stage: std::fmt::Debug {
     ) -> Result<Tensor>;
 }
 
+/// The padding index of an embedding table without one.
+pub const NO_PADDING: i64 = -1;
+
+/// Rows `ids` of `table`. The row `padding` gets no gradient, as in `torch.nn.Embedding`.
+///
+/// # Errors
+/// [`crate::Error::Torch`] from libtorch.
+pub fn embedding(table: &Tensor, ids: &Tensor, padding: i64) -> Result<Tensor> {
+    Ok(Tensor::f_embedding(table, ids, padding, false, false)?)
+}
+
 /// `x W^T + b`.
 ///
 /// # Errors

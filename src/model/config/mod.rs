@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::Value;
 use tch::Tensor;
 
-pub use encoder::EncoderConfig;
+pub use encoder::{EncoderConfig, HeadForm, PositionIds};
 
 use crate::error::{Error, Result};
 
@@ -62,12 +62,17 @@ pub enum Trunk {
 
 impl Trunk {
     fn read(model_type: &str, raw: &Value) -> Result<Self, String> {
-        if encoder::MODEL_TYPES.contains(&model_type) {
-            return encoder::read(model_type, raw).map(Self::Encoder);
+        if raw.get("quantization_config").is_some_and(|value| !value.is_null()) {
+            return Err("quantization_config is not supported, expected plain weights".into());
         }
+        let families = encoder::FAMILIES;
+        if let Some(family) = families.iter().find(|family| family.model_type == model_type) {
+            return encoder::read(family, raw).map(Self::Encoder);
+        }
+        let supported: Vec<_> = families.iter().map(|family| family.model_type).collect();
         Err(format!(
             "unknown architecture: model_type is {model_type:?}, supported: {}",
-            encoder::MODEL_TYPES.join(", ")
+            supported.join(", ")
         ))
     }
 }
@@ -140,7 +145,15 @@ impl ModelConfig {
     #[must_use]
     pub fn max_positions(&self) -> usize {
         match &self.trunk {
-            Trunk::Encoder(encoder) => encoder.max_positions as usize,
+            Trunk::Encoder(encoder) => encoder.longest_input() as usize,
+        }
+    }
+
+    /// The class in transformers that loads a saved model.
+    #[must_use]
+    pub fn architecture(&self) -> &'static str {
+        match &self.trunk {
+            Trunk::Encoder(encoder) => encoder.architecture,
         }
     }
 
@@ -156,4 +169,35 @@ impl ModelConfig {
         }
         self
     }
+}
+
+/// Refuses the first size that is not at least 1.
+fn check_sizes(sizes: &[(&str, i64)]) -> Result<(), String> {
+    match sizes.iter().find(|(_, value)| *value < 1) {
+        Some((name, value)) => Err(format!("{name} is {value}, expected at least 1")),
+        None => Ok(()),
+    }
+}
+
+/// Refuses the first dropout that is no probability below 1.
+fn check_dropouts(dropouts: &[(&str, f64)]) -> Result<(), String> {
+    match dropouts.iter().find(|(_, p)| !(0.0..1.0).contains(p)) {
+        Some((name, value)) => Err(format!("{name} is {value}, expected a probability below 1")),
+        None => Ok(()),
+    }
+}
+
+/// `pad_token_id` of `raw`: `default` where it is absent, none where it is null.
+fn padding_id(raw: &Value, default: i64, vocab_size: i64) -> Result<Option<i64>, String> {
+    let id = match raw.get("pad_token_id") {
+        None => default,
+        Some(Value::Null) => return Ok(None),
+        Some(id) => {
+            id.as_i64().ok_or_else(|| format!("pad_token_id is {id}, expected a number"))?
+        }
+    };
+    if (0..vocab_size).contains(&id) {
+        return Ok(Some(id));
+    }
+    Err(format!("pad_token_id {id} does not fit the vocabulary of {vocab_size}"))
 }

@@ -1,5 +1,5 @@
-//! BERT against transformers: logits, gradients, training curves. The golden files come from
-//! `scripts/make_golden.py`.
+//! Every family of models against transformers: logits, gradients, training curves. The golden files
+//! come from `scripts/make_golden.py`.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
@@ -8,39 +8,59 @@ use common::{Golden, floats, named, options, relative, worst};
 use reranker::config::LossKind;
 use reranker::engine::StepOptions;
 use reranker::optim::Schedule;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
-const CASES: [&str; 3] = ["bert_tiny", "bert_odd", "bert_nohead"];
+/// Classifiers of each family.
+const CLASSIFIERS: [&str; 4] = ["bert_tiny", "bert_odd", "roberta_tiny", "xlm_roberta_odd"];
+
+/// Those with a training curve of 20 steps.
+const CURVES: [&str; 3] = ["bert_tiny", "roberta_tiny", "xlm_roberta_odd"];
 
 fn all_pairs(golden: &Golden) -> Vec<usize> {
     (0..golden.pairs()).collect()
 }
 
+fn logits(golden: &Golden, kind: Kind) -> Vec<f64> {
+    let engine = golden.engine_of(1e-3, kind);
+    floats(&engine.score(&golden.batch(&all_pairs(golden)).packed, &common::solo()).unwrap())
+}
+
 #[test]
 fn logits_equal_transformers() {
-    for case in ["bert_tiny", "bert_odd"] {
+    for case in CLASSIFIERS {
         let golden = Golden::load(case);
-        let engine = golden.engine(1e-3);
-        let batch = golden.batch(&all_pairs(&golden));
-        let scores = floats(&engine.score(&batch.packed, &common::solo()).unwrap());
-        let difference = worst(&scores, &golden.floats("logits"));
+        let difference = worst(&logits(&golden, Kind::Float), &golden.floats("logits"));
         assert!(difference <= 1e-5, "{case}: logits differ by {difference}");
+    }
+}
+
+/// Over all pairs together: weights as large as these models' put single logits of transformers in
+/// bf16 up to 3e-2 from the exact ones too.
+#[test]
+fn logits_in_bf16_are_close() {
+    for case in CLASSIFIERS {
+        let golden = Golden::load(case);
+        let difference = relative(&logits(&golden, Kind::BFloat16), &golden.floats("logits"));
+        assert!(difference <= 2e-2, "{case}: logits differ by {difference}");
     }
 }
 
 #[test]
 fn a_row_scores_the_same_alone_and_in_any_batch() {
-    let golden = Golden::load("bert_tiny");
-    let engine = golden.engine(1e-3);
-    let score = |pairs: &[usize]| {
-        floats(&engine.score(&golden.batch(pairs).packed, &common::solo()).unwrap())
-    };
-    let together = score(&all_pairs(&golden));
-    for pair in all_pairs(&golden) {
-        let alone = score(&[pair])[0];
-        let between = score(&[3, pair, 7])[1];
-        assert!((alone - together[pair]).abs() <= 1e-6, "pair {pair} alone");
-        assert!((between - together[pair]).abs() <= 1e-6, "pair {pair} between others");
+    for case in CLASSIFIERS {
+        let golden = Golden::load(case);
+        let engine = golden.engine(1e-3);
+        let score = |pairs: &[usize]| {
+            floats(&engine.score(&golden.batch(pairs).packed, &common::solo()).unwrap())
+        };
+        let together = score(&all_pairs(&golden));
+        for pair in all_pairs(&golden) {
+            let alone = score(&[pair])[0];
+            let between = score(&[3, pair, 7])[1];
+            let close = |a: f64, b: f64| (a - b).abs() <= 1e-6 * b.abs().max(1.0);
+            assert!(close(alone, together[pair]), "{case}: pair {pair} alone");
+            assert!(close(between, together[pair]), "{case}: pair {pair} between others");
+        }
     }
 }
 
@@ -73,14 +93,16 @@ fn check_gradients(case: &str, loss: LossKind, prefix: &str) {
 
 #[test]
 fn gradients_equal_transformers() {
-    for case in ["bert_tiny", "bert_odd"] {
+    for case in CLASSIFIERS {
         check_gradients(case, LossKind::PointwiseBce, "");
-        check_gradients(case, LossKind::PointwiseMse, "mse.");
+        if case.starts_with("bert") {
+            check_gradients(case, LossKind::PointwiseMse, "mse.");
+        }
     }
 }
 
-fn check_curve(curve: &str) {
-    let golden = Golden::load("bert_tiny");
+fn check_curve(case: &str, curve: &str) {
+    let golden = Golden::load(case);
     let plan = &golden.info["curves"][curve];
     let steps = plan["steps"].as_u64().unwrap() as usize;
     let accumulation = plan["gradient_accumulation_steps"].as_u64().unwrap() as usize;
@@ -106,28 +128,31 @@ fn check_curve(curve: &str) {
         rates.push(lr * schedule.factor(step));
         norms.push(report.grad_norm);
     }
-    assert!(worst(&rates, &golden.floats(&format!("{curve}.lr"))) <= 1e-9, "{curve}: rates");
-    let difference = worst(&losses, &golden.floats(&format!("{curve}.loss")));
-    assert!(difference <= 1e-4, "{curve}: losses differ by {difference}");
-    let difference = worst(&norms, &golden.floats(&format!("{curve}.grad_norm")));
-    assert!(difference <= 1e-3, "{curve}: gradient norms differ by {difference}");
+    let curve_of = |what: &str| golden.floats(&format!("{curve}.{what}"));
+    assert!(worst(&rates, &curve_of("lr")) <= 1e-9, "{case}, {curve}: rates");
+    let difference = worst(&losses, &curve_of("loss"));
+    assert!(difference <= 1e-4, "{case}, {curve}: losses differ by {difference}");
+    let difference = worst(&norms, &curve_of("grad_norm"));
+    assert!(difference <= 1e-3, "{case}, {curve}: gradient norms differ by {difference}");
     let values = named(&engine, false);
     let prefix = if curve == "curve" { "final.".into() } else { format!("{curve}.final.") };
     for (name, theirs) in golden.tensors.iter().filter(|(name, _)| name.starts_with(&prefix)) {
         let ours = &values[&name[prefix.len()..]];
         let difference = relative(ours, &floats(theirs));
-        assert!(difference <= 1e-4, "{curve}: {name} ends up {difference} away");
+        assert!(difference <= 1e-4, "{case}, {curve}: {name} ends up {difference} away");
     }
 }
 
 #[test]
 fn twenty_steps_follow_a_plain_pytorch_loop() {
-    check_curve("curve");
+    for case in CURVES {
+        check_curve(case, "curve");
+    }
 }
 
 #[test]
 fn accumulation_and_clipping_follow_a_plain_pytorch_loop() {
-    check_curve("curve_clip");
+    check_curve("bert_tiny", "curve_clip");
 }
 
 #[test]
@@ -142,11 +167,4 @@ fn a_trunk_without_prefix_or_head_gets_a_seeded_head() {
     let trunk = Tensor::read_safetensors(golden.dir.join("model.safetensors")).unwrap();
     let pooler = trunk.iter().find(|(name, _)| name == "pooler.dense.weight").unwrap();
     assert_eq!(first["bert.pooler.dense.weight"], floats(&pooler.1));
-}
-
-#[test]
-fn every_case_is_present() {
-    for case in CASES {
-        assert!(common::golden_dir(case).join("golden.json").is_file(), "{case}");
-    }
 }
