@@ -37,18 +37,18 @@ const FLAGS: &[(&str, &str)] = &[
     (
         "rr-launch",
         "--config --config-file --config_file --cpu --dry-run --gpus --grace --help --master-port \
-         --nproc --overwrite --parallel --resume --set --skip-bad-records --version",
+         --nproc --overwrite --parallel --resume --set --skip-bad-records --timeout --version",
     ),
     ("reranker", "--help --version"),
     (
         "reranker train",
         "--config --config-file --config_file --device --help --overwrite --parallel --resume \
-         --set --skip-bad-records",
+         --set --skip-bad-records --timeout",
     ),
     (
         "reranker check",
         "--config --config-file --config_file --device --for-launch --help --nproc --overwrite \
-         --parallel --resume --set --skip-bad-records",
+         --parallel --resume --set --skip-bad-records --timeout",
     ),
     (
         "reranker score",

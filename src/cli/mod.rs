@@ -3,6 +3,7 @@
 mod commands;
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -54,9 +55,19 @@ pub struct PlanArgs {
     /// Drop bad records and report them, instead of stopping
     #[arg(long)]
     pub skip_bad_records: bool,
+    /// The longest wait for another worker, in seconds [default: 600]
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    pub timeout: Option<Duration>,
     /// Kind of device; by default a GPU where there is one
     #[arg(long, value_enum)]
     pub device: Option<DeviceArg>,
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().ok().filter(|&seconds: &f64| seconds >= 0.001);
+    seconds
+        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+        .ok_or_else(|| "expected a number of seconds above 0, such as 600".to_owned())
 }
 
 /// Arguments of `check`.
@@ -169,6 +180,7 @@ impl PlanArgs {
             skip_bad_records: self.skip_bad_records,
             processes,
             device: self.device.map(Into::into),
+            timeout: self.timeout,
         })
     }
 }

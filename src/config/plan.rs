@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::{Serialize, Serializer};
 
@@ -31,6 +32,8 @@ pub struct Sources {
     pub processes: Option<usize>,
     /// The device, when the command line chose it.
     pub device: Option<Device>,
+    /// `--timeout`: the longest wait for a peer.
+    pub timeout: Option<Duration>,
 }
 
 /// Everything a run needs to know.
@@ -214,6 +217,8 @@ pub struct TrainingPlan {
     pub special_lr_groups: Vec<LrGroup>,
     /// Recompute activations in the backward pass instead of keeping them.
     pub gradient_checkpointing: bool,
+    /// Reduce bf16 and fp16 gradients in fp32.
+    pub reduce_in_fp32: bool,
 }
 
 /// The precision of the computation; weights and optimizer states stay fp32.

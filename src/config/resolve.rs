@@ -238,6 +238,7 @@ impl Resolver<'_> {
             weight_decay: within(raw.weight_decay.as_ref(), 0.01, |v| v >= 0.0, "0 or more")?,
             special_lr_groups: groups.iter().map(LrGroup::from_raw).collect::<Result<_>>()?,
             gradient_checkpointing: flag(raw.gradient_checkpointing.as_ref()),
+            reduce_in_fp32: flag(raw.reduce_in_fp32.as_ref()),
         })
     }
 

@@ -28,16 +28,6 @@ const REFUSALS: &[Refusal] = &[
         instead: "use 1: a reranker gives one score per pair",
     },
     Refusal {
-        key: "offload_optimizer",
-        asks: |plan| plan.parallel.offload_optimizer.then(|| "offload to the CPU".into()),
-        instead: "use none",
-    },
-    Refusal {
-        key: "offload_parameters",
-        asks: |plan| plan.parallel.offload_parameters.then(|| "offload to the CPU".into()),
-        instead: "use none",
-    },
-    Refusal {
         key: "deepspeed_config_file",
         asks: |plan| {
             plan.parallel.deepspeed_config_file.as_ref().map(|_| "a DeepSpeed JSON file".into())

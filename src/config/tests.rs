@@ -89,7 +89,7 @@ fn defaults_are_those_of_the_specification() {
             "epochs": 2, "lr": 5e-5, "batch_size": 8, "seed": 666, "warmup_proportion": 0.1,
             "stable_proportion": 0.0, "gradient_accumulation_steps": 1, "mixed_precision": "no",
             "max_grad_norm": null, "weight_decay": 0.01, "special_lr_groups": [],
-            "gradient_checkpointing": false,
+            "gradient_checkpointing": false, "reduce_in_fp32": false,
         },
         "saving": {
             "output_dir": "./output", "save_on_epoch_end": false, "num_max_checkpoints": 5,
@@ -142,6 +142,7 @@ special_lr_groups:
   lr: 1e-4
 - {keywords: bias, lr: 1e-3}
 gradient_checkpointing: yes
+reduce_in_fp32: true
 save_on_epoch_end: 1
 num_max_checkpoints: 2
 save_steps: 100
@@ -164,6 +165,7 @@ log_with: [wandb, TensorBoard]
             "epochs": 3, "lr": 2e-5, "batch_size": 16, "seed": 1, "warmup_proportion": 0.25,
             "stable_proportion": 0.5, "gradient_accumulation_steps": 2, "mixed_precision": "bf16",
             "max_grad_norm": 1.0, "weight_decay": 0.0, "gradient_checkpointing": true,
+            "reduce_in_fp32": true,
             "special_lr_groups": [
                 {"keywords": ["score.weight", "head"], "lr": 1e-4},
                 {"keywords": ["bias"], "lr": 1e-3},

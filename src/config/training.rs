@@ -46,6 +46,7 @@ pub struct RawTraining {
     pub weight_decay: Option<Setting<f64>>,
     pub special_lr_groups: Option<Setting<Vec<RawLrGroup>>>,
     pub gradient_checkpointing: Option<Setting<bool>>,
+    pub reduce_in_fp32: Option<Setting<bool>>,
 
     pub save_on_epoch_end: Option<Setting<bool>>,
     pub num_max_checkpoints: Option<Setting<i64>>,
@@ -131,6 +132,7 @@ impl RawTraining {
             weight_decay: fields.float("weight_decay")?,
             special_lr_groups: fields.sections("special_lr_groups", RawLrGroup::read)?,
             gradient_checkpointing: fields.boolean("gradient_checkpointing")?,
+            reduce_in_fp32: fields.boolean("reduce_in_fp32")?,
             save_on_epoch_end: fields.switch("save_on_epoch_end")?,
             num_max_checkpoints: fields.integer(&["num_max_checkpoints"])?,
             save_steps: fields.integer(&["save_steps"])?,

@@ -1,6 +1,6 @@
 //! The C ABI of `csrc/`, declared once. Struct layouts repeat those of the C++ side.
 
-use std::ffi::{c_char, c_int};
+use std::ffi::{c_char, c_int, c_void};
 
 use torch_sys::C_tensor;
 
@@ -13,6 +13,20 @@ pub(super) struct Group {
 /// A collective under way; opaque.
 #[repr(C)]
 pub(super) struct Work {
+    _opaque: [u8; 0],
+}
+
+/// A stream of a device; opaque.
+#[repr(C)]
+#[derive(Debug)]
+pub(super) struct Stream {
+    _opaque: [u8; 0],
+}
+
+/// A place in a stream; opaque.
+#[repr(C)]
+#[derive(Debug)]
+pub(super) struct Event {
     _opaque: [u8; 0],
 }
 
@@ -70,6 +84,22 @@ unsafe extern "C" {
         qkv: *const C_tensor,
         options: *const Attention,
         out: *mut *mut C_tensor,
+    ) -> *mut c_char;
+
+    pub(super) fn rr_set_device(index: c_int) -> *mut c_char;
+    pub(super) fn rr_stream_new(index: c_int, out: *mut *mut Stream) -> *mut c_char;
+    pub(super) fn rr_stream_free(stream: *mut Stream);
+    pub(super) fn rr_stream_handle(stream: *const Stream, out: *mut *mut c_void) -> *mut c_char;
+    pub(super) fn rr_stream_follow(stream: *const Stream) -> *mut c_char;
+    pub(super) fn rr_stream_mark(stream: *const Stream, out: *mut *mut Event) -> *mut c_char;
+    pub(super) fn rr_event_done(event: *const Event, out: *mut bool) -> *mut c_char;
+    pub(super) fn rr_event_hold(event: *const Event) -> *mut c_char;
+    pub(super) fn rr_event_free(event: *mut Event);
+    pub(super) fn rr_device_memory(
+        index: c_int,
+        free: *mut usize,
+        total: *mut usize,
+        peak: *mut usize,
     ) -> *mut c_char;
 
     pub(super) fn rr_gloo_join(join: *const GlooJoin, out: *mut *mut Group) -> *mut c_char;

@@ -175,14 +175,14 @@ impl Inputs {
         };
         let tokens = plan.training.batch_size * group * plan.data.max_len;
         let forecast = MemoryForecast::new(&self.config, &options, tokens);
-        let needed = forecast.total() * plan.parallel.processes.unwrap_or(world_size);
+        let workers = plan.parallel.processes.unwrap_or(world_size);
+        let needed = (forecast.total() + forecast.held.host) * workers;
         let on_cpu = plan.parallel.device != Some(config::Device::Cuda);
         match runtime::available_memory() {
             Some(available) if on_cpu && needed > available => format!(
-                "{forecast}\nthis does not fit: {} workers need {:.1} GB, this machine has {:.1} GB \
+                "{forecast}\nthis does not fit: {workers} workers need {:.1} GB, this machine has {:.1} GB \
                  left; lower batch_size or max_len, set gradient_checkpointing: true, or divide \
                  more",
-                needed / forecast.total().max(1),
                 needed as f64 / 1e9,
                 available as f64 / 1e9
             ),

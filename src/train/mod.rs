@@ -18,21 +18,21 @@ pub use validate::Validation;
 
 use crate::checkpoint::model_dir::MAX_SHARD_BYTES;
 use crate::checkpoint::{SavedModel, Sidecar, save_model};
-use crate::comm::{Communicator, Gloo, Groups, Reduction, Solo, reduce_values};
+use crate::comm::{Communicator, Gloo, Groups, Nccl, Reduction, Solo, reduce_values};
 use crate::config::{self, Plan, Precision, Strategy};
 use crate::data::{Augment, StepPlan};
 use crate::engine::{Engine, EngineOptions, StepOptions, StepReport, TrainBatch};
 use crate::error::{Error, Result};
 use crate::loss;
 use crate::score::pack;
-use crate::shard::{FlatUnit, ParameterGroups, Sharding, Share};
+use crate::shard::{FlatUnit, Offload, ParameterGroups, Sharding, Share};
 use crate::text::{PipelineOptions, TokenBatch, WorkItem, token_batches};
-use crate::torch_ext::runtime;
+use crate::torch_ext::{nccl, runtime};
 
 use report::Reporter;
 
-/// Deadline of the rendezvous and of every collective.
-const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(600);
+/// Deadline of the rendezvous and of every collective, where `--timeout` gives none.
+const TIMEOUT: Duration = Duration::from_secs(600);
 
 /// Micro-batches that may be tokenized ahead of the step.
 const BATCHES_AHEAD: usize = 4;
@@ -46,7 +46,7 @@ pub fn run(plan: &Plan, env: &WorkerEnv) -> Result<()> {
     check_machines(plan, env.world_size, env.local_world_size)?;
     let inputs = Inputs::load(plan, env.world_size)?;
     let device = runtime::device(plan.parallel.device, env.local_rank)?;
-    let groups = join(plan, env)?;
+    let groups = join(plan, env, device)?;
     if env.rank == 0 {
         inputs.log(plan, env.world_size)?;
     }
@@ -71,11 +71,17 @@ pub fn run(plan: &Plan, env: &WorkerEnv) -> Result<()> {
 }
 
 /// Meets the other ranks, and forms the groups that the strategy works over.
-fn join(plan: &Plan, env: &WorkerEnv) -> Result<Groups> {
-    let world: Box<dyn Communicator> = if env.world_size == 1 {
-        Box::new(Solo)
-    } else {
-        Box::new(Gloo::join(env, COLLECTIVE_TIMEOUT)?)
+fn join(plan: &Plan, env: &WorkerEnv, device: Device) -> Result<Groups> {
+    let timeout = plan.sources.timeout.unwrap_or(TIMEOUT);
+    let world: Box<dyn Communicator> = match (env.world_size, device) {
+        (1, _) => Box::new(Solo),
+        (_, Device::Cuda(_)) => {
+            let library = nccl::Nccl::load(nccl::LIBRARY).map_err(|message| {
+                Error::Usage(format!("cannot load {}: {message}", nccl::LIBRARY))
+            })?;
+            Box::new(Nccl::join(Gloo::join(env, timeout)?, library, device, timeout)?)
+        }
+        _ => Box::new(Gloo::join(env, timeout)?),
     };
     match plan.parallel.strategy {
         Strategy::Hybrid { .. } => Groups::hybrid(world, env.local_world_size),
@@ -131,6 +137,11 @@ fn engine_options(plan: &Plan, device: Device, rank: usize, world_size: usize) -
         },
         share: Share { sharding: Sharding::of(plan.parallel.strategy), rank, world_size },
         recompute: plan.training.gradient_checkpointing || plan.parallel.activation_checkpointing,
+        offload: Offload {
+            states: plan.parallel.offload_optimizer,
+            parameters: plan.parallel.offload_parameters,
+        },
+        reduce_fp32: plan.training.reduce_in_fp32,
     }
 }
 
