@@ -4,6 +4,8 @@
 
 mod common;
 
+use std::collections::BTreeMap;
+
 use common::{Golden, floats, named, options, relative, worst};
 use reranker::config::LossKind;
 use reranker::engine::StepOptions;
@@ -11,10 +13,18 @@ use reranker::optim::Schedule;
 use tch::{Kind, Tensor};
 
 /// Classifiers of each family.
-const CLASSIFIERS: [&str; 4] = ["bert_tiny", "bert_odd", "roberta_tiny", "xlm_roberta_odd"];
+const CLASSIFIERS: [&str; 6] = [
+    "bert_tiny",
+    "bert_odd",
+    "roberta_tiny",
+    "xlm_roberta_odd",
+    "modernbert_tiny",
+    "modernbert_odd",
+];
 
 /// Those with a training curve of 20 steps.
-const CURVES: [&str; 3] = ["bert_tiny", "roberta_tiny", "xlm_roberta_odd"];
+const CURVES: [&str; 5] =
+    ["bert_tiny", "roberta_tiny", "xlm_roberta_odd", "modernbert_tiny", "modernbert_odd"];
 
 fn all_pairs(golden: &Golden) -> Vec<usize> {
     (0..golden.pairs()).collect()
@@ -155,16 +165,33 @@ fn accumulation_and_clipping_follow_a_plain_pytorch_loop() {
     check_curve("bert_tiny", "curve_clip");
 }
 
+/// Every checkpoint tensor of the engine for `case`, twice loaded, and those in its file.
+fn loaded_and_stored(case: &str) -> [BTreeMap<String, Vec<f64>>; 2] {
+    let golden = Golden::load(case);
+    let first = named(&golden.engine(1e-3), false);
+    assert_eq!(first, named(&golden.engine(1e-3), false), "the same seed gives the same head");
+    let stored = Tensor::read_safetensors(golden.dir.join("model.safetensors")).unwrap();
+    [first, stored.into_iter().map(|(name, values)| (name, floats(&values))).collect()]
+}
+
 #[test]
 fn a_trunk_without_prefix_or_head_gets_a_seeded_head() {
-    let golden = Golden::load("bert_nohead");
-    let first = named(&golden.engine(1e-3), false);
-    let again = named(&golden.engine(1e-3), false);
-    assert_eq!(first, again, "the same seed gives the same head");
-    let head = &first["classifier.weight"];
+    let [loaded, stored] = loaded_and_stored("bert_nohead");
+    let head = &loaded["classifier.weight"];
     assert!(head.iter().any(|v| v.abs() > 1e-4), "the head is not zero");
-    assert_eq!(first["classifier.bias"], [0.0]);
-    let trunk = Tensor::read_safetensors(golden.dir.join("model.safetensors")).unwrap();
-    let pooler = trunk.iter().find(|(name, _)| name == "pooler.dense.weight").unwrap();
-    assert_eq!(first["bert.pooler.dense.weight"], floats(&pooler.1));
+    assert_eq!(loaded["classifier.bias"], [0.0]);
+    assert_eq!(loaded["bert.pooler.dense.weight"], stored["pooler.dense.weight"]);
+}
+
+/// As transformers initialises it: a normal distribution of `hidden^-0.5`, cut at twice that.
+#[test]
+fn what_a_language_model_has_of_the_head_is_used() {
+    let [loaded, stored] = loaded_and_stored("modernbert_nohead");
+    for name in ["head.dense.weight", "head.norm.weight", "model.final_norm.weight"] {
+        assert_eq!(loaded[name], stored[name], "{name}");
+    }
+    let std = 32_f64.powf(-0.5);
+    let largest = loaded["classifier.weight"].iter().fold(0.0_f64, |m, v| m.max(v.abs()));
+    assert!(largest > std / 2.0 && largest <= 2.0 * std, "{largest}");
+    assert_eq!(loaded["classifier.bias"], [0.0]);
 }

@@ -4,7 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+)
 
 from . import checkpoints
 from .text import LABELS, MAX_LEN, PAIRS, encode_pair
@@ -24,8 +29,8 @@ class Case:
     model_type: str
     options: dict
     tokenizer: str = "wordpiece"
-    # Saved without its head, under names without the prefix of the trunk.
-    bare: bool = False
+    # What is saved; only classifiers are computed with.
+    auto_class: type = AutoModelForSequenceClassification
     # Files of at most so much.
     shard_size: str = "5GB"
     # Saved as this, in safetensors or as torch.save does.
@@ -54,6 +59,10 @@ BERT = dict(
     attention_probs_dropout_prob=0.0,
     max_position_embeddings=POSITIONS,
     type_vocab_size=2,
+)
+# The tokens of the WordPiece tokenizer.
+MODERNBERT = dict(
+    pad_token_id=0, cls_token_id=2, sep_token_id=3, bos_token_id=None, eos_token_id=None
 )
 CASES = {
     # Plain sizes; the loss curves are run on this one, so no dropout.
@@ -105,7 +114,7 @@ CASES = {
             hidden_act="gelu_new",
             initializer_range=0.2,
         ),
-        bare=True,
+        auto_class=AutoModel,
         extra=[],
     ),
     # One segment; as many positions as the longest input and the offset need.
@@ -141,7 +150,7 @@ CASES = {
             classifier_dropout=0.3,
             max_position_embeddings=POSITIONS,
             type_vocab_size=2,
-            initializer_range=0.25,
+            initializer_range=0.15,
             bos_token_id=0,
             eos_token_id=1,
             pad_token_id=3,
@@ -151,6 +160,68 @@ CASES = {
         format="torch",
         shard_size="48KB",
         curves=("curve",),
+    ),
+    # ModernBERT's defaults in small: no biases, every third layer global, a window of five tokens.
+    "modernbert_tiny": Case(
+        "modernbert",
+        MODERNBERT
+        | dict(
+            hidden_size=32,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            intermediate_size=48,
+            max_position_embeddings=POSITIONS,
+            local_attention=5,
+            initializer_range=0.3,
+        ),
+        curves=("curve",),
+    ),
+    # Everything else: biases, mean pooling, listed layers, other activations and frequencies.
+    "modernbert_odd": Case(
+        "modernbert",
+        MODERNBERT
+        | dict(
+            hidden_size=36,
+            num_hidden_layers=3,
+            num_attention_heads=3,
+            intermediate_size=26,
+            hidden_activation="relu",
+            max_position_embeddings=MAX_LEN,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            local_attention=12,
+            rope_parameters={
+                "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+            },
+            norm_eps=1e-3,
+            norm_bias=True,
+            attention_bias=True,
+            mlp_bias=True,
+            classifier_bias=True,
+            classifier_pooling="mean",
+            classifier_activation="silu",
+            embedding_dropout=0.1,
+            attention_dropout=0.2,
+            mlp_dropout=0.1,
+            classifier_dropout=0.3,
+            initializer_range=0.3,
+        ),
+        dtype=torch.bfloat16,
+        curves=("curve",),
+    ),
+    # As a masked language model leaves it: with the dense layer of the head, without classifier.
+    "modernbert_nohead": Case(
+        "modernbert",
+        MODERNBERT
+        | dict(
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=POSITIONS,
+            initializer_range=0.3,
+        ),
+        auto_class=AutoModelForMaskedLM,
     ),
 }
 
@@ -162,7 +233,7 @@ def write_model(case: Case, directory: Path, seed: int) -> None:
         case.model_type, vocab_size=len(tokenizer), num_labels=1, **case.options
     )
     torch.manual_seed(seed)
-    model = (AutoModel if case.bare else AutoModelForSequenceClassification).from_config(config)
+    model = case.auto_class.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             # As initialised, biases are 0 and norm weights 1: a swap would go unnoticed.
@@ -176,8 +247,9 @@ def write_model(case: Case, directory: Path, seed: int) -> None:
 
 def load_model(case: Case, directory: Path, dtype: torch.dtype) -> torch.nn.Module:
     """The saved model in evaluation mode (no dropout), computing in `dtype`."""
-    kind = AutoModel if case.bare else AutoModelForSequenceClassification
-    model = kind.from_pretrained(directory, attn_implementation="eager", dtype=torch.float32)
+    model = case.auto_class.from_pretrained(
+        directory, attn_implementation="eager", dtype=torch.float32
+    )
     return model.to(dtype).eval()
 
 
@@ -213,18 +285,6 @@ def input_tensors(encoded: Encoded) -> dict[str, torch.Tensor]:
     """`input_ids.{i}` and, where the tokenizer gives them, `token_type_ids.{i}`, int64 [L]."""
     pairs = enumerate(encoded)
     return {f"{name}.{i}": ids[0] for i, inputs in pairs for name, ids in inputs.items()}
-
-
-def trunk_tensors(model: torch.nn.Module, encoded: Encoded) -> dict[str, torch.Tensor]:
-    """`hidden.{i}` [L, H], the last layer's output, and `pooled` [N, H], the pooler's."""
-    tensors, pooled = {}, []
-    with torch.no_grad():
-        for i, inputs in enumerate(encoded):
-            output = model(**inputs)
-            tensors[f"hidden.{i}"] = output.last_hidden_state[0].float()
-            pooled.append(output.pooler_output[0].float())
-    tensors["pooled"] = torch.stack(pooled)
-    return tensors
 
 
 def loss_tensors(case: Case, model: torch.nn.Module, encoded: Encoded) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 pub mod config;
 pub mod encoder;
+pub mod modernbert;
 pub mod stage;
 pub mod weights;
 
@@ -13,5 +14,6 @@ pub use stage::{ForwardContext, PackedBatch, Parameter, Stage};
 pub fn stages(config: &ModelConfig) -> Vec<Box<dyn Stage>> {
     match &config.trunk {
         Trunk::Encoder(encoder) => encoder::stages(encoder),
+        Trunk::ModernBert(modernbert) => modernbert::stages(modernbert),
     }
 }

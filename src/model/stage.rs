@@ -13,6 +13,15 @@ use crate::error::Result;
 pub enum Init {
     /// Normal with mean 0 and this standard deviation.
     Normal(f64),
+    /// The same, drawn again beyond `cutoff` standard deviations on either side.
+    TruncatedNormal {
+        /// Standard deviation before truncation.
+        std: f64,
+        /// Where it is truncated, in standard deviations.
+        cutoff: f64,
+    },
+    /// All ones.
+    Ones,
     /// All zeros.
     Zeros,
     /// Must come from a checkpoint.

@@ -1,6 +1,9 @@
 //! `config.json` of a Hugging Face model directory, as far as the model's mathematics needs it.
 
 mod encoder;
+mod modernbert;
+#[cfg(test)]
+mod tests;
 
 use std::path::Path;
 
@@ -8,6 +11,7 @@ use serde_json::Value;
 use tch::Tensor;
 
 pub use encoder::{EncoderConfig, HeadForm, PositionIds};
+pub use modernbert::{LayerAttention, ModernBertConfig, Pooling};
 
 use crate::error::{Error, Result};
 
@@ -58,6 +62,8 @@ impl Activation {
 pub enum Trunk {
     /// Every token sees every other; the head reads the first.
     Encoder(EncoderConfig),
+    /// The same with rotary positions and windows.
+    ModernBert(ModernBertConfig),
 }
 
 impl Trunk {
@@ -69,7 +75,14 @@ impl Trunk {
         if let Some(family) = families.iter().find(|family| family.model_type == model_type) {
             return encoder::read(family, raw).map(Self::Encoder);
         }
-        let supported: Vec<_> = families.iter().map(|family| family.model_type).collect();
+        if model_type == modernbert::MODEL_TYPE {
+            return modernbert::read(raw).map(Self::ModernBert);
+        }
+        let supported: Vec<_> = families
+            .iter()
+            .map(|family| family.model_type)
+            .chain([modernbert::MODEL_TYPE])
+            .collect();
         Err(format!(
             "unknown architecture: model_type is {model_type:?}, supported: {}",
             supported.join(", ")
@@ -122,6 +135,7 @@ impl ModelConfig {
     pub fn hidden(&self) -> usize {
         match &self.trunk {
             Trunk::Encoder(encoder) => encoder.hidden as usize,
+            Trunk::ModernBert(modernbert) => modernbert.hidden as usize,
         }
     }
 
@@ -130,6 +144,7 @@ impl ModelConfig {
     pub fn vocab_size(&self) -> usize {
         match &self.trunk {
             Trunk::Encoder(encoder) => encoder.vocab_size as usize,
+            Trunk::ModernBert(modernbert) => modernbert.vocab_size as usize,
         }
     }
 
@@ -138,6 +153,7 @@ impl ModelConfig {
     pub fn segments(&self) -> Option<usize> {
         match &self.trunk {
             Trunk::Encoder(encoder) => Some(encoder.type_vocab_size as usize),
+            Trunk::ModernBert(_) => None,
         }
     }
 
@@ -146,6 +162,7 @@ impl ModelConfig {
     pub fn max_positions(&self) -> usize {
         match &self.trunk {
             Trunk::Encoder(encoder) => encoder.longest_input() as usize,
+            Trunk::ModernBert(modernbert) => modernbert.max_positions as usize,
         }
     }
 
@@ -154,6 +171,7 @@ impl ModelConfig {
     pub fn architecture(&self) -> &'static str {
         match &self.trunk {
             Trunk::Encoder(encoder) => encoder.architecture,
+            Trunk::ModernBert(_) => "ModernBertForSequenceClassification",
         }
     }
 
@@ -165,6 +183,12 @@ impl ModelConfig {
                 encoder.hidden_dropout = 0.0;
                 encoder.attention_dropout = 0.0;
                 encoder.classifier_dropout = 0.0;
+            }
+            Trunk::ModernBert(modernbert) => {
+                modernbert.embedding_dropout = 0.0;
+                modernbert.attention_dropout = 0.0;
+                modernbert.mlp_dropout = 0.0;
+                modernbert.classifier_dropout = 0.0;
             }
         }
         self

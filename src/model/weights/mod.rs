@@ -129,9 +129,10 @@ impl WeightFiles {
             let pointer = file.read_exact_at(&mut start, 0).is_ok() && start == LFS_POINTER;
             Error::File {
                 path: path.to_owned(),
-                message: match pointer {
-                    true => "a Git LFS pointer, not the weights; get them with git lfs pull".into(),
-                    false => message,
+                message: if pointer {
+                    "a Git LFS pointer, not the weights; get them with git lfs pull".into()
+                } else {
+                    message
                 },
             }
         })?;
@@ -255,14 +256,17 @@ fn shard_names(path: &Path) -> Result<BTreeSet<String>> {
 /// When asked for a tensor that must come from a checkpoint; [`WeightFiles::read`] refuses those.
 pub fn initialise(spec: &TensorSpec, seed: u64) -> Result<Tensor> {
     let options = (Kind::Float, tch::Device::Cpu);
+    let normal = |std: f64, cutoff: f64| -> Result<Tensor> {
+        let draws = seed::normals(seed::of_name(seed, &spec.name));
+        let kept = draws.filter(|draw| draw.abs() <= cutoff);
+        let values: Vec<f32> = kept.take(spec.elements()).map(|draw| (draw * std) as f32).collect();
+        Ok(Tensor::f_from_slice(&values)?.f_reshape(&spec.shape[..])?)
+    };
     match spec.init {
         Init::Zeros => Ok(Tensor::f_zeros(&spec.shape[..], options)?),
-        Init::Normal(std) => {
-            let draws = seed::normals(seed::of_name(seed, &spec.name));
-            let values: Vec<f32> =
-                draws.take(spec.elements()).map(|draw| (draw * std) as f32).collect();
-            Ok(Tensor::f_from_slice(&values)?.f_reshape(&spec.shape[..])?)
-        }
+        Init::Ones => Ok(Tensor::f_ones(&spec.shape[..], options)?),
+        Init::Normal(std) => normal(std, f64::INFINITY),
+        Init::TruncatedNormal { std, cutoff } => normal(std, cutoff),
         Init::FromCheckpoint => unreachable!("{} has no initial value", spec.name),
     }
 }

@@ -156,26 +156,13 @@ impl<'a, R: BufRead> Machine<'a, R> {
                 let items = self.pop_many(usize::from(code - 0x84))?;
                 self.push(Value::Tuple(items));
             }
-            b'a' | b'e' => {
-                let items = if code == b'a' { vec![self.pop()?] } else { self.pop_to_mark()? };
-                match self.top()? {
-                    Value::List(list) => list.extend(items),
-                    _ => return Err("it appends to what is no list".into()),
-                }
-            }
-            b's' | b'u' => {
-                let items = if code == b's' { self.pop_many(2)? } else { self.pop_to_mark()? };
-                match self.top()? {
-                    Value::Dict(dict) => {
-                        dict.extend(items.chunks_exact(2).map(|kv| (kv[0], kv[1])))
-                    }
-                    _ => return Err("it sets items of what is no dictionary".into()),
-                }
-            }
+            b'a' | b'e' | b's' | b'u' => self.fill(code)?,
             b'c' | 0x93 => self.push_global(code)?,
             b'R' | 0x81 => self.call()?,
             // The state of an object, `_metadata` of a state dictionary for example.
-            b'b' | b'0' => drop(self.pop()?),
+            b'b' | b'0' => {
+                self.pop()?;
+            }
             b'Q' => {
                 let id = self.pop()?;
                 self.push(Value::Persistent(id));
@@ -242,6 +229,24 @@ impl<'a, R: BufRead> Machine<'a, R> {
         Ok(())
     }
 
+    /// Puts values into the list or dictionary below them.
+    fn fill(&mut self, code: u8) -> Result<(), String> {
+        let items = match code {
+            b'a' => self.pop_many(1)?,
+            b's' => self.pop_many(2)?,
+            _ => self.pop_to_mark()?,
+        };
+        let id = *self.stack.last().ok_or_else(underflow)?;
+        match (&mut self.values[id], code) {
+            (Value::List(list), b'a' | b'e') => list.extend(items),
+            (Value::Dict(dict), b's' | b'u') => {
+                dict.extend(items.chunks_exact(2).map(|pair| (pair[0], pair[1])));
+            }
+            _ => return Err("it puts values into what is no list or dictionary".into()),
+        }
+        Ok(())
+    }
+
     fn call(&mut self) -> Result<(), String> {
         let arguments = self.pop()?;
         let function = self.pop()?;
@@ -269,11 +274,6 @@ impl<'a, R: BufRead> Machine<'a, R> {
             self.memo.insert(key, id);
         }
         Ok(())
-    }
-
-    fn top(&mut self) -> Result<&mut Value, String> {
-        let id = *self.stack.last().ok_or_else(underflow)?;
-        Ok(&mut self.values[id])
     }
 
     fn pop(&mut self) -> Result<Id, String> {

@@ -79,7 +79,7 @@ fn read_archive(reader: BufReader<&File>) -> Result<(Pickle, HashMap<String, Sto
         return Err("the archive holds no data.pkl, expected weights that torch.save wrote".into());
     };
     let entry = archive.by_index(index).map_err(damaged)?;
-    let pickle = Pickle::read(&mut BufReader::new(entry)).map_err(broken)?;
+    let pickle = read_pickle(&mut BufReader::new(entry))?;
     Ok((pickle, storages))
 }
 
@@ -89,11 +89,11 @@ fn read_older(
     mut reader: BufReader<&File>,
     length: u64,
 ) -> Result<(Pickle, HashMap<String, Storage>), String> {
-    if *Pickle::read(&mut reader).map_err(broken)?.top() != MAGIC {
+    if *read_pickle(&mut reader)?.top() != MAGIC {
         return Err("a pickle, but none that torch.save wrote".into());
     }
-    Pickle::read(&mut reader).map_err(broken)?;
-    let machine = Pickle::read(&mut reader).map_err(broken)?;
+    read_pickle(&mut reader)?;
+    let machine = read_pickle(&mut reader)?;
     if let Value::Dict(items) = machine.top() {
         let little = |&(key, value): &(Id, Id)| match machine.key(key).as_deref() {
             Some("little_endian") => *machine.get(value) == Value::Bool(true),
@@ -101,8 +101,8 @@ fn read_older(
         };
         check_order(items.iter().all(little))?;
     }
-    let pickle = Pickle::read(&mut reader).map_err(broken)?;
-    let keys = Pickle::read(&mut reader).map_err(broken)?;
+    let pickle = read_pickle(&mut reader)?;
+    let keys = read_pickle(&mut reader)?;
     let Value::List(keys_in_order) = keys.top() else {
         return Err("lists no storages".into());
     };
@@ -210,6 +210,8 @@ fn check_order(little: bool) -> Result<(), String> {
     if little { Ok(()) } else { Err("written on a big-endian machine".into()) }
 }
 
-fn broken(message: String) -> String {
-    format!("truncated or damaged: in its pickle, {message}")
+/// Reads a pickle of the file.
+fn read_pickle(reader: &mut impl BufRead) -> Result<Pickle, String> {
+    Pickle::read(reader)
+        .map_err(|message| format!("truncated or damaged: in its pickle, {message}"))
 }
