@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-const SOURCES: [&str; 3] = ["autograd.cpp", "attention.cpp", "gloo.cpp"];
+const SOURCES: [&str; 4] = ["autograd.cpp", "attention.cpp", "attention_cuda.cpp", "gloo.cpp"];
 
 fn main() {
     let lib = PathBuf::from(

@@ -1,7 +1,9 @@
 //! Models as lists of stages, their configuration, and their weights on disk.
 
 pub mod config;
+pub mod decoder;
 pub mod encoder;
+pub mod rotary;
 pub mod stage;
 pub mod weights;
 
@@ -13,5 +15,6 @@ pub use stage::{ForwardContext, PackedBatch, Parameter, Stage};
 pub fn stages(config: &ModelConfig) -> Vec<Box<dyn Stage>> {
     match &config.trunk {
         Trunk::Encoder(encoder) => encoder::stages(encoder),
+        Trunk::Decoder(decoder) => decoder::stages(decoder),
     }
 }

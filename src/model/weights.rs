@@ -113,8 +113,10 @@ impl WeightFiles {
     pub fn check<'a>(&self, specs: impl Iterator<Item = &'a TensorSpec>) -> Result<Vec<String>> {
         let mut initialised = Vec::new();
         for spec in specs {
-            if self.find(spec)?.is_none() {
-                initialised.push(spec.name.clone());
+            match (self.find(spec)?, spec.init) {
+                (Some(_), _) => {}
+                (None, Init::TokenRows { .. }) => drop(self.token_table(spec)?),
+                (None, _) => initialised.push(spec.name.clone()),
             }
         }
         Ok(initialised)
@@ -125,16 +127,58 @@ impl WeightFiles {
     /// # Errors
     /// [`Error::File`] or [`Error::Io`] that names the tensor or the file.
     pub fn read(&self, spec: &TensorSpec) -> Result<Option<Tensor>> {
-        let Some((entry, kind)) = self.find(spec)? else { return Ok(None) };
+        match (self.find(spec)?, spec.init) {
+            (Some((entry, kind)), _) => Ok(Some(self.read_rows(
+                entry,
+                kind,
+                0,
+                entry.shape.first().copied().unwrap_or(1),
+            )?)),
+            (None, Init::TokenRows { positive, negative, .. }) => {
+                let (table, kind) = self.token_table(spec)?;
+                let row = self.read_rows(table, kind, positive, 1)?;
+                Ok(Some(match negative {
+                    Some(negative) => row.f_sub(&self.read_rows(table, kind, negative, 1)?)?,
+                    None => row,
+                }))
+            }
+            (None, _) => Ok(None),
+        }
+    }
+
+    /// `count` rows of a tensor from `first` on, as fp32.
+    fn read_rows(&self, entry: &Entry, kind: Kind, first: i64, count: i64) -> Result<Tensor> {
         let (path, file) = &self.files[entry.file];
-        let mut bytes = vec![0_u8; entry.bytes];
-        file.read_exact_at(&mut bytes, entry.offset).map_err(|source| Error::Io {
+        let mut shape = entry.shape.clone();
+        let rows = shape.first().copied().unwrap_or(1).max(1);
+        if let Some(rows) = shape.first_mut() {
+            *rows = count;
+        }
+        let row_bytes = entry.bytes / rows as usize;
+        let mut bytes = vec![0_u8; row_bytes * count as usize];
+        let offset = entry.offset + (row_bytes * first as usize) as u64;
+        file.read_exact_at(&mut bytes, offset).map_err(|source| Error::Io {
             path: path.clone(),
             action: "read",
             source,
         })?;
-        let tensor = Tensor::f_from_data_size(&bytes, &entry.shape, kind)?;
-        Ok(Some(tensor.f_to_kind(Kind::Float)?))
+        Ok(Tensor::f_from_data_size(&bytes, &shape, kind)?.f_to_kind(Kind::Float)?)
+    }
+
+    /// The table that `spec`, of [`Init::TokenRows`], takes its rows from.
+    fn token_table(&self, spec: &TensorSpec) -> Result<(&Entry, Kind)> {
+        let Init::TokenRows { tables, rows, .. } = spec.init else {
+            unreachable!("only token rows come from a table")
+        };
+        let shape = [rows, spec.shape[1]];
+        let find = |name: &str| self.find(&TensorSpec::new(name, &shape).or_init(Init::Zeros));
+        match find(tables[0])? {
+            Some(found) => Ok(found),
+            None => find(tables[1])?.ok_or_else(|| Error::File {
+                path: self.dir.clone(),
+                message: format!("neither {} nor {} is in the weights", tables[0], tables[1]),
+            }),
+        }
     }
 
     fn find(&self, spec: &TensorSpec) -> Result<Option<(&Entry, Kind)>> {
@@ -175,11 +219,11 @@ fn float_kind(dtype: Dtype) -> Option<Kind> {
     }
 }
 
-/// The names under which checkpoints hold the same tensor: as it is, without the `bert.` prefix
-/// (a bare trunk), and TensorFlow's names for normalisation.
+/// The names under which checkpoints hold the same tensor: as it is, without the `bert.` or
+/// `model.` prefix (a bare trunk), and TensorFlow's names for normalisation.
 fn spellings(name: &str) -> Vec<String> {
     let mut all = vec![name.to_owned()];
-    if let Some((_, bare)) = name.split_once("bert.") {
+    if let Some((_, bare)) = name.split_once("bert.").or_else(|| name.split_once("model.")) {
         all.push(bare.to_owned());
     }
     let old: Vec<String> = all
@@ -232,6 +276,8 @@ pub fn initialise(spec: &TensorSpec, seed: u64) -> Result<Tensor> {
                 draws.take(spec.elements()).map(|draw| (draw * std) as f32).collect();
             Ok(Tensor::f_from_slice(&values)?.f_reshape(&spec.shape[..])?)
         }
-        Init::FromCheckpoint => unreachable!("{} has no initial value", spec.name),
+        Init::FromCheckpoint | Init::TokenRows { .. } => {
+            unreachable!("{} has no initial value", spec.name)
+        }
     }
 }

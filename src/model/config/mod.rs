@@ -1,5 +1,6 @@
 //! `config.json` of a Hugging Face model directory, as far as the model's mathematics needs it.
 
+mod decoder;
 mod encoder;
 
 use std::path::Path;
@@ -7,6 +8,7 @@ use std::path::Path;
 use serde_json::Value;
 use tch::Tensor;
 
+pub use decoder::{DecoderConfig, ScoreHead};
 pub use encoder::EncoderConfig;
 
 use crate::error::{Error, Result};
@@ -58,6 +60,8 @@ impl Activation {
 pub enum Trunk {
     /// Every token sees every other; the head reads the first.
     Encoder(EncoderConfig),
+    /// Every token sees those before it; the head reads the last.
+    Decoder(DecoderConfig),
 }
 
 impl Trunk {
@@ -65,9 +69,14 @@ impl Trunk {
         if encoder::MODEL_TYPES.contains(&model_type) {
             return encoder::read(model_type, raw).map(Self::Encoder);
         }
+        if let Some(decoder) = decoder::read(model_type, raw) {
+            return decoder.map(Self::Decoder);
+        }
+        let supported: Vec<&str> =
+            encoder::MODEL_TYPES.iter().copied().chain(decoder::model_types()).collect();
         Err(format!(
             "unknown architecture: model_type is {model_type:?}, supported: {}",
-            encoder::MODEL_TYPES.join(", ")
+            supported.join(", ")
         ))
     }
 }
@@ -117,6 +126,7 @@ impl ModelConfig {
     pub fn hidden(&self) -> usize {
         match &self.trunk {
             Trunk::Encoder(encoder) => encoder.hidden as usize,
+            Trunk::Decoder(decoder) => decoder.hidden as usize,
         }
     }
 
@@ -125,6 +135,7 @@ impl ModelConfig {
     pub fn vocab_size(&self) -> usize {
         match &self.trunk {
             Trunk::Encoder(encoder) => encoder.vocab_size as usize,
+            Trunk::Decoder(decoder) => decoder.vocab_size as usize,
         }
     }
 
@@ -133,6 +144,7 @@ impl ModelConfig {
     pub fn segments(&self) -> Option<usize> {
         match &self.trunk {
             Trunk::Encoder(encoder) => Some(encoder.type_vocab_size as usize),
+            Trunk::Decoder(_) => None,
         }
     }
 
@@ -141,6 +153,16 @@ impl ModelConfig {
     pub fn max_positions(&self) -> usize {
         match &self.trunk {
             Trunk::Encoder(encoder) => encoder.max_positions as usize,
+            Trunk::Decoder(decoder) => decoder.max_positions as usize,
+        }
+    }
+
+    /// The class of transformers that loads the model with its score head.
+    #[must_use]
+    pub fn architecture(&self) -> &'static str {
+        match &self.trunk {
+            Trunk::Encoder(_) => "BertForSequenceClassification",
+            Trunk::Decoder(decoder) => decoder.architecture,
         }
     }
 
@@ -153,6 +175,7 @@ impl ModelConfig {
                 encoder.attention_dropout = 0.0;
                 encoder.classifier_dropout = 0.0;
             }
+            Trunk::Decoder(decoder) => decoder.attention_dropout = 0.0,
         }
         self
     }
