@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-readonly STEPS=(fmt clippy doc build test linkage golden quickstart interop)
+readonly STEPS=(fmt clippy doc build test linkage golden quickstart interop gpu torchrun)
 readonly BIN=${CARGO_TARGET_DIR:-target}/release
 export QUICKSTART_OUTPUT=output/test-quickstart
 
@@ -28,6 +28,8 @@ describe() {
     linkage) echo "rr-launch is free of libtorch, reranker of its CUDA half" ;;
     golden) echo "golden files are what transformers and PyTorch compute" ;;
     quickstart) echo "the quick start in short form" ;;
+    gpu) echo "what the GPU check can do without one" ;;
+    torchrun) echo "two machines under torchrun, where network namespaces can be made" ;;
     interop) echo "transformers and sentence-transformers give our scores" ;;
     esac
 }
@@ -87,6 +89,16 @@ step_interop() {
     "$BIN/reranker" score --model "$model" --input "$files/interop_pairs.jsonl" \
         >"$files/interop_scores.jsonl"
     "$python" scripts/check_interop.py "$model" "$files"/interop_{pairs,scores}.jsonl
+}
+
+step_gpu() {
+    cargo build --release --workspace --examples
+    scripts/gpu-check.sh --cpu
+}
+
+step_torchrun() {
+    cargo build --release --workspace
+    PYTHON=$python scripts/check_torchrun.sh
 }
 
 # Errors leave through here too (set -e), so that the last line always tells how it went.

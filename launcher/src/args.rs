@@ -62,6 +62,12 @@ pub struct Args {
     /// Continue an unfinished run: auto, never, or a checkpoint's path
     #[arg(long, value_name = "VALUE", requires = "config")]
     pub resume: Option<OsString>,
+    /// Go on from a checkpoint although the run differs
+    #[arg(long, requires = "config")]
+    pub resume_anyway: bool,
+    /// The longest wait of a worker for another, in seconds [default: 600]
+    #[arg(long, value_name = "SECONDS", value_parser = seconds, requires = "config")]
+    pub timeout: Option<Duration>,
     /// Rendezvous port of rank 0 [default: a free one]
     #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
     pub master_port: Option<u16>,
@@ -203,6 +209,12 @@ impl Args {
         }
         if let Some(resume) = &self.resume {
             flags.extend(["--resume".into(), resume.clone()]);
+        }
+        if self.resume_anyway {
+            flags.push("--resume-anyway".into());
+        }
+        if let Some(timeout) = self.timeout {
+            flags.extend(["--timeout".into(), timeout.as_secs_f64().to_string().into()]);
         }
         TrainFlags(flags)
     }

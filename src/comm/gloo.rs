@@ -1,12 +1,13 @@
 //! Gloo over TCP, for workers without a GPU.
 
+use std::cell::RefCell;
 use std::net::{TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
-use rr_launch::contract::WorkerEnv;
+use rr_launch::contract::{WorkerEnv, vars};
 use tch::{Device, Tensor};
 
-use super::{Communicator, Pending, Reduction};
+use super::{Communicator, Pending, Place, Reduction, operation};
 use crate::error::{Error, Result};
 use crate::torch_ext::gloo::{Group, Join, Via, Work};
 
@@ -22,6 +23,9 @@ pub struct Gloo {
     group: Group,
     rank: usize,
     world_size: usize,
+    /// The host of rank 0, as the ranks name it.
+    master: String,
+    place: RefCell<Option<Place>>,
 }
 
 impl Gloo {
@@ -43,12 +47,17 @@ impl Gloo {
                     .map_err(|error| failed(format!("no way to that address: {error}")))?,
             ),
         };
-        if env.rank > 0 {
+        // torchrun's agent already listens at the address that it gives.
+        let agent_serves = std::env::var(vars::TORCHELASTIC_USE_AGENT_STORE)
+            .is_ok_and(|value| value.eq_ignore_ascii_case("true"));
+        let serves_store = env.rank == 0 && !agent_serves;
+        if !serves_store {
             wait_for_store(&env.master_addr, env.master_port, timeout);
         }
         let join = Join {
             host: env.master_addr.clone(),
             port: env.master_port,
+            serves_store,
             rank: env.rank,
             world_size: env.world_size,
             timeout,
@@ -65,22 +74,47 @@ impl Gloo {
                 failed(message)
             }
         })?;
-        Ok(Self { group, rank: env.rank, world_size: env.world_size })
+        Ok(Self::over(group, env.rank, env.world_size, &env.master_addr))
     }
 
-    fn failed(&self, operation: &'static str) -> impl Fn(String) -> Error + Send + 'static {
+    fn over(group: Group, rank: usize, world_size: usize, master: &str) -> Self {
+        Self { group, rank, world_size, master: master.to_owned(), place: RefCell::new(None) }
+    }
+
+    pub(super) fn master(&self) -> &str {
+        &self.master
+    }
+
+    fn failed(&self, name: &str) -> impl Fn(String) -> Error + Send + use<> {
         let rank = self.rank;
-        move |message| Error::Comm { rank, operation: operation.into(), message }
+        let operation = operation(name, self.place.borrow().as_ref());
+        move |message| Error::Comm { rank, operation: operation.clone(), message }
+    }
+
+    /// The group of `ranks`, of which this is one; none where it is alone.
+    ///
+    /// # Errors
+    /// [`Error::Comm`] when the group does not come about.
+    pub(super) fn split_off(&self, name: &str, ranks: &[usize]) -> Result<Option<Self>> {
+        let rank = ranks.iter().position(|&rank| rank == self.rank);
+        let rank = rank.expect("only members of a group make it");
+        if ranks.len() == 1 {
+            return Ok(None);
+        }
+        let name = format!("{name}/{}", ranks[0]);
+        let group =
+            self.group.split(rank, ranks.len(), &name).map_err(self.failed("splitting a group"))?;
+        Ok(Some(Self::over(group, rank, ranks.len(), &self.master)))
     }
 
     /// Gloo works on host memory: a tensor elsewhere goes through a copy.
     fn on_host(
         &self,
         tensor: &Tensor,
-        operation: &'static str,
+        name: &str,
         start: impl FnOnce(&Tensor) -> Result<Work, String>,
     ) -> Result<Pending> {
-        let failed = self.failed(operation);
+        let failed = self.failed(name);
         if tensor.device() == Device::Cpu {
             let work = start(tensor).map_err(&failed)?;
             return Ok(Pending::new(move || work.wait().map_err(failed)));
@@ -102,6 +136,10 @@ impl Communicator for Gloo {
 
     fn world_size(&self) -> usize {
         self.world_size
+    }
+
+    fn set_place(&self, place: Option<&Place>) {
+        *self.place.borrow_mut() = place.cloned();
     }
 
     fn all_reduce(&self, tensor: &Tensor, op: Reduction) -> Result<Pending> {
@@ -129,15 +167,10 @@ impl Communicator for Gloo {
     }
 
     fn split(&self, name: &str, ranks: &[usize]) -> Result<Box<dyn Communicator>> {
-        let rank = ranks.iter().position(|&rank| rank == self.rank);
-        let rank = rank.expect("only members of a group make it");
-        if ranks.len() == 1 {
-            return Ok(Box::new(super::Solo));
-        }
-        let name = format!("{name}/{}", ranks[0]);
-        let group =
-            self.group.split(rank, ranks.len(), &name).map_err(self.failed("splitting a group"))?;
-        Ok(Box::new(Self { group, rank, world_size: ranks.len() }))
+        Ok(match self.split_off(name, ranks)? {
+            Some(group) => Box::new(group),
+            None => Box::new(super::Solo),
+        })
     }
 
     fn barrier(&self) -> Result<()> {

@@ -1,6 +1,6 @@
 //! The groups of ranks that sharded training works over.
 
-use super::Communicator;
+use super::{Communicator, Place};
 use crate::error::Result;
 
 /// All ranks, those that divide buffers among themselves, and those that hold the same part.
@@ -39,6 +39,14 @@ impl Groups {
         let shard = Some(world.split("shard", &inside)?);
         let replicas = Some(world.split("replicas", &across)?);
         Ok(Self { world, shard, replicas })
+    }
+
+    /// What the collectives that follow are for.
+    pub fn set_place(&self, place: Option<&Place>) {
+        self.world.set_place(place);
+        for group in [&self.shard, &self.replicas].into_iter().flatten() {
+            group.set_place(place);
+        }
     }
 
     /// The ranks that divide buffers.

@@ -2,12 +2,18 @@
 
 mod gloo;
 mod groups;
+mod liveness;
+mod nccl;
 mod solo;
+
+use std::fmt;
+use std::sync::Arc;
 
 use tch::Tensor;
 
 pub use gloo::Gloo;
 pub use groups::Groups;
+pub use nccl::Nccl;
 pub use solo::Solo;
 
 pub use crate::torch_ext::gloo::Reduction;
@@ -15,12 +21,15 @@ pub use crate::torch_ext::gloo::Reduction;
 use crate::error::Result;
 
 /// Collectives over the ranks of a run. Every rank calls the same ones in the same order.
-pub trait Communicator: std::fmt::Debug {
+pub trait Communicator: fmt::Debug {
     /// This rank, from 0.
     fn rank(&self) -> usize;
 
     /// Number of ranks.
     fn world_size(&self) -> usize;
+
+    /// What the collectives that follow are for; their errors say it.
+    fn set_place(&self, _place: Option<&Place>) {}
 
     /// Starts reducing a contiguous tensor over all ranks, in place.
     ///
@@ -62,6 +71,35 @@ pub trait Communicator: std::fmt::Debug {
     /// # Errors
     /// [`crate::Error::Comm`] when a peer went away or the deadline passed.
     fn barrier(&self) -> Result<()>;
+
+    /// Ends the work together: a barrier, after which a rank may go without being missed.
+    ///
+    /// # Errors
+    /// As [`Communicator::barrier`].
+    fn leave(&self) -> Result<()> {
+        self.barrier()
+    }
+}
+
+/// What a collective is for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// The stage whose buffers are moved.
+    pub stage: Arc<str>,
+    /// Index of the optimizer step, from 0; none outside of training steps.
+    pub step: Option<usize>,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(out, "{}", self.stage)?;
+        self.step.map_or(Ok(()), |step| write!(out, ", step {}", step + 1))
+    }
+}
+
+/// `name`, and what it is for where that is known.
+fn operation(name: &str, place: Option<&Place>) -> String {
+    place.map_or_else(|| name.to_owned(), |place| format!("{name} of {place}"))
 }
 
 /// A collective under way; its tensors may be used only after [`Pending::wait`].

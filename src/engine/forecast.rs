@@ -25,7 +25,7 @@ impl MemoryForecast {
     /// on this rank.
     #[must_use]
     pub fn new(config: &ModelConfig, options: &EngineOptions, tokens: usize) -> Self {
-        let EngineOptions { kind, share, recompute, .. } = *options;
+        let EngineOptions { kind, share, recompute, offload, reduce_fp32, .. } = *options;
         let width = kind.elt_size_in_bytes();
         let rates = ParameterGroups { lr: 0.0, weight_decay: 0.0, special: Vec::new() };
         let stages = crate::model::stages(config);
@@ -37,13 +37,28 @@ impl MemoryForecast {
         let largest = lengths.iter().max().copied().unwrap_or(0);
         let part = |divided: bool| if divided { elements / share.world_size } else { elements };
         let sharding = share.sharding;
-        // Divided low-precision parameters are kept as the fp32 master weights alone.
-        let masters_only = sharding.parameters && kind != Kind::Float;
-        let held = HeldBytes {
-            parameters: if masters_only { 0 } else { part(sharding.parameters) * width },
-            gradients: part(sharding.gradients) * width,
-            states: part(sharding.states) * if kind == Kind::Float { 8 } else { 12 },
+        let low = kind != Kind::Float;
+        let wide = low && reduce_fp32;
+        let mut held = HeldBytes {
+            // What is divided is kept as the master weights alone.
+            parameters: if sharding.parameters { 0 } else { elements * width },
+            gradients: match (sharding.gradients, wide) {
+                (true, _) => part(true) * if wide { 4 } else { width },
+                (false, true) => elements * width + part(sharding.states) * 4,
+                (false, false) => elements * width,
+            },
+            ..HeldBytes::default()
         };
+        let moments = part(sharding.states) * 8;
+        *(if offload.states { &mut held.host } else { &mut held.states }) += moments;
+        if low || sharding.parameters || offload.states {
+            let home = match (offload.states || offload.parameters, low) {
+                (true, _) => &mut held.host,
+                (false, true) => &mut held.states,
+                (false, false) => &mut held.parameters,
+            };
+            *home += part(sharding.states) * 4;
+        }
         let buffers = usize::from(sharding.parameters) + usize::from(sharding.gradients);
         let saved = stages.iter().map(|stage| stage.saved_bytes_per_token(width));
         let per_token = if recompute {
@@ -56,10 +71,10 @@ impl MemoryForecast {
         Self { held, working: 2 * largest * width * buffers, activations: per_token * tokens }
     }
 
-    /// All of it.
+    /// All of it, except what is offloaded.
     #[must_use]
     pub fn total(&self) -> usize {
-        let HeldBytes { parameters, gradients, states } = self.held;
+        let HeldBytes { parameters, gradients, states, .. } = self.held;
         parameters + gradients + states + self.working + self.activations
     }
 }
@@ -78,6 +93,10 @@ impl fmt::Display for MemoryForecast {
             mb(self.working),
             mb(self.activations),
             mb(self.total())
-        )
+        )?;
+        if self.held.host > 0 {
+            write!(out, ", and {:.0} MB offloaded to the host's memory", mb(self.held.host))?;
+        }
+        Ok(())
     }
 }

@@ -8,20 +8,21 @@
 //! reductions start as soon as a stage's gradients are whole.
 
 mod forecast;
-mod loss_scale;
 mod step;
 mod walk;
+
+use std::sync::Arc;
 
 use tch::{Device, Kind};
 
 pub use forecast::MemoryForecast;
-pub use loss_scale::LossScale;
 pub use step::{StepOptions, StepReport, TrainBatch};
 
 use crate::error::Result;
 use crate::model::weights::WeightFiles;
 use crate::model::{ModelConfig, Stage};
-use crate::shard::{FlatUnit, HeldBytes, ParameterGroups, Share, UnitOptions};
+use crate::optim::LossScale;
+use crate::shard::{FlatUnit, HeldBytes, Offload, ParameterGroups, Share, UnitOptions};
 
 /// How an engine keeps and computes a model.
 #[derive(Debug, Clone, Copy)]
@@ -34,13 +35,24 @@ pub struct EngineOptions {
     pub share: Share,
     /// Keep only each stage's input, and compute its activations again in the backward pass.
     pub recompute: bool,
+    /// What the host's memory holds in place of the device's.
+    pub offload: Offload,
+    /// Reduce gradients of low precision in fp32.
+    pub reduce_fp32: bool,
 }
 
 impl EngineOptions {
     /// One rank that holds everything in fp32.
     #[must_use]
     pub fn whole(device: Device) -> Self {
-        Self { device, kind: Kind::Float, share: Share::whole(), recompute: false }
+        Self {
+            device,
+            kind: Kind::Float,
+            share: Share::whole(),
+            recompute: false,
+            offload: Offload::default(),
+            reduce_fp32: false,
+        }
     }
 }
 
@@ -48,6 +60,8 @@ impl EngineOptions {
 #[derive(Debug)]
 pub struct Engine {
     stages: Vec<Box<dyn Stage>>,
+    /// The stages' names.
+    names: Vec<Arc<str>>,
     units: Vec<FlatUnit>,
     options: EngineOptions,
     loss_scale: Option<LossScale>,
@@ -68,14 +82,15 @@ impl Engine {
         options: EngineOptions,
     ) -> Result<Self> {
         let stages = crate::model::stages(config);
-        let EngineOptions { device, kind, share, .. } = options;
-        let unit_options = UnitOptions { device, kind, share };
+        let EngineOptions { device, kind, share, offload, reduce_fp32, .. } = options;
+        let unit_options = UnitOptions { device, kind, share, offload, reduce_fp32 };
         let units = stages
             .iter()
             .map(|stage| FlatUnit::load(stage.as_ref(), weights, seed, groups, unit_options))
             .collect::<Result<Vec<_>>>()?;
         let loss_scale = (kind == Kind::Half).then(LossScale::default);
-        Ok(Self { stages, units, options, loss_scale, peak: HeldBytes::default() })
+        let names = stages.iter().map(|stage| stage.name().into()).collect();
+        Ok(Self { stages, names, units, options, loss_scale, peak: HeldBytes::default() })
     }
 
     /// Makes room for gradients and optimizer states.
@@ -111,6 +126,13 @@ impl Engine {
     #[must_use]
     pub fn peak_held_bytes(&self) -> HeldBytes {
         self.peak
+    }
+
+    /// Takes up the loss scale of a checkpoint; only an fp16 run has one.
+    pub fn set_loss_scale(&mut self, loss_scale: LossScale) {
+        if let Some(own) = &mut self.loss_scale {
+            *own = loss_scale;
+        }
     }
 
     /// The loss scale of an fp16 run.

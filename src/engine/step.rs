@@ -1,14 +1,15 @@
 //! One optimizer step over several micro-batches and ranks.
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
+use super::Engine;
 use super::walk::DropoutSeeds;
-use super::{Engine, LossScale};
 use crate::comm::{Groups, Pending, Reduction, reduce_values};
 use crate::config::LossKind;
 use crate::error::{Error, Result};
 use crate::loss;
 use crate::model::PackedBatch;
+use crate::optim::LossScale;
 use crate::shard::FlatUnit;
 
 /// A micro-batch with what the loss needs.
@@ -91,35 +92,44 @@ impl Engine {
     ) -> Result<StepReport> {
         let count = batches.len();
         assert!(count > 0, "a step has at least one micro-batch");
-        let mut loss_sum = 0.0;
         let mut tokens = 0;
-        let mut suspects = Vec::new();
+        let (mut losses, mut origins) = (Vec::with_capacity(count), Vec::with_capacity(count));
         for (micro_batch, batch) in batches.enumerate() {
             let batch = batch?;
             let last = micro_batch + 1 == count;
-            let loss = self.micro_step(&batch, micro_batch, last, options, groups)?;
-            loss_sum += loss;
+            losses.push(self.micro_step(&batch, micro_batch, last, options, groups)?);
             tokens += batch.packed.tokens();
-            if !loss.is_finite() {
-                suspects.extend(batch.origins);
-            }
+            origins.push(batch.origins);
         }
-        let mut totals = [loss_sum, tokens as f64];
+        groups.set_place(None);
+        let squared_norm = self.squared_gradient_norm(groups)?;
+        // The host looks at the device's results here only, once a step: until then it can queue
+        // work ahead of the device.
+        losses.push(squared_norm);
+        let results = Vec::<f64>::try_from(Tensor::f_stack(&losses, 0)?)?;
+        let (squared_norm, losses) = results.split_last().expect("the norm was just added");
+        let mut totals = [losses.iter().sum(), tokens as f64];
         reduce_values(groups.world.as_ref(), &mut totals, Reduction::Sum)?;
         let report = StepReport {
             loss: totals[0] * options.scale(),
-            grad_norm: self.gradient_norm(groups)? / self.scale(),
+            grad_norm: squared_norm.sqrt() / self.scale(),
             tokens: totals[1] as u64,
         };
         let overflowed = !report.grad_norm.is_finite() && self.loss_scale.is_some();
         if report.loss.is_finite() && (report.grad_norm.is_finite() || overflowed) {
             return Ok(report);
         }
+        let suspects: Vec<String> = losses
+            .iter()
+            .zip(origins)
+            .filter(|(loss, _)| !loss.is_finite())
+            .flat_map(|(_, origins)| origins)
+            .collect();
         Err(not_finite(&report, &suspects, options.step, groups.world.rank()))
     }
 
     /// Forward and backward of one micro-batch. When it is the `last`, the step's gradients are
-    /// reduced afterwards.
+    /// reduced afterwards. Returns the summed loss, a scalar in fp64 on the device.
     fn micro_step(
         &mut self,
         batch: &TrainBatch,
@@ -127,7 +137,7 @@ impl Engine {
         last: bool,
         options: StepOptions,
         groups: &Groups,
-    ) -> Result<f64> {
+    ) -> Result<Tensor> {
         let seeds = DropoutSeeds {
             seed: options.seed,
             step: options.step,
@@ -140,9 +150,9 @@ impl Engine {
                 let scores = scores.f_detach()?.f_set_requires_grad(true)?;
                 let loss = loss::sum(options.loss, &scores, &batch.labels, &batch.cu_groups)?;
                 loss.f_mul_scalar(options.scale() * self.scale())?.f_backward()?;
-                (loss.f_double_value(&[])?, Some(scores.f_grad()?))
+                (loss.f_detach()?.f_to_kind(Kind::Double)?, Some(scores.f_grad()?))
             }
-            None => (0.0, None),
+            None => (Tensor::f_zeros([], (Kind::Double, self.device()))?, None),
         };
         self.backward(pass, gradient, last, groups)?.finish(self, groups, last)?;
         Ok(loss)
@@ -153,16 +163,15 @@ impl Engine {
         self.loss_scale.as_ref().map_or(1.0, LossScale::scale)
     }
 
-    /// The norm of the reduced gradients over all ranks' parts, still scaled.
-    fn gradient_norm(&self, groups: &Groups) -> Result<f64> {
-        let mut squared = [0.0];
-        for unit in self.units() {
-            squared[0] += unit.squared_gradient_norm()?;
-        }
+    /// The squared norm of the reduced gradients over all ranks' parts, still scaled: a scalar in
+    /// fp64 on the device.
+    fn squared_gradient_norm(&self, groups: &Groups) -> Result<Tensor> {
+        let units = self.units.iter().map(FlatUnit::squared_gradient_norm);
+        let sum = Tensor::f_stack(&units.collect::<Result<Vec<_>>>()?, 0)?.f_sum(Kind::Double)?;
         if self.options.share.sharding.states {
-            reduce_values(groups.shard(), &mut squared, Reduction::Sum)?;
+            groups.shard().all_reduce(&sum, Reduction::Sum)?.wait()?;
         }
-        Ok(squared[0].sqrt())
+        Ok(sum)
     }
 
     /// Updates the parameters from the gradients in the units, clipped to the bound, and clears
@@ -200,10 +209,12 @@ impl Engine {
             .f_reshape([] as [i64; 0])?
             .f_to_device(self.device())?;
         let mut sharing = Vec::with_capacity(self.units.len());
-        for unit in &self.units {
+        for (index, unit) in self.units.iter().enumerate() {
             unit.update(options.lr_factor, grad_scale, &step)?;
+            groups.set_place(Some(&self.place(index, Some(options.step))));
             sharing.push(unit.share_update(groups.shard())?);
         }
+        groups.set_place(None);
         sharing.into_iter().try_for_each(Pending::wait)
     }
 }

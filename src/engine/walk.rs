@@ -1,14 +1,16 @@
 //! Walking the stages: forward, backward, and what stands between them.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use tch::Tensor;
 
 use super::Engine;
-use crate::comm::{Groups, Pending};
+use crate::comm::{Groups, Pending, Place};
 use crate::error::Result;
 use crate::model::{ForwardContext, PackedBatch};
 use crate::seed;
+use crate::shard::Reducing;
 use crate::torch_ext::autograd::backward;
 
 /// Seeds of dropout for one forward pass.
@@ -49,10 +51,10 @@ impl Engine {
     pub fn score(&self, batch: &PackedBatch, groups: &Groups) -> Result<Tensor> {
         let _no_grad = tch::no_grad_guard();
         let mut x: Option<Tensor> = None;
-        let mut gathering = self.units[0].gather(groups.shard())?;
+        let mut gathering = self.gather_at(0, None, groups)?;
         for (index, (stage, unit)) in self.stages.iter().zip(&self.units).enumerate() {
             gathering.wait()?;
-            gathering = self.gather_at(index + 1, groups)?;
+            gathering = self.gather_at(index + 1, None, groups)?;
             if batch.sequences() > 0 {
                 let context = ForwardContext { batch, dropout_seed: None };
                 x = Some(stage.forward(unit.views(), x.as_ref(), context)?);
@@ -74,10 +76,11 @@ impl Engine {
     ) -> Result<(Pass<'a>, Option<Tensor>)> {
         let mut pass = Pass { batch, seeds, links: Vec::with_capacity(self.stages.len()) };
         let mut below: Option<Tensor> = None;
-        let mut gathering = self.units[0].gather(groups.shard())?;
+        let step = Some(seeds.step);
+        let mut gathering = self.gather_at(0, step, groups)?;
         for index in 0..self.stages.len() {
             gathering.wait()?;
-            gathering = self.gather_at(index + 1, groups)?;
+            gathering = self.gather_at(index + 1, step, groups)?;
             if batch.sequences() > 0 {
                 let input = match &below {
                     Some(output) => Some(output.f_detach()?.f_set_requires_grad(true)?),
@@ -112,11 +115,12 @@ impl Engine {
         groups: &Groups,
     ) -> Result<Reductions> {
         let mut reductions = Reductions::default();
-        let mut gathering = self.gather_at(self.units.len() - 1, groups)?;
+        let step = Some(pass.seeds.step);
+        let mut gathering = self.gather_at(self.units.len() - 1, step, groups)?;
         for index in (0..self.units.len()).rev() {
             gathering.wait()?;
             gathering = match index.checked_sub(1) {
-                Some(below) => self.gather_at(below, groups)?,
+                Some(below) => self.gather_at(below, step, groups)?,
                 None => Pending::done(),
             };
             self.units[index].begin_backward()?;
@@ -135,8 +139,9 @@ impl Engine {
             if self.options.share.sharding.gradients {
                 reductions.finish(self, groups, last)?;
             }
-            let pending = self.units[index].start_reduction(groups.shard(), last)?;
-            reductions.0.push_back((index, pending));
+            groups.set_place(Some(&self.place(index, step)));
+            let reducing = self.units[index].start_reduction(groups.shard(), last)?;
+            reductions.0.push_back((index, reducing));
         }
         Ok(reductions)
     }
@@ -150,10 +155,15 @@ impl Engine {
     }
 
     /// Starts gathering unit `index`; nothing beyond the last.
-    fn gather_at(&self, index: usize, groups: &Groups) -> Result<Pending> {
-        self.units
-            .get(index)
-            .map_or_else(|| Ok(Pending::done()), |unit| unit.gather(groups.shard()))
+    fn gather_at(&self, index: usize, step: Option<usize>, groups: &Groups) -> Result<Pending> {
+        let Some(unit) = self.units.get(index) else { return Ok(Pending::done()) };
+        groups.set_place(Some(&self.place(index, step)));
+        unit.gather(groups.shard())
+    }
+
+    /// What collectives on unit `index` are called in an error.
+    pub(super) fn place(&self, index: usize, step: Option<usize>) -> Place {
+        Place { stage: Arc::clone(&self.names[index]), step }
     }
 
     fn note_held_bytes(&mut self) {
@@ -163,14 +173,13 @@ impl Engine {
 
 /// Reductions under way, by unit, oldest first.
 #[derive(Default)]
-pub(super) struct Reductions(VecDeque<(usize, Pending)>);
+pub(super) struct Reductions(VecDeque<(usize, Reducing)>);
 
 impl Reductions {
     /// Waits for all of them.
     pub(super) fn finish(&mut self, engine: &Engine, groups: &Groups, last: bool) -> Result<()> {
-        while let Some((index, pending)) = self.0.pop_front() {
-            pending.wait()?;
-            engine.units[index].end_reduction(groups.replicas().filter(|_| last))?;
+        while let Some((index, reducing)) = self.0.pop_front() {
+            engine.units[index].end_reduction(reducing, groups.replicas().filter(|_| last))?;
         }
         Ok(())
     }

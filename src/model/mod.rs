@@ -3,11 +3,13 @@
 pub mod config;
 pub mod decoder;
 pub mod encoder;
+mod layer_class;
 pub mod rotary;
 pub mod stage;
 pub mod weights;
 
 pub use config::{ModelConfig, Trunk};
+pub use layer_class::foreign_layer_classes;
 pub use stage::{ForwardContext, PackedBatch, Parameter, Stage};
 
 /// The stages of the model that `config` describes.

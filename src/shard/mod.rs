@@ -6,4 +6,4 @@ pub mod unit;
 
 pub use layout::{ParameterGroups, UnitLayout};
 pub use sharding::{Sharding, Share};
-pub use unit::{FlatUnit, HeldBytes, UnitOptions};
+pub use unit::{FlatUnit, HeldBytes, Offload, Reducing, UnitOptions};

@@ -23,6 +23,26 @@ pub struct UnitOptions {
     pub kind: Kind,
     /// What this rank holds.
     pub share: Share,
+    /// What the host's memory holds in place of the device's.
+    pub offload: Offload,
+    /// Reduce gradients of low precision in fp32, and keep the result in it.
+    pub reduce_fp32: bool,
+}
+
+impl UnitOptions {
+    /// Whether gradients are reduced in another precision than they are computed in.
+    fn widens(&self) -> bool {
+        self.reduce_fp32 && self.kind != Kind::Float
+    }
+}
+
+/// What is kept in the host's memory between two uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Offload {
+    /// Moments and master weights; the host then also updates them.
+    pub states: bool,
+    /// This rank's part of divided parameters.
+    pub parameters: bool,
 }
 
 /// Bytes that a unit holds on this rank now.
@@ -34,6 +54,8 @@ pub struct HeldBytes {
     pub gradients: usize,
     /// Moments, and master weights beside parameters of another precision.
     pub states: usize,
+    /// Of all kinds, what is offloaded to the host's memory.
+    pub host: usize,
 }
 
 /// A stage's parameters in one buffer, with views that the stage computes with; while training
@@ -48,7 +70,8 @@ pub struct FlatUnit {
     /// parameters are divided.
     values: Tensor,
     views: Vec<Tensor>,
-    /// fp32 `[slice]`, where `values` does not hold them at all times in fp32.
+    /// fp32 `[slice]`, where `values` does not hold them at all times in fp32, or where they are
+    /// offloaded.
     master: Option<Tensor>,
     fingerprint: i64,
     training: Option<Training>,
@@ -58,9 +81,18 @@ pub struct FlatUnit {
 struct Training {
     /// `[length]` in the computing precision; absent between two uses where gradients are divided.
     grads: Tensor,
-    /// `[slice]`: reduced gradients of the step so far, where gradients are divided.
+    /// `[slice]`: reduced gradients of the step so far, where gradients are divided or reduced in
+    /// another precision.
     reduced: Option<Tensor>,
     moments: Moments,
+}
+
+/// A reduction under way, with the buffer that it works on.
+#[must_use = "FlatUnit::end_reduction takes it"]
+pub struct Reducing {
+    pending: Pending,
+    /// None where no reduction is due.
+    buffer: Option<Tensor>,
 }
 
 impl std::ops::Add for HeldBytes {
@@ -71,6 +103,7 @@ impl std::ops::Add for HeldBytes {
             parameters: self.parameters + other.parameters,
             gradients: self.gradients + other.gradients,
             states: self.states + other.states,
+            host: self.host + other.host,
         }
     }
 }
@@ -83,6 +116,7 @@ impl HeldBytes {
             parameters: self.parameters.max(other.parameters),
             gradients: self.gradients.max(other.gradients),
             states: self.states.max(other.states),
+            host: self.host.max(other.host),
         }
     }
 }
@@ -100,7 +134,7 @@ impl FlatUnit {
         groups: &ParameterGroups,
         options: UnitOptions,
     ) -> Result<Self> {
-        let UnitOptions { device, kind, share } = options;
+        let UnitOptions { device, kind, share, offload, .. } = options;
         let layout = UnitLayout::new(&stage.parameters(), groups, share.world_size);
         let slice = share.slice(layout.length);
         let _no_grad = tch::no_grad_guard();
@@ -116,8 +150,13 @@ impl FlatUnit {
         }
         let bits = whole.f_view_dtype(Kind::Int)?;
         let fingerprint = bits.f_sum(Kind::Int64)?.f_int64_value(&[])?;
-        let separate = kind != Kind::Float || share.sharding.parameters;
-        let master = if separate { Some(cut(&whole, &slice)?.f_detach_copy()?) } else { None };
+        let separate = kind != Kind::Float || share.sharding.parameters || offload.states;
+        let master = if separate {
+            let home = if offload.states || offload.parameters { Device::Cpu } else { device };
+            Some(cut(&whole, &slice)?.f_detach_copy()?.f_to_device(home)?)
+        } else {
+            None
+        };
         let values = if kind == Kind::Float { whole } else { whole.f_to_kind(kind)? };
         let views = views_of(&layout, &values)?;
         let unit =
@@ -131,19 +170,24 @@ impl FlatUnit {
     /// # Errors
     /// [`crate::Error::Torch`] when there is no room.
     pub fn prepare_training(&mut self) -> Result<()> {
-        let sharding = self.options.share.sharding;
-        let (kind, device) = (self.options.kind, self.options.device);
+        let UnitOptions { device, kind, share: Share { sharding, .. }, offload, .. } = self.options;
         let zeros = |length: usize, kind| Tensor::f_zeros([length as i64], (kind, device));
         let grads = zeros(self.layout.length, kind)?;
         for (view, grad) in self.views.iter_mut().zip(views_of(&self.layout, &grads)?) {
             *view = view.f_detach()?.f_set_requires_grad(true)?;
             set_grad(view, &grad)?;
         }
-        let reduced = if sharding.gradients { Some(zeros(self.slice.len(), kind)?) } else { None };
+        let widens = self.options.widens();
+        let reduced = if sharding.gradients || widens {
+            Some(zeros(self.slice.len(), if widens { Kind::Float } else { kind })?)
+        } else {
+            None
+        };
         if sharding.gradients {
             storage::give_back(&grads)?;
         }
-        let moments = Moments::zeros(self.slice.len(), device)?;
+        let moments =
+            Moments::zeros(self.slice.len(), if offload.states { Device::Cpu } else { device })?;
         self.training = Some(Training { grads, reduced, moments });
         Ok(())
     }
@@ -231,28 +275,44 @@ impl FlatUnit {
     ///
     /// # Errors
     /// [`crate::Error::Comm`] from the communicator.
-    pub fn start_reduction(&self, comm: &dyn Communicator, last: bool) -> Result<Pending> {
+    pub fn start_reduction(&self, comm: &dyn Communicator, last: bool) -> Result<Reducing> {
         let sharding = self.options.share.sharding;
-        let grads = &self.training().grads;
-        if sharding.gradients || (sharding.states && last) {
-            comm.reduce_scatter(grads, Reduction::Sum)
-        } else if last {
-            comm.all_reduce(grads, Reduction::Sum)
-        } else {
-            Ok(Pending::done())
+        if !(sharding.gradients || last) {
+            return Ok(Reducing { pending: Pending::done(), buffer: None });
         }
+        let grads = &self.training().grads;
+        let buffer = if self.options.widens() {
+            grads.f_to_kind(Kind::Float)?
+        } else {
+            grads.shallow_clone()
+        };
+        let pending = if sharding.states {
+            comm.reduce_scatter(&buffer, Reduction::Sum)?
+        } else {
+            comm.all_reduce(&buffer, Reduction::Sum)?
+        };
+        Ok(Reducing { pending, buffer: Some(buffer) })
     }
 
-    /// Keeps this rank's part of reduced gradients and gives the rest back, where gradients are
+    /// Waits for a reduction. Keeps this rank's part and gives the rest back, where gradients are
     /// divided; then adds up the parts of its `replicas`, where they are given.
     ///
     /// # Errors
     /// [`crate::Error::Torch`] from libtorch, [`crate::Error::Comm`] from the communicator.
-    pub fn end_reduction(&self, replicas: Option<&dyn Communicator>) -> Result<()> {
+    pub fn end_reduction(
+        &self,
+        reducing: Reducing,
+        replicas: Option<&dyn Communicator>,
+    ) -> Result<()> {
         let training = self.training();
-        if let Some(reduced) = &training.reduced {
-            let _ = reduced.shallow_clone().f_add_(&cut(&training.grads, &self.slice)?)?;
-            storage::give_back(&training.grads)?;
+        reducing.pending.wait()?;
+        if let (Some(reduced), Some(buffer)) = (&training.reduced, &reducing.buffer) {
+            let _ = reduced.shallow_clone().f_add_(&cut(buffer, &self.slice)?)?;
+            if self.options.share.sharding.gradients {
+                storage::give_back(&training.grads)?;
+            } else {
+                let _ = training.grads.shallow_clone().f_zero_()?;
+            }
         }
         if let Some(replicas) = replicas {
             replicas.all_reduce(&self.grads()?, Reduction::Sum)?.wait()?;
@@ -260,13 +320,13 @@ impl FlatUnit {
         Ok(())
     }
 
-    /// The sum of squares of this rank's gradients, in fp32 or better.
+    /// The sum of squares of this rank's gradients, a scalar in fp64, on the device.
     ///
     /// # Errors
     /// [`crate::Error::Torch`] from libtorch.
-    pub fn squared_gradient_norm(&self) -> Result<f64> {
+    pub fn squared_gradient_norm(&self) -> Result<Tensor> {
         let grads = self.grads()?.f_to_kind(Kind::Float)?;
-        Ok(grads.f_dot(&grads)?.f_double_value(&[])?)
+        Ok(grads.f_dot(&grads)?.f_to_kind(Kind::Double)?)
     }
 
     /// Updates this rank's part of the parameters from its gradients times `grad_scale`, and clears
@@ -277,14 +337,18 @@ impl FlatUnit {
     /// [`crate::Error::Torch`] from libtorch.
     pub fn update(&self, factor: f64, grad_scale: Option<f64>, step: &Tensor) -> Result<()> {
         let _no_grad = tch::no_grad_guard();
-        let mut grads = self.grads()?.f_to_kind(Kind::Float)?;
+        let moments = &self.training().moments;
+        // The update happens where the moments are.
+        let place = moments.exp_avg.device();
+        let mut grads = self.grads()?.f_to_device(place)?.f_to_kind(Kind::Float)?;
         if let Some(scale) = grad_scale {
             let _ = grads.f_mul_scalar_(scale)?;
         }
         let values = match &self.master {
-            Some(master) => master.shallow_clone(),
+            Some(master) => master.f_to_device(place)?,
             None => cut(&self.values, &self.slice)?,
         };
+        let step = &step.f_to_device(place)?;
         for run in &self.layout.runs {
             let start = run.range.start.max(self.slice.start);
             let end = run.range.end.min(self.slice.end);
@@ -297,7 +361,10 @@ impl FlatUnit {
                 lr: run.lr * factor,
                 weight_decay: run.weight_decay,
             };
-            adamw(&values, &grads, &self.training().moments, segment, step)?;
+            adamw(&values, &grads, moments, segment, step)?;
+        }
+        if let Some(master) = self.master.as_ref().filter(|master| master.device() != place) {
+            master.shallow_clone().f_copy_(&values)?;
         }
         self.clear_gradients()
     }
@@ -345,21 +412,78 @@ impl FlatUnit {
         Ok(whole)
     }
 
+    /// Elements whose optimizer states this rank holds.
+    #[must_use]
+    pub fn slice(&self) -> &Range<usize> {
+        &self.slice
+    }
+
+    /// This rank's equal part of the buffer, of those of all ranks that divide, or could divide,
+    /// it: its slice where states are divided, and a part of the slice where every rank has all.
+    #[must_use]
+    pub fn own_part(&self) -> Range<usize> {
+        let Share { rank, world_size, .. } = self.options.share;
+        let part = self.layout.length / world_size;
+        rank * part..(rank + 1) * part
+    }
+
+    /// Copies weights, first and second moments of [`FlatUnit::own_part`] to fp32 tensors of its
+    /// length in the host's memory.
+    ///
+    /// # Errors
+    /// [`crate::Error::Torch`] from libtorch.
+    pub fn copy_states(&self, target: &[Tensor; 3]) -> Result<()> {
+        let _no_grad = tch::no_grad_guard();
+        let own = self.own_part();
+        let part = own.start - self.slice.start..own.end - self.slice.start;
+        for (source, target) in self.states()?.iter().zip(target) {
+            target.shallow_clone().f_copy_(&cut(source, &part)?)?;
+        }
+        Ok(())
+    }
+
+    /// Takes up weights, first and second moments of [`FlatUnit::slice`].
+    /// [`FlatUnit::share_update`] follows.
+    ///
+    /// # Errors
+    /// [`crate::Error::Torch`] from libtorch.
+    pub fn restore_states(&self, source: &[Tensor; 3]) -> Result<()> {
+        let _no_grad = tch::no_grad_guard();
+        for (mut target, source) in self.states()?.into_iter().zip(source) {
+            target.f_copy_(source)?;
+        }
+        Ok(())
+    }
+
+    /// fp32 `[slice]`: weights, first and second moments, as they are kept.
+    fn states(&self) -> Result<[Tensor; 3]> {
+        let weights = match &self.master {
+            Some(master) => master.shallow_clone(),
+            None => cut(&self.values, &self.slice)?,
+        };
+        let Moments { exp_avg, exp_avg_sq } = &self.training().moments;
+        Ok([weights, exp_avg.shallow_clone(), exp_avg_sq.shallow_clone()])
+    }
+
     /// Bytes held on this rank now.
     #[must_use]
     pub fn held_bytes(&self) -> HeldBytes {
         let bytes = storage::held_bytes;
         let master = self.master.as_ref().map_or(0, bytes);
-        // Divided fp32 parameters are the master weights themselves.
-        let is_parameters = self.options.kind == Kind::Float;
-        let mut held = HeldBytes {
-            parameters: bytes(&self.values) + if is_parameters { master } else { 0 },
-            gradients: 0,
-            states: if is_parameters { 0 } else { master },
-        };
-        if let Some(training) = &self.training {
-            held.gradients = bytes(&training.grads) + training.reduced.as_ref().map_or(0, bytes);
-            held.states += bytes(&training.moments.exp_avg) + bytes(&training.moments.exp_avg_sq);
+        let offload = self.options.offload;
+        let mut held = HeldBytes { parameters: bytes(&self.values), ..HeldBytes::default() };
+        if offload.states || offload.parameters {
+            held.host += master;
+        } else if self.options.kind == Kind::Float {
+            // Divided fp32 parameters are the master weights themselves.
+            held.parameters += master;
+        } else {
+            held.states += master;
+        }
+        if let Some(Training { grads, reduced, moments }) = &self.training {
+            held.gradients = bytes(grads) + reduced.as_ref().map_or(0, bytes);
+            let moments = bytes(&moments.exp_avg) + bytes(&moments.exp_avg_sq);
+            *(if offload.states { &mut held.host } else { &mut held.states }) += moments;
         }
         held
     }

@@ -1,6 +1,6 @@
 //! The C ABI of `csrc/`, declared once. Struct layouts repeat those of the C++ side.
 
-use std::ffi::{c_char, c_int};
+use std::ffi::{c_char, c_int, c_void};
 
 use torch_sys::C_tensor;
 
@@ -13,6 +13,20 @@ pub(super) struct Group {
 /// A collective under way; opaque.
 #[repr(C)]
 pub(super) struct Work {
+    _opaque: [u8; 0],
+}
+
+/// A stream of a device; opaque.
+#[repr(C)]
+#[derive(Debug)]
+pub(super) struct Stream {
+    _opaque: [u8; 0],
+}
+
+/// A place in a stream; opaque.
+#[repr(C)]
+#[derive(Debug)]
+pub(super) struct Event {
     _opaque: [u8; 0],
 }
 
@@ -42,6 +56,7 @@ pub(super) struct Attention {
 pub(super) struct GlooJoin {
     pub host: *const c_char,
     pub port: u16,
+    pub serves_store: bool,
     pub rank: c_int,
     pub world_size: c_int,
     pub timeout_ms: i64,
@@ -61,6 +76,7 @@ unsafe extern "C" {
     pub(super) fn rr_set_grad(leaf: *const C_tensor, grad: *const C_tensor) -> *mut c_char;
     pub(super) fn rr_storage_resize(tensor: *const C_tensor, bytes: usize) -> *mut c_char;
     pub(super) fn rr_storage_bytes(tensor: *const C_tensor) -> usize;
+    pub(super) fn rr_peak_gpu_bytes(device: c_int, out: *mut usize) -> *mut c_char;
     pub(super) fn rr_fused_adamw(
         param: *const C_tensor,
         grad: *const C_tensor,
@@ -94,6 +110,22 @@ unsafe extern "C" {
         longest: i64,
         options: *const Attention,
         out: *mut *mut C_tensor,
+    ) -> *mut c_char;
+
+    pub(super) fn rr_set_device(index: c_int) -> *mut c_char;
+    pub(super) fn rr_stream_new(index: c_int, out: *mut *mut Stream) -> *mut c_char;
+    pub(super) fn rr_stream_free(stream: *mut Stream);
+    pub(super) fn rr_stream_handle(stream: *const Stream, out: *mut *mut c_void) -> *mut c_char;
+    pub(super) fn rr_stream_follow(stream: *const Stream) -> *mut c_char;
+    pub(super) fn rr_stream_mark(stream: *const Stream, out: *mut *mut Event) -> *mut c_char;
+    pub(super) fn rr_event_done(event: *const Event, out: *mut bool) -> *mut c_char;
+    pub(super) fn rr_event_hold(event: *const Event) -> *mut c_char;
+    pub(super) fn rr_event_free(event: *mut Event);
+    pub(super) fn rr_device_memory(
+        index: c_int,
+        free: *mut usize,
+        total: *mut usize,
+        peak: *mut usize,
     ) -> *mut c_char;
 
     pub(super) fn rr_gloo_join(join: *const GlooJoin, out: *mut *mut Group) -> *mut c_char;

@@ -5,8 +5,10 @@ pub mod attention;
 pub mod autograd;
 mod ffi;
 pub mod gloo;
+pub mod nccl;
 pub mod runtime;
 pub mod storage;
+pub mod stream;
 
 use crate::error::{Error, Result};
 

@@ -1,6 +1,7 @@
 //! Helpers shared by the integration tests: golden files and engines over them.
 #![allow(dead_code, clippy::unwrap_used, clippy::missing_panics_doc, missing_docs)]
 
+pub mod ranks;
 pub mod training;
 
 use std::collections::BTreeMap;
