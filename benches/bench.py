@@ -67,6 +67,12 @@ class Job:
         return [str(word) for pair in values.items() for word in pair]
 
 
+def default_model() -> Path:
+    """The quick start's MiniLM, fetched when it is not there."""
+    command = [str(ROOT / "scripts" / "setup.sh"), "--quickstart"]
+    return Path(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip())
+
+
 def check_built() -> None:
     """Ends with one line unless both of our binaries are there."""
     for name in ("rr-launch", "reranker"):
@@ -100,10 +106,13 @@ def fail_with_log(command: list[str], log: Path) -> None:
     sys.exit(f"this command failed:\n{' '.join(command)}\n{tail}")
 
 
-def summarize(unit: str, values: dict[str, list[float]], result: Path | None) -> None:
+def summarize(
+    unit: str, values: dict[str, list[float]], result: Path | None, more: dict | None = None
+) -> None:
     """Prints the medians of `ours` and `peer` and their ratio, above 1 when ours is the better one.
 
-    Seconds are better when fewer, rates when more. All of it is kept in `result`, if given.
+    Seconds are better when fewer, rates when more. All of it is kept in `result`, if given, and
+    `more` beside it.
     """
     ours, peer = values["ours"], values["peer"]
     median_ours, median_peer = statistics.median(ours), statistics.median(peer)
@@ -117,6 +126,7 @@ def summarize(unit: str, values: dict[str, list[float]], result: Path | None) ->
             "ours": ours,
             "peer": peer,
             "ratio_of_medians": ratio,
+            **(more or {}),
             "machine": machine(),
         }
         result.parent.mkdir(parents=True, exist_ok=True)

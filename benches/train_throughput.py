@@ -14,7 +14,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import PEER, ROOT, Job, check_built, fail_with_log, read_steps, summarize, take_lines
+from bench import (
+    PEER,
+    ROOT,
+    Job,
+    check_built,
+    default_model,
+    fail_with_log,
+    read_steps,
+    summarize,
+    take_lines,
+)
 
 
 def pairs_per_second(command: list[str], directory: Path) -> float:
@@ -27,12 +37,6 @@ def pairs_per_second(command: list[str], directory: Path) -> float:
         fail_with_log(command, log)
     first, last = steps[0], steps[-1]
     return (last["pairs"] - first["pairs"]) / (last["elapsed_s"] - first["elapsed_s"])
-
-
-def default_model() -> Path:
-    """The quick start's MiniLM, fetched when it is not there."""
-    command = [str(ROOT / "scripts" / "setup.sh"), "--quickstart"]
-    return Path(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip())
 
 
 def main() -> None:

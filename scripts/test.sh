@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-readonly STEPS=(fmt clippy doc build test linkage golden quickstart interop)
+readonly STEPS=(fmt clippy doc build test linkage golden quickstart interop gpu torchrun)
 readonly BIN=${CARGO_TARGET_DIR:-target}/release
 # The model in tests/golden that stands for its family.
 readonly FAMILIES=(roberta_tiny xlm_roberta_odd modernbert_tiny modernbert_odd)
@@ -30,6 +30,8 @@ describe() {
     linkage) echo "rr-launch is free of libtorch, reranker of its CUDA half" ;;
     golden) echo "golden files are what transformers and PyTorch compute" ;;
     quickstart) echo "the quick start in short form" ;;
+    gpu) echo "what the GPU check can do without one" ;;
+    torchrun) echo "two machines under torchrun, where network namespaces can be made" ;;
     interop) echo "transformers and sentence-transformers give our scores" ;;
     esac
 }
@@ -100,6 +102,16 @@ step_interop() {
             >"$run/scores.jsonl"
     done
     "$python" scripts/check_interop.py "$files/interop_pairs.jsonl" "${runs[@]}"
+}
+
+step_gpu() {
+    cargo build --release --workspace --examples
+    scripts/gpu-check.sh --cpu
+}
+
+step_torchrun() {
+    cargo build --release --workspace
+    PYTHON=$python scripts/check_torchrun.sh
 }
 
 # Errors leave through here too (set -e), so that the last line always tells how it went.

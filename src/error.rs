@@ -53,6 +53,27 @@ pub enum Error {
         /// The system's answer.
         source: std::io::Error,
     },
+    /// A checkpoint could not be saved, and the run ends over it.
+    #[error(
+        "cannot save a checkpoint: {0}; the earlier ones are whole, start again to go on from them"
+    )]
+    Save(Box<Error>),
+    /// The disk has no room for what must be written.
+    #[error(
+        "{}: {:.1} MB needed, {:.1} MB free; make room, or lower num_max_checkpoints",
+        path.display(), *needed as f64 / 1e6, *free as f64 / 1e6
+    )]
+    NoRoom {
+        /// The directory.
+        path: PathBuf,
+        /// Bytes needed.
+        needed: u64,
+        /// Bytes free.
+        free: u64,
+    },
+    /// Another rank could not save its part of a checkpoint, and says why.
+    #[error("rank {0} could not save its part of the checkpoint; its own message says why")]
+    PeerCannotSave(usize),
     /// libtorch refused an operation; ours to mend, not the user's.
     #[error("libtorch: {0}")]
     Torch(String),
@@ -72,7 +93,8 @@ pub enum Error {
 }
 
 impl Error {
-    /// The process exit code for this error: 2 where the user can mend it, 1 otherwise.
+    /// The process exit code for this error: 2 where the user can mend it, 4 where
+    /// a checkpoint could not be saved, 1 otherwise.
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
@@ -81,7 +103,12 @@ impl Error {
             | Self::File { .. }
             | Self::Usage(_)
             | Self::Io { .. } => 2,
-            Self::Torch(_) | Self::Comm { .. } | Self::Training(_) => 1,
+            Self::Save(_) => rr_launch::contract::exit_code::CANNOT_SAVE,
+            Self::NoRoom { .. }
+            | Self::PeerCannotSave(_)
+            | Self::Torch(_)
+            | Self::Comm { .. }
+            | Self::Training(_) => 1,
         }
     }
 }

@@ -185,6 +185,44 @@ fn configuration() {
 }
 
 #[test]
+fn strategies_that_make_no_sense() {
+    let fsdp = |strategy: &str, more: &str| {
+        Case::new()
+            .write("p.yaml", format!("distributed_type: FSDP\n{more}fsdp_config: {{{strategy}}}\n"))
+            .args(&["--parallel", "p.yaml"])
+    };
+    let key = "fsdp_config.fsdp_sharding_strategy";
+    for (strategy, instead) in [("HYBRID_SHARD", "FULL_SHARD"), ("5", "SHARD_GRAD_OP")] {
+        fsdp(&format!("fsdp_sharding_strategy: {strategy}"), "").refused_with(|error| {
+            let start = format!(
+                "p.yaml:2:39: {key}: hybrid sharding divides inside a machine and repeats over \
+                 machines of one size, but these "
+            );
+            let end = format!(" worker(s) are on 1; use {instead}");
+            assert!(error.starts_with(&start) && error.ends_with(&end), "{error}");
+        });
+    }
+    fsdp("", "num_machines: 2\n").refused_with(|error| {
+        assert!(error.starts_with("p.yaml:2:15: num_machines: 2, but these "), "{error}");
+        assert!(error.ends_with("start the workers of every machine with torchrun or srun"));
+    });
+    fsdp("", "num_processes: 3\n").refused_with(|error| {
+        let start = "p.yaml:2:16: num_processes: the file is for 3 processes and this run has ";
+        assert!(error.starts_with(start), "{error}");
+    });
+    Case::new()
+        .write("ds.json", "{\"zero_optimization\": {\"stage\": 2},\n\"fp16\": {\"enabled\": 3}}")
+        .write(
+            "p.yaml",
+            "distributed_type: DEEPSPEED\ndeepspeed_config: {deepspeed_config_file: ds.json}",
+        )
+        .args(&["--parallel", "p.yaml"])
+        .refused(
+            "ds.json:2:21: fp16.enabled: expected true, false or \"auto\", found the number 3",
+        );
+}
+
+#[test]
 fn model_directory() {
     Case::new().remove("model").refused(
         "training.yaml:1:21: model_name_or_path: no directory \"model\" here; expected one with \

@@ -178,7 +178,14 @@ fn check_metrics(trained: &Trained, last_ndcg: f64) {
     assert_eq!(epochs, [1, 2, 3]);
     assert_eq!(validation[2]["step"], 18);
     assert_eq!(validation[2]["ndcg@10"], last_ndcg);
-    assert_eq!(train.len() + validation.len(), lines.len(), "{text}");
+    assert_eq!(train.len() + validation.len() + 1, lines.len(), "{text}");
+    let memory = lines.last().unwrap();
+    assert_eq!(memory["type"], "memory");
+    let held = |kind: &str| memory["held"][kind].as_u64().unwrap();
+    assert!(held("parameters") > 0 && held("gradients") == held("parameters"), "{memory}");
+    assert_eq!(held("states"), 2 * held("parameters"), "two moments");
+    assert_eq!(memory["peak_saving"], held("parameters"), "whole parameters are not copied");
+    assert!(memory["peak_process"].as_u64().unwrap() > held("states"), "{memory}");
 }
 
 #[test]

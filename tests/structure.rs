@@ -11,23 +11,26 @@ use clap::CommandFactory as _;
 /// The floors of `src/`, as in `docs/architecture.md`. A module imports only from floors below its
 /// own; floor 0 is `rr_launch::contract`.
 const FLOORS: &[(u8, &[&str])] = &[
-    (1, &["config", "error", "seed"]),
+    (1, &["atomic", "config", "error", "mapped", "ordered", "seed"]),
     (2, &["data", "text", "metrics"]),
     (3, &["torch_ext"]),
     (4, &["model", "loss", "optim", "comm"]),
     (5, &["shard"]),
     (6, &["checkpoint"]),
     (7, &["engine"]),
-    (8, &["train", "score", "eval"]),
+    (8, &["convert", "train", "score", "eval"]),
     (9, &["cli", "main"]),
 ];
 
 /// The imports inside one floor, all of them.
 const WITHIN_A_FLOOR: &[(&str, &str)] = &[
+    ("atomic", "error"),
     ("config", "error"),
     ("eval", "score"),
     ("main", "cli"),
+    ("mapped", "error"),
     ("metrics", "data"),
+    ("ordered", "error"),
     ("text", "data"),
     ("train", "score"),
 ];
@@ -37,18 +40,18 @@ const FLAGS: &[(&str, &str)] = &[
     (
         "rr-launch",
         "--config --config-file --config_file --cpu --dry-run --gpus --grace --help --master-port \
-         --nproc --overwrite --parallel --resume --set --skip-bad-records --timeout --version",
+         --nproc --overwrite --parallel --resume --resume-anyway --set --skip-bad-records --timeout --version",
     ),
     ("reranker", "--help --version"),
     (
         "reranker train",
         "--config --config-file --config_file --device --help --overwrite --parallel --resume \
-         --set --skip-bad-records --timeout",
+         --resume-anyway --set --skip-bad-records --timeout",
     ),
     (
         "reranker check",
-        "--config --config-file --config_file --device --for-launch --help --nproc --overwrite \
-         --parallel --resume --set --skip-bad-records --timeout",
+        "--config --config-file --config_file --device --for-launch --gpus --help --nproc --overwrite \
+         --parallel --resume --resume-anyway --set --skip-bad-records --timeout",
     ),
     (
         "reranker score",
@@ -57,6 +60,11 @@ const FLAGS: &[(&str, &str)] = &[
     (
         "reranker eval",
         "--batch-size --bm25 --data --device --help --json --label-key --max-len --model",
+    ),
+    (
+        "reranker convert",
+        "--gather --help --input --label-key --lossy --max-label --min-label --output \
+         --positive-from --to",
     ),
 ];
 
@@ -225,15 +233,15 @@ fn every_module_stands_on_a_floor_and_the_page_draws_the_same_floors() {
 }
 
 #[test]
-fn torch_stays_above_floor_two_and_unsafe_in_two_places() {
+fn torch_stays_above_floor_two_and_unsafe_in_three_places() {
     for (path, code) in code_of("src/") {
         let module = module_of(&path);
         if module != "lib" && floor_of(module) <= 2 {
             let torch = modules_behind(&code, "tch::");
             assert!(torch.is_empty(), "{path}: floors 0 to 2 are free of torch");
         }
-        if module != "torch_ext" {
-            assert!(!code.contains("unsafe "), "{path}: unsafe belongs into torch_ext");
+        if !["torch_ext", "mapped"].contains(&module) {
+            assert!(!code.contains("unsafe "), "{path}: unsafe belongs into torch_ext and mapped");
         }
     }
     for (path, code) in code_of("launcher/src/") {
@@ -399,7 +407,9 @@ fn the_configuration_page_names_every_key_and_no_other() {
     let parallel = key_literals("src/config/parallel.rs");
     let keys: BTreeSet<_> = training.union(&parallel).cloned().collect();
     assert!(keys.contains("train_group_size") && keys.contains("zero_stage"), "{keys:?}");
-    for key in &keys {
+    let deepspeed = key_literals("src/config/deepspeed_file.rs");
+    assert!(deepspeed.contains("zero_optimization"), "{deepspeed:?}");
+    for key in keys.union(&deepspeed) {
         assert!(page.contains(&format!("`{key}`")), "docs/configuration.md does not name {key}");
     }
     let rows = page.lines().filter_map(|line| line.strip_prefix("| `"));

@@ -62,6 +62,9 @@ pub struct Args {
     /// Continue an unfinished run: auto, never, or a checkpoint's path
     #[arg(long, value_name = "VALUE", requires = "config")]
     pub resume: Option<OsString>,
+    /// Go on from a checkpoint although the run differs
+    #[arg(long, requires = "config")]
+    pub resume_anyway: bool,
     /// The longest wait of a worker for another, in seconds [default: 600]
     #[arg(long, value_name = "SECONDS", value_parser = seconds, requires = "config")]
     pub timeout: Option<Duration>,
@@ -206,6 +209,9 @@ impl Args {
         }
         if let Some(resume) = &self.resume {
             flags.extend(["--resume".into(), resume.clone()]);
+        }
+        if self.resume_anyway {
+            flags.push("--resume-anyway".into());
         }
         if let Some(timeout) = self.timeout {
             flags.extend(["--timeout".into(), timeout.as_secs_f64().to_string().into()]);

@@ -48,7 +48,7 @@ pub mod vars {
     pub const TORCHELASTIC_RESTART_COUNT: &str = "TORCHELASTIC_RESTART_COUNT";
     /// How many restarts torchrun would allow.
     pub const TORCHELASTIC_MAX_RESTARTS: &str = "TORCHELASTIC_MAX_RESTARTS";
-    /// `False`: rank 0 hosts the rendezvous store, not the launcher.
+    /// `False`: rank 0 hosts the rendezvous store; `True`: torchrun's agent does.
     pub const TORCHELASTIC_USE_AGENT_STORE: &str = "TORCHELASTIC_USE_AGENT_STORE";
     /// Slurm: the rank of this task in the step.
     pub const SLURM_PROCID: &str = "SLURM_PROCID";
@@ -90,6 +90,8 @@ pub mod exit_code {
     pub const FAILURE: u8 = 1;
     /// The command line, a file or the machine cannot give what was asked for.
     pub const USER_ERROR: u8 = 2;
+    /// A worker could not save a checkpoint, and ended over it; earlier ones are whole.
+    pub const CANNOT_SAVE: u8 = 4;
     /// Added to a signal's number when a signal ended a worker or the launcher.
     pub const SIGNAL_BASE: u8 = 128;
 

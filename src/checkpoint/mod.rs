@@ -1,8 +1,8 @@
 //! What a run leaves on disk: the Hugging Face model directory.
 
-pub mod atomic;
 pub mod model_dir;
 pub mod sidecar;
+pub mod training;
 mod weight_writer;
 
 pub use model_dir::{SavedModel, save_model};

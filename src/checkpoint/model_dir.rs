@@ -4,14 +4,16 @@
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
+use tch::Tensor;
 
-use super::atomic::{StagedDir, write_synced};
 use super::sidecar::Sidecar;
 use super::weight_writer::WeightWriter;
+use crate::atomic::{StagedDir, write_synced};
 use crate::comm::Groups;
 use crate::error::{Error, Result};
 use crate::model::ModelConfig;
 use crate::shard::FlatUnit;
+use crate::torch_ext::storage;
 
 /// Files that belong to the tokenizer, copied byte for byte where the base model has them.
 const TOKENIZER_FILES: [&str; 9] = [
@@ -44,52 +46,111 @@ pub struct SavedModel<'a> {
     pub max_shard_bytes: usize,
 }
 
+/// What a model directory needs beside weights, kept for later: the base model's own files may be
+/// gone by then.
+#[derive(Debug)]
+pub struct ModelFiles {
+    /// `config.json` and the tokenizer's files, by name.
+    files: Vec<(String, Vec<u8>)>,
+    sidecar: Sidecar,
+    /// Weight files are split above this many bytes.
+    pub max_shard_bytes: usize,
+}
+
+impl ModelFiles {
+    /// The files of a model of `config` with the tokenizer in `base`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] with the file that cannot be read.
+    pub fn read(
+        config: &ModelConfig,
+        base: &Path,
+        sidecar: Sidecar,
+        max_shard_bytes: usize,
+    ) -> Result<Self> {
+        let text = serde_json::to_string_pretty(&saved_config(config)).unwrap_or_default();
+        let mut files = vec![("config.json".to_owned(), (text + "\n").into_bytes())];
+        for name in TOKENIZER_FILES {
+            let from = base.join(name);
+            if from.exists() {
+                let bytes = std::fs::read(&from).map_err(|source| Error::Io {
+                    path: from,
+                    action: "read",
+                    source,
+                })?;
+                files.push((name.to_owned(), bytes));
+            }
+        }
+        Ok(Self { files, sidecar, max_shard_bytes })
+    }
+}
+
+/// Writes everything of a model directory but weights into `dir`.
+///
+/// # Errors
+/// [`Error::Io`] with the file.
+pub fn write_model_files(dir: &Path, model: &ModelFiles) -> Result<()> {
+    for (name, bytes) in &model.files {
+        write_synced(&dir.join(name), bytes)?;
+    }
+    model.sidecar.write(dir)
+}
+
 /// Writes the model directory `target` on rank 0, whole or not at all, replacing one that is there.
 /// Every rank calls it: divided parameters are collected a stage at a time, so that no rank holds
-/// the whole model.
+/// the whole model. Returns the most bytes of parameters that this rank held meanwhile, its own
+/// part and what was collected.
 ///
 /// # Errors
 /// [`Error::Io`] or [`Error::File`] with the file that could not be written; [`Error::Comm`] from
 /// the communicator.
-pub fn save_model(model: SavedModel<'_>, target: &Path, groups: &Groups) -> Result<()> {
+pub fn save_model(model: SavedModel<'_>, target: &Path, groups: &Groups) -> Result<usize> {
     if groups.world.rank() != 0 {
-        let collect = |unit: &FlatUnit| unit.whole_fp32(groups.shard()).map(drop);
-        return model.units.iter().try_for_each(collect);
+        return collect(model.units, groups, |_, _| Ok(()));
     }
     let staged = StagedDir::new(target)?;
     let dir = staged.path();
-    write_weights(model, dir, groups)?;
-    let config = serde_json::to_string_pretty(&saved_config(model.config)).unwrap_or_default();
-    write_synced(&dir.join("config.json"), (config + "\n").as_bytes())?;
-    for name in TOKENIZER_FILES {
-        let from = model.base.join(name);
-        if from.exists() {
-            let bytes = std::fs::read(&from).map_err(|source| Error::Io {
-                path: from,
-                action: "read",
-                source,
-            })?;
-            write_synced(&dir.join(name), &bytes)?;
-        }
-    }
-    model.sidecar.write(dir)?;
-    staged.publish()
+    let most_held = write_weights(model, dir, groups)?;
+    let (sidecar, limit) = (model.sidecar.clone(), model.max_shard_bytes);
+    write_model_files(dir, &ModelFiles::read(model.config, model.base, sidecar, limit)?)?;
+    staged.publish()?;
+    Ok(most_held)
 }
 
-fn write_weights(model: SavedModel<'_>, dir: &Path, groups: &Groups) -> Result<()> {
+fn write_weights(model: SavedModel<'_>, dir: &Path, groups: &Groups) -> Result<usize> {
     let parts = |unit: &FlatUnit| -> Vec<_> {
         unit.layout().places.iter().flat_map(|place| place.parts.clone()).collect()
     };
     let specs = model.units.iter().flat_map(parts).map(|(spec, _)| spec).collect();
     let mut writer = WeightWriter::new(dir, specs, model.max_shard_bytes)?;
-    for unit in model.units {
-        let whole = unit.whole_fp32(groups.shard())?;
+    collect(model.units, groups, |unit, whole| {
         for (spec, range) in parts(unit) {
             let values = whole.f_narrow(0, range.start as i64, range.len() as i64)?;
             writer.write(&spec, &values)?;
         }
+        Ok(())
+    })
+}
+
+/// Collects one stage's parameters after the other, in fp32, and lends each to `take` before the
+/// next. Returns the most bytes of parameters that this rank held meanwhile.
+fn collect(
+    units: &[FlatUnit],
+    groups: &Groups,
+    mut take: impl FnMut(&FlatUnit, &Tensor) -> Result<()>,
+) -> Result<usize> {
+    let mut most_held = 0;
+    for unit in units {
+        let whole = unit.whole_fp32(groups.shard())?;
+        let own: usize = units.iter().map(|unit| unit.held_bytes().parameters).sum();
+        // Whole parameters in fp32 are lent as they are.
+        let values = unit.values();
+        let lent = storage::held_bytes(values) > 0 && values.data_ptr() == whole.data_ptr();
+        let collected = if lent { 0 } else { storage::held_bytes(&whole) };
+        most_held = most_held.max(own + collected);
+        take(unit, &whole)?;
     }
-    Ok(())
+    Ok(most_held)
 }
 
 /// The base model's `config.json` as a one-label sequence classifier in fp32.

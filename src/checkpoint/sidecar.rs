@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::atomic::write_synced;
+use crate::atomic::write_synced;
 use crate::error::{Error, Result};
 
 /// The file's name inside a model directory.

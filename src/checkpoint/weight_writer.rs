@@ -9,7 +9,7 @@ use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use serde_json::json;
 use tch::Tensor;
 
-use super::atomic::write_synced;
+use crate::atomic::write_synced;
 use crate::error::{Error, Result};
 use crate::model::stage::TensorSpec;
 use crate::model::weights::{INDEX_FILE, SINGLE_FILE};
@@ -106,7 +106,7 @@ impl WeightWriter {
 }
 
 /// Length and JSON header of a safetensors file whose data follows in the order of `specs`.
-fn header(specs: &[TensorSpec], path: &Path) -> Result<Vec<u8>> {
+pub(super) fn header(specs: &[TensorSpec], path: &Path) -> Result<Vec<u8>> {
     let mut offset = 0;
     let tensors = specs
         .iter()

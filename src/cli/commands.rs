@@ -8,8 +8,13 @@ use rr_launch::contract::{LaunchPlan, WorkerEnv};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::time::ChronoUtc;
 
-use super::{CheckArgs, Cli, Command, EvalArgs, FormatArg, ModelArgs, PlanArgs, ScoreArgs};
-use crate::data::{InputFormat, InputPair, InputPairs};
+use super::{
+    CheckArgs, Cli, Command, ConvertArgs, DeviceArg, EvalArgs, FormatArg, ModelArgs, PlanArgs,
+    ScoreArgs,
+};
+use crate::config::LabelRange;
+use crate::convert::{self, ConvertOptions, Output};
+use crate::data::{InputFormat, InputPair, InputPairs, SourceRecords};
 use crate::error::{Error, Result};
 use crate::score::{CrossEncoder, ScoreOptions, score_stream};
 use crate::torch_ext::runtime;
@@ -25,6 +30,7 @@ pub fn run(cli: &Cli) -> Result<()> {
         Command::Check(args) => check(args),
         Command::Score(args) => score(args),
         Command::Eval(args) => evaluate(args),
+        Command::Convert(args) => convert(args),
     }
 }
 
@@ -33,7 +39,7 @@ fn train(args: &PlanArgs) -> Result<()> {
     start_log(env.rank);
     // Every line of this worker carries its rank, also those of its libraries.
     let _rank = tracing::info_span!("worker", rank = env.rank).entered();
-    train::run(&args.plan(Some(env.world_size))?, &env)
+    train::run(&args.plan(Some(env.world_size), args.device)?, &env)
 }
 
 /// Rank 0 tells what happens; the others only what is wrong. `RUST_LOG` decides otherwise.
@@ -67,7 +73,9 @@ impl Write for LogLine {
 }
 
 fn check(args: &CheckArgs) -> Result<()> {
-    let plan = args.plan.plan(args.nproc)?;
+    start_log(0);
+    let device = args.gpus.map(|_| DeviceArg::Cuda).or(args.plan.device);
+    let plan = args.plan.plan(args.gpus.or(args.nproc), device)?;
     train::check_output(&plan)?;
     let workers = plan.parallel.processes.unwrap_or(1);
     if args.for_launch {
@@ -148,6 +156,42 @@ fn evaluate(args: &EvalArgs) -> Result<()> {
     let options = args.options.score_options();
     let evaluation = eval::evaluate(model.as_ref(), &dataset, &options, args.bm25)?;
     if args.json { print(&evaluation.to_json().to_string()) } else { print(&evaluation.table()) }
+}
+
+fn convert(args: &ConvertArgs) -> Result<()> {
+    let labels = LabelRange { min: args.min_label, max: args.max_label };
+    if labels.min >= labels.max || !(labels.max - labels.min).is_finite() {
+        return Err(Error::Usage(format!(
+            "--max-label is {} and --min-label {}, expected --max-label above --min-label",
+            labels.max, labels.min
+        )));
+    }
+    let options = ConvertOptions {
+        to: args.to.into(),
+        label_key: args.label_key.clone(),
+        labels,
+        positive_from: args.positive_from,
+        gather: args.gather,
+        lossy: args.lossy,
+    };
+    let records = if args.input == Path::new("-") {
+        let name = Path::new("<stdin>");
+        SourceRecords::from_reader(io::stdin(), name, &args.label_key, labels)?
+    } else {
+        SourceRecords::open(&args.input, &args.label_key, labels)?
+    };
+    let mut output = Output::create(&args.output)?;
+    let report = convert::convert(records, &options, &mut |line| output.line(line));
+    let done = report.and_then(|report| output.finish().map(|()| report));
+    match done {
+        // `| head` has seen enough: a good end.
+        Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        Err(error) => Err(error),
+        Ok(report) => {
+            eprintln!("{report}");
+            Ok(())
+        }
+    }
 }
 
 /// Where result lines go.

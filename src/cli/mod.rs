@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::config;
+use crate::data::RecordForm;
 use crate::error::Result;
 
 pub use commands::run;
@@ -32,6 +33,8 @@ pub enum Command {
     Score(ScoreArgs),
     /// Measure nDCG@10, MRR@10 and MAP on grouped data
     Eval(EvalArgs),
+    /// Convert data between pointwise, grouped and pos/neg records
+    Convert(ConvertArgs),
 }
 
 /// Where the plan of a run comes from.
@@ -49,6 +52,9 @@ pub struct PlanArgs {
     /// Continue an unfinished run: auto, never, or a checkpoint's path
     #[arg(long, value_name = "WHAT")]
     pub resume: Option<String>,
+    /// Go on from a checkpoint although the run differs
+    #[arg(long)]
+    pub resume_anyway: bool,
     /// Replace a finished run in the output directory
     #[arg(long)]
     pub overwrite: bool,
@@ -78,6 +84,9 @@ pub struct CheckArgs {
     /// Number of workers the plan is for
     #[arg(long, value_name = "N", default_value = None)]
     nproc: Option<usize>,
+    /// Number of workers the plan is for, each on a GPU; none need be here
+    #[arg(long, value_name = "N", conflicts_with_all = ["nproc", "device"])]
+    gpus: Option<usize>,
     /// Print one JSON line for rr-launch instead of the plan
     #[arg(long, hide = true)]
     for_launch: bool,
@@ -127,6 +136,39 @@ pub struct EvalArgs {
     options: ModelArgs,
 }
 
+/// Arguments of `convert`.
+#[derive(Debug, Args)]
+pub struct ConvertArgs {
+    /// Records of any form, plain, gzip or zstd; `-` for standard input
+    #[arg(long, value_name = "FILE", default_value = "-")]
+    input: PathBuf,
+    /// Where the records go, compressed where the name ends in .gz or .zst; `-` for standard output
+    #[arg(long, value_name = "FILE", default_value = "-")]
+    output: PathBuf,
+    /// Form of the output
+    #[arg(long, value_enum)]
+    to: RecordFormArg,
+    /// Key of the labels
+    #[arg(long, value_name = "KEY", default_value = "label")]
+    label_key: String,
+    /// Label of positives without scores
+    #[arg(long, value_name = "LABEL", default_value_t = 1.0, allow_negative_numbers = true)]
+    max_label: f64,
+    /// Label of negatives without scores
+    #[arg(long, value_name = "LABEL", default_value_t = 0.0, allow_negative_numbers = true)]
+    min_label: f64,
+    /// The least label of a positive, for pos/neg records of graded labels
+    #[arg(long, value_name = "LABEL", allow_negative_numbers = true)]
+    positive_from: Option<f64>,
+    /// Gather pointwise records by query in memory; without it those of a query have to stand
+    /// together
+    #[arg(long)]
+    gather: bool,
+    /// Leave out what the output's form cannot hold, instead of stopping
+    #[arg(long)]
+    lossy: bool,
+}
+
 /// How a model is run.
 #[derive(Debug, Args)]
 pub struct ModelArgs {
@@ -159,6 +201,27 @@ pub enum FormatArg {
     Tsv,
 }
 
+/// The forms of records.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum RecordFormArg {
+    /// {"query", "content", "label"}: a document a line
+    Pointwise,
+    /// {"query", "hits": [{"content", "label"}]}: a query a line
+    Grouped,
+    /// {"query", "pos", "neg"}, with scores where labels need them
+    Posneg,
+}
+
+impl From<RecordFormArg> for RecordForm {
+    fn from(form: RecordFormArg) -> Self {
+        match form {
+            RecordFormArg::Pointwise => Self::Pointwise,
+            RecordFormArg::Grouped => Self::Grouped,
+            RecordFormArg::Posneg => Self::PosNeg,
+        }
+    }
+}
+
 impl From<DeviceArg> for config::Device {
     fn from(device: DeviceArg) -> Self {
         match device {
@@ -169,8 +232,8 @@ impl From<DeviceArg> for config::Device {
 }
 
 impl PlanArgs {
-    /// The validated plan for a world of `processes` workers.
-    fn plan(&self, processes: Option<usize>) -> Result<config::Plan> {
+    /// The validated plan for a world of `processes` workers on `device`.
+    fn plan(&self, processes: Option<usize>, device: Option<DeviceArg>) -> Result<config::Plan> {
         config::Plan::load(&config::Sources {
             training: self.config.clone(),
             parallel: self.parallel.clone(),
@@ -179,7 +242,8 @@ impl PlanArgs {
             overwrite: self.overwrite,
             skip_bad_records: self.skip_bad_records,
             processes,
-            device: self.device.map(Into::into),
+            device: device.map(Into::into),
+            resume_anyway: self.resume_anyway,
             timeout: self.timeout,
         })
     }

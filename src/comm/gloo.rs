@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::net::{TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
-use rr_launch::contract::WorkerEnv;
+use rr_launch::contract::{WorkerEnv, vars};
 use tch::{Device, Tensor};
 
 use super::{Communicator, Pending, Place, Reduction, operation};
@@ -23,6 +23,8 @@ pub struct Gloo {
     group: Group,
     rank: usize,
     world_size: usize,
+    /// The host of rank 0, as the ranks name it.
+    master: String,
     place: RefCell<Option<Place>>,
 }
 
@@ -45,12 +47,17 @@ impl Gloo {
                     .map_err(|error| failed(format!("no way to that address: {error}")))?,
             ),
         };
-        if env.rank > 0 {
+        // torchrun's agent already listens at the address that it gives.
+        let agent_serves = std::env::var(vars::TORCHELASTIC_USE_AGENT_STORE)
+            .is_ok_and(|value| value.eq_ignore_ascii_case("true"));
+        let serves_store = env.rank == 0 && !agent_serves;
+        if !serves_store {
             wait_for_store(&env.master_addr, env.master_port, timeout);
         }
         let join = Join {
             host: env.master_addr.clone(),
             port: env.master_port,
+            serves_store,
             rank: env.rank,
             world_size: env.world_size,
             timeout,
@@ -67,11 +74,15 @@ impl Gloo {
                 failed(message)
             }
         })?;
-        Ok(Self::over(group, env.rank, env.world_size))
+        Ok(Self::over(group, env.rank, env.world_size, &env.master_addr))
     }
 
-    fn over(group: Group, rank: usize, world_size: usize) -> Self {
-        Self { group, rank, world_size, place: RefCell::new(None) }
+    fn over(group: Group, rank: usize, world_size: usize, master: &str) -> Self {
+        Self { group, rank, world_size, master: master.to_owned(), place: RefCell::new(None) }
+    }
+
+    pub(super) fn master(&self) -> &str {
+        &self.master
     }
 
     fn failed(&self, name: &str) -> impl Fn(String) -> Error + Send + use<> {
@@ -93,7 +104,7 @@ impl Gloo {
         let name = format!("{name}/{}", ranks[0]);
         let group =
             self.group.split(rank, ranks.len(), &name).map_err(self.failed("splitting a group"))?;
-        Ok(Some(Self::over(group, rank, ranks.len())))
+        Ok(Some(Self::over(group, rank, ranks.len(), &self.master)))
     }
 
     /// Gloo works on host memory: a tensor elsewhere goes through a copy.

@@ -2,6 +2,7 @@
 
 mod gloo;
 mod groups;
+mod liveness;
 mod nccl;
 mod solo;
 
@@ -70,6 +71,14 @@ pub trait Communicator: fmt::Debug {
     /// # Errors
     /// [`crate::Error::Comm`] when a peer went away or the deadline passed.
     fn barrier(&self) -> Result<()>;
+
+    /// Ends the work together: a barrier, after which a rank may go without being missed.
+    ///
+    /// # Errors
+    /// As [`Communicator::barrier`].
+    fn leave(&self) -> Result<()> {
+        self.barrier()
+    }
 }
 
 /// What a collective is for.

@@ -8,12 +8,13 @@
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use tch::{Device, Tensor};
 
+use super::liveness::Liveness;
 use super::{Communicator, Gloo, Pending, Place, Reduction, operation};
 use crate::error::{Error, Result};
 use crate::torch_ext::nccl::{self, Comm, State, UNIQUE_ID_BYTES, UniqueId};
@@ -28,6 +29,9 @@ const SETTLE: Duration = Duration::from_micros(50);
 /// Looks at such a call without sleeping in between; most are over by then.
 const EAGER_LOOKS: usize = 1000;
 
+/// How long the name of a rank that ended may take to get round.
+const HEAR_MORE: Duration = Duration::from_millis(500);
+
 /// How long leaving in order may take before the communicator is ended.
 const LEAVE: Duration = Duration::from_secs(2);
 
@@ -41,9 +45,16 @@ pub struct Nccl {
     /// another order on another rank would wait for each other.
     stream: Arc<Stream>,
     shared: Arc<Shared>,
+    /// Of the world only: its groups share the world's fate.
+    liveness: Option<Liveness>,
+    family: Arc<Family>,
     watchdog: Option<JoinHandle<()>>,
     place: RefCell<Option<Place>>,
 }
+
+/// The communicators that came from one world: a rank that is lost ends all of them.
+#[derive(Debug, Default)]
+struct Family(Mutex<Vec<Weak<Shared>>>);
 
 /// What the training thread and the watchdog share.
 #[derive(Debug)]
@@ -60,6 +71,8 @@ struct Inner {
     /// `None` once it has ended.
     comm: Option<Comm>,
     flights: VecDeque<Flight>,
+    /// What the library is queueing.
+    queueing: Option<String>,
     /// The operation that failed, and why.
     failure: Option<(String, String)>,
     closing: bool,
@@ -87,7 +100,11 @@ impl Nccl {
     ) -> Result<Self> {
         set_current(device)?;
         let stream = Arc::new(Stream::new(device)?);
-        Self::over(host, library, device, stream, timeout)
+        let family = Arc::new(Family::default());
+        let mut world = Self::over(host, library, device, stream, Arc::clone(&family), timeout)?;
+        let lost = move |rank: usize| family.fail(&format!("rank {rank} has ended"));
+        world.liveness = Some(Liveness::start(&world.host, timeout, lost)?);
+        Ok(world)
     }
 
     fn over(
@@ -95,6 +112,7 @@ impl Nccl {
         library: Arc<nccl::Nccl>,
         device: Device,
         stream: Arc<Stream>,
+        family: Arc<Family>,
         timeout: Duration,
     ) -> Result<Self> {
         const JOINING: &str = "joining the NCCL group";
@@ -112,6 +130,7 @@ impl Nccl {
             bell: Condvar::new(),
         });
         drop(shared.settle(shared.lock(), JOINING)?);
+        family.lock().push(Arc::downgrade(&shared));
         let watched = Arc::clone(&shared);
         let watchdog = std::thread::Builder::new()
             .name("nccl watchdog".into())
@@ -123,6 +142,8 @@ impl Nccl {
             device,
             stream,
             shared,
+            liveness: None,
+            family,
             watchdog: Some(watchdog),
             place: RefCell::new(None),
         })
@@ -157,6 +178,18 @@ impl Nccl {
             drop(kept);
             Ok(())
         }))
+    }
+
+    /// Ends the communicator on this rank without waiting for the others, which learn of it.
+    pub fn abort(&self) {
+        let failure = "ended on this rank".to_owned();
+        self.shared.fail(&mut self.shared.lock(), "abort".into(), failure);
+    }
+
+    /// What has ended the communicator, if anything has.
+    #[must_use]
+    pub fn failure(&self) -> Option<Error> {
+        self.shared.check(&self.shared.lock()).err()
     }
 
     fn is_ours(&self, tensor: &Tensor) -> bool {
@@ -194,6 +227,23 @@ fn comm_error(rank: usize, operation: &str, message: String) -> Error {
     Error::Comm { rank, operation: operation.into(), message }
 }
 
+impl Family {
+    fn lock(&self) -> MutexGuard<'_, Vec<Weak<Shared>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends all communicators.
+    fn fail(&self, message: &str) {
+        for shared in self.lock().iter().filter_map(Weak::upgrade) {
+            let mut inner = shared.lock();
+            let oldest = inner.flights.front().map(|flight| &flight.operation);
+            let operation = oldest.or(inner.queueing.as_ref()).cloned();
+            let operation = operation.unwrap_or_else(|| "watching over the ranks".into());
+            shared.fail(&mut inner, operation, message.to_owned());
+        }
+    }
+}
+
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Inner> {
         // A panic elsewhere leaves nothing half-done here.
@@ -213,6 +263,7 @@ impl Shared {
         let error = comm_error(self.rank, &operation, message.clone());
         inner.failure.get_or_insert((operation, message));
         inner.flights.clear();
+        self.bell.notify_all();
         if let Some(comm) = inner.comm.take() {
             comm.abort();
         }
@@ -232,15 +283,23 @@ impl Shared {
     ) -> Result<MutexGuard<'a, Inner>> {
         let deadline = Instant::now() + self.timeout;
         let mut looks = 0;
+        inner.queueing = Some(operation.to_owned());
         loop {
             self.check(&inner)?;
             match inner.comm.as_ref().map_or(Ok(State::Queued), Comm::state) {
-                Ok(State::Queued) => return Ok(inner),
+                Ok(State::Queued) => {
+                    inner.queueing = None;
+                    return Ok(inner);
+                }
                 Ok(State::InProgress) if Instant::now() < deadline => {}
                 Ok(State::InProgress) => {
                     return Err(self.fail(&mut inner, operation.into(), self.late()));
                 }
-                Err(message) => return Err(self.fail(&mut inner, operation.into(), message)),
+                Err(message) => {
+                    inner = self.hear_more(inner);
+                    self.check(&inner)?;
+                    return Err(self.fail(&mut inner, operation.into(), message));
+                }
             }
             drop(inner);
             looks += 1;
@@ -251,6 +310,14 @@ impl Shared {
             }
             inner = self.lock();
         }
+    }
+
+    /// NCCL has seen a failure. If a rank has ended, it is known in a moment which.
+    fn hear_more<'a>(&'a self, inner: MutexGuard<'a, Inner>) -> MutexGuard<'a, Inner> {
+        let heard = self.bell.wait_timeout_while(inner, HEAR_MORE, |inner| {
+            inner.failure.is_none() && !inner.closing
+        });
+        heard.unwrap_or_else(PoisonError::into_inner).0
     }
 
     /// The watchdog: looks after collectives under way until the communicator closes.
@@ -265,6 +332,7 @@ impl Shared {
                 continue;
             }
             if let Err(message) = self.look(&mut inner) {
+                inner = self.hear_more(inner);
                 let operation = inner.flights.front().map_or("", |flight| &flight.operation).into();
                 self.fail(&mut inner, operation, message);
                 break;
@@ -367,11 +435,20 @@ impl Communicator for Nccl {
             return Ok(Box::new(super::Solo));
         };
         let (library, stream) = (Arc::clone(&self.library), Arc::clone(&self.stream));
-        Ok(Box::new(Self::over(host, library, self.device, stream, self.shared.timeout)?))
+        let (family, timeout) = (Arc::clone(&self.family), self.shared.timeout);
+        Ok(Box::new(Self::over(host, library, self.device, stream, family, timeout)?))
     }
 
     fn barrier(&self) -> Result<()> {
         self.shared.check(&self.shared.lock())?;
         self.host.barrier()
+    }
+
+    fn leave(&self) -> Result<()> {
+        self.barrier()?;
+        if let Some(liveness) = &self.liveness {
+            liveness.say_goodbye();
+        }
+        Ok(())
     }
 }

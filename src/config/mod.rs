@@ -2,10 +2,11 @@
 //!
 //! Two stages, as in ripgrep. What was written: `tree` reads YAML with positions, `reader` pulls
 //! typed keys out of it and reports the rest, `training` and `parallel` list the keys of the two
-//! files, `overrides` those of the command line. What will be done: `resolve` decides precedence,
+//! files, `deepspeed_file` those of the JSON that the second may point to, `overrides` those of the command line. What will be done: `resolve` decides precedence,
 //! defaults and ranges and makes the plan; `support` refuses what the engine cannot do yet. Every
 //! error names the file, line and column of the setting that caused it.
 
+mod deepspeed_file;
 mod describe;
 mod overrides;
 mod parallel;
@@ -23,8 +24,8 @@ mod tests;
 
 pub use plan::{
     DataPlan, DatasetKind, Device, LabelRange, LoggingPlan, LossKind, LrGroup, ModelKind,
-    ModelPlan, ParallelPlan, Plan, Precision, Resume, SavingPlan, Sources, Strategy, Tracker,
-    TrainingPlan, ZeroStage,
+    ModelPlan, ParallelPlan, Plan, Precision, Resume, SaveFailure, SavingPlan, Sources, Strategy,
+    Tracker, TrainingPlan, ZeroStage,
 };
 pub use reader::Origin;
 pub use tree::Place;

@@ -69,6 +69,10 @@ pub struct RawDeepSpeed {
     pub gradient_accumulation_steps: Option<Setting<Auto<i64>>>,
     pub gradient_clipping: Option<Setting<Auto<f64>>>,
     pub train_micro_batch_size_per_gpu: Option<Setting<Auto<i64>>>,
+    /// Of a `DeepSpeed` JSON file only: what batch size, accumulation and world size come to.
+    pub train_batch_size: Option<Setting<Auto<i64>>>,
+    /// Of a `DeepSpeed` JSON file only: the precision of reductions.
+    pub communication_data_type: Option<Setting<Precision>>,
     pub offload_optimizer_device: Option<Setting<OffloadDevice>>,
     pub offload_param_device: Option<Setting<OffloadDevice>>,
     pub deepspeed_config_file: Option<Setting<String>>,
@@ -84,7 +88,8 @@ pub struct RawFsdp {
     pub reshard_after_forward: Option<Setting<FsdpSharding>>,
     pub offload_params: Option<Setting<bool>>,
     pub activation_checkpointing: Option<Setting<bool>>,
-    pub transformer_layer_cls_to_wrap: Option<Setting<String>>,
+    /// Names of classes; commas may stand inside one text.
+    pub transformer_layer_cls_to_wrap: Option<Setting<Vec<String>>>,
 }
 
 const DISTRIBUTED_TYPES: &[(&str, DistributedType)] = &[
@@ -118,7 +123,7 @@ const RESHARDING: &[(&str, FsdpSharding)] = &[
     ("HYBRID_SHARD_ZERO2", FsdpSharding::HybridShardZero2),
 ];
 
-const OFFLOAD: &[(&str, OffloadDevice)] =
+pub(super) const OFFLOAD: &[(&str, OffloadDevice)] =
     &[("none", OffloadDevice::None), ("cpu", OffloadDevice::Cpu)];
 
 /// Keys that accelerate writes and that mean nothing here: the launcher and its environment
@@ -211,6 +216,8 @@ impl RawDeepSpeed {
             gradient_clipping: fields.float_or_auto("gradient_clipping")?,
             train_micro_batch_size_per_gpu: fields
                 .integer_or_auto("train_micro_batch_size_per_gpu")?,
+            train_batch_size: None,
+            communication_data_type: None,
             offload_optimizer_device: fields.choice("offload_optimizer_device", OFFLOAD)?,
             offload_param_device: fields.choice("offload_param_device", OFFLOAD)?,
             deepspeed_config_file: fields.string("deepspeed_config_file")?,
@@ -227,7 +234,7 @@ impl RawFsdp {
             reshard_after_forward: fields.choice("fsdp_reshard_after_forward", RESHARDING)?,
             offload_params: fields.boolean("fsdp_offload_params")?,
             activation_checkpointing: fields.boolean("fsdp_activation_checkpointing")?,
-            transformer_layer_cls_to_wrap: fields.string("fsdp_transformer_layer_cls_to_wrap")?,
+            transformer_layer_cls_to_wrap: fields.strings("fsdp_transformer_layer_cls_to_wrap")?,
         })
     }
 }

@@ -8,7 +8,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Serialize, Serializer};
 
 use super::reader::Origin;
 use crate::error::Error;
@@ -32,6 +32,8 @@ pub struct Sources {
     pub processes: Option<usize>,
     /// The device, when the command line chose it.
     pub device: Option<Device>,
+    /// `--resume-anyway`: go on from the checkpoint of a run that differs.
+    pub resume_anyway: bool,
     /// `--timeout`: the longest wait for a peer.
     pub timeout: Option<Duration>,
 }
@@ -66,6 +68,15 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// A line about the setting `key` that is no error, with the place where it was given.
+    #[must_use]
+    pub fn warning(&self, key: &str, message: impl fmt::Display) -> String {
+        match self.origins.get(key) {
+            Some(Origin { key, place }) => format!("{place}: {key}: {message}"),
+            None => format!("{key}: {message}"),
+        }
+    }
+
     /// An error about the setting `key` (a serialized name, such as `train_dataset`) at the place
     /// where it was given, or about the training YAML as a whole where it is a default.
     #[must_use]
@@ -141,12 +152,15 @@ pub struct DataPlan {
     pub max_len: usize,
     /// The probability that a long training text has its parts shuffled.
     pub shuffle_rate: f64,
+    /// Where tokenized data is kept between runs; large files only, below the user's cache
+    /// directory, when absent.
+    pub cache_dir: Option<PathBuf>,
     /// Drop bad records and report them, instead of stopping.
     pub skip_bad_records: bool,
 }
 
 /// The forms of a data set.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DatasetKind {
     /// One query, one document, one label per record.
@@ -269,8 +283,20 @@ pub struct SavingPlan {
     pub save_steps: Option<usize>,
     /// What to do with an unfinished run in `output_dir`.
     pub resume: Resume,
+    /// What follows when a checkpoint cannot be saved.
+    pub save_failure: SaveFailure,
     /// A finished run in `output_dir` may be replaced.
     pub overwrite: bool,
+}
+
+/// What follows when a checkpoint cannot be saved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SaveFailure {
+    /// The run ends; it can go on from the checkpoint before.
+    Stop,
+    /// The checkpoint is left out, with a warning.
+    Continue,
 }
 
 /// Where a run begins.
@@ -335,9 +361,10 @@ pub struct ParallelPlan {
     pub offload_parameters: bool,
     /// Recompute activations, as the parallel YAML asks (`fsdp_activation_checkpointing`).
     pub activation_checkpointing: bool,
-    /// The layer class that FSDP files name; layers are known here, so it is only checked.
-    pub layer_class: Option<String>,
-    /// A `DeepSpeed` JSON file that the parallel YAML points to.
+    /// The layer classes that FSDP files name (`fsdp_transformer_layer_cls_to_wrap`); layers are
+    /// known here, so they are only compared with the model's.
+    pub layer_classes: Vec<String>,
+    /// The `DeepSpeed` JSON file that the parallel YAML points to and that was read in its place.
     pub deepspeed_config_file: Option<PathBuf>,
 }
 

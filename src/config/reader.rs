@@ -189,6 +189,14 @@ impl<'a> Fields<'a> {
         })
     }
 
+    /// `true`, `false` or `auto`.
+    ///
+    /// # Errors
+    /// Anything else.
+    pub fn boolean_or_auto(&mut self, key: &'static str) -> Result<Option<Setting<Auto<bool>>>> {
+        self.read(&[key], "true, false or \"auto\"", |node| auto(node, Node::boolean))
+    }
+
     /// An integer or `auto`.
     ///
     /// # Errors
@@ -319,14 +327,34 @@ impl<'a> Fields<'a> {
         Ok(())
     }
 
-    /// A mapping that asks for something this program does not do: legal only when empty.
+    /// A scalar that asks for something this program does not do, unless it is `harmless`.
+    ///
+    /// # Errors
+    /// Any other value; `reason` says why that cannot be done, or what to do instead.
+    pub fn only(&mut self, key: &'static str, harmless: &str, reason: &str) -> Result<()> {
+        let Some(found) = self.find(&[key])? else { return Ok(()) };
+        let node = &found.node;
+        let same = node.float().is_some_and(|value| harmless.parse() == Ok(value));
+        if same || node.text() == Some(harmless) {
+            return Ok(());
+        }
+        let name = format!("{}{key}", self.prefix);
+        let found = node.describe();
+        Err(node.place.error(format!("{name}: expected {harmless}, found {found}: {reason}")))
+    }
+
+    /// A mapping that asks for something this program does not do: legal only when empty, or when
+    /// it says `enabled: false`.
     ///
     /// # Errors
     /// It holds anything; `reason` says why that cannot be done.
     pub fn empty(&mut self, key: &'static str, reason: &str) -> Result<()> {
         let Some(found) = self.find(&[key])? else { return Ok(()) };
         let is_empty = match &found.node.value {
-            Value::Mapping(mapping) => mapping.is_empty(),
+            Value::Mapping(mapping) => {
+                let enabled = entry(mapping, "enabled").and_then(|entry| entry.node.boolean());
+                mapping.is_empty() || enabled == Some(false)
+            }
             Value::Sequence(items) => items.is_empty(),
             Value::Scalar { .. } => false,
         };

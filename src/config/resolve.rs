@@ -8,7 +8,7 @@ use super::overrides::Overrides;
 use super::parallel::{DistributedType, RawParallel};
 use super::plan::{
     DataPlan, DatasetKind, LabelRange, LoggingPlan, LossKind, LrGroup, ModelKind, ModelPlan, Plan,
-    Precision, Resume, SavingPlan, Sources, Tracker, TrainingPlan,
+    Precision, Resume, SaveFailure, SavingPlan, Sources, Tracker, TrainingPlan,
 };
 use super::reader::{Auto, Fields, Log, Origin, Setting, unknown_override};
 use super::support;
@@ -55,6 +55,7 @@ impl Plan {
             origins: resolver.origins,
         };
         check_groups(&plan)?;
+        check_train_batch_size(&plan, value_of(raw_parallel.deepspeed.train_batch_size.as_ref()))?;
         Ok(plan)
     }
 }
@@ -74,7 +75,7 @@ fn read_sources(sources: &Sources) -> Result<(RawTraining, RawParallel, Log)> {
     let training = RawTraining::read(&mut fields)?;
     let mut log = fields.finish()?;
     let mut fields = Fields::new(vec![&overrides.mapping, &parallel_file]);
-    let parallel = RawParallel::read(&mut fields)?;
+    let mut parallel = RawParallel::read(&mut fields)?;
     let parallel_log = fields.finish()?;
 
     log.known.extend(parallel_log.known);
@@ -90,6 +91,7 @@ fn read_sources(sources: &Sources) -> Result<(RawTraining, RawParallel, Log)> {
         let keys = parallel_log.ignored.join(", ");
         notices.push(format!("{file}: without meaning here, ignored: {keys}"));
     }
+    notices.extend(parallel.adopt_deepspeed_file()?);
     log.notices = notices;
     Ok((training, parallel, log))
 }
@@ -101,6 +103,7 @@ pub(super) struct Shared {
     pub(super) accumulation: Option<Setting<Auto<i64>>>,
     pub(super) batch_size: Option<Setting<Auto<i64>>>,
     pub(super) clipping: Option<Setting<Auto<f64>>>,
+    pub(super) reduction: Option<Setting<Precision>>,
 }
 
 /// The state of one resolution.
@@ -185,6 +188,7 @@ impl Resolver<'_> {
     fn data(&self, raw: &RawTraining, sources: &Sources) -> Result<DataPlan> {
         let train = self.required(raw.train_dataset.as_ref(), "train_dataset", "a JSONL file")?;
         let validation = text(raw.val_dataset.as_ref(), "");
+        let cache_dir = text(raw.cache_dir.as_ref(), "");
         let group_size = count(raw.train_group_size.as_ref(), 8, 1)?;
         Ok(DataPlan {
             train: train.into(),
@@ -197,6 +201,7 @@ impl Resolver<'_> {
             labels: label_range(raw)?,
             max_len: count(raw.max_len.as_ref(), 512, 4)?,
             shuffle_rate: share(raw.shuffle_rate.as_ref(), 0.0)?,
+            cache_dir: (!cache_dir.is_empty()).then(|| PathBuf::from(cache_dir)),
             skip_bad_records: sources.skip_bad_records,
         })
     }
@@ -212,8 +217,9 @@ impl Resolver<'_> {
             raw.batch_size.as_ref(),
             value_of(shared.batch_size.as_ref()).as_ref(),
         );
-        let precision =
-            self.prefer("mixed_precision", raw.mixed_precision.as_ref(), shared.precision.as_ref());
+        let precision = self
+            .prefer("mixed_precision", raw.mixed_precision.as_ref(), shared.precision.as_ref())
+            .map_or(Precision::Fp32, |setting| setting.value);
         let warmup_proportion = share(raw.warmup_proportion.as_ref(), 0.1)?;
         let stable_proportion = share(raw.stable_proportion.as_ref(), 0.0)?;
         if let Some(setting) = raw.stable_proportion.as_ref().or(raw.warmup_proportion.as_ref())
@@ -233,12 +239,12 @@ impl Resolver<'_> {
             warmup_proportion,
             stable_proportion,
             accumulation: count(accumulation.as_ref(), 1, 1)?,
-            precision: precision.map_or(Precision::Fp32, |setting| setting.value),
+            precision,
             max_grad_norm: self.max_grad_norm(raw, shared)?,
             weight_decay: within(raw.weight_decay.as_ref(), 0.01, |v| v >= 0.0, "0 or more")?,
             special_lr_groups: groups.iter().map(LrGroup::from_raw).collect::<Result<_>>()?,
             gradient_checkpointing: flag(raw.gradient_checkpointing.as_ref()),
-            reduce_in_fp32: flag(raw.reduce_in_fp32.as_ref()),
+            reduce_in_fp32: self.reduce_in_fp32(raw, shared, precision)?,
         })
     }
 
@@ -266,6 +272,32 @@ impl Resolver<'_> {
             (None, Some(_)) => Some(1.0),
             (None, None) => None,
         })
+    }
+
+    /// The training YAML's word; else a `DeepSpeed` file's, which may name the gradients' own
+    /// precision or fp32.
+    fn reduce_in_fp32(
+        &mut self,
+        raw: &RawTraining,
+        shared: &Shared,
+        precision: Precision,
+    ) -> Result<bool> {
+        let stated = match &shared.reduction {
+            Some(Setting { value, key, place }) if [Precision::Fp32, precision].contains(value) => {
+                let value = *value != precision;
+                Some(Setting { value, key: key.clone(), place: place.clone() })
+            }
+            Some(other) => {
+                return Err(other.error(format!(
+                    "expected fp32 or the precision of the gradients, which is {precision}, found \
+                     {}",
+                    other.value
+                )));
+            }
+            None => None,
+        };
+        let chosen = self.prefer("reduce_in_fp32", raw.reduce_in_fp32.as_ref(), stated.as_ref());
+        Ok(flag(chosen.as_ref()))
     }
 
     /// The higher of two sources; a value that loses is noted, and the winner's place is kept
@@ -375,6 +407,7 @@ fn saving(raw: &RawTraining, sources: &Sources) -> Result<SavingPlan> {
         save_on_epoch_end: flag(raw.save_on_epoch_end.as_ref()),
         max_checkpoints: count(raw.num_max_checkpoints.as_ref(), 5, 1)?,
         save_steps: save_steps.map(|steps| count(Some(steps), 1, 1)).transpose()?,
+        save_failure: raw.save_failure.as_ref().map_or(SaveFailure::Stop, |s| s.value),
         resume: match text(raw.resume.as_ref(), "auto").as_str() {
             "auto" | "" => Resume::Auto,
             "never" => Resume::Never,
@@ -419,6 +452,24 @@ fn check_groups(plan: &Plan) -> Result<()> {
         ));
     }
     Ok(())
+}
+
+/// What a `DeepSpeed` file says of the whole batch has to be what its parts come to; `DeepSpeed`
+/// asserts the same.
+fn check_train_batch_size(plan: &Plan, stated: Option<Setting<i64>>) -> Result<()> {
+    let (Some(setting), Some(processes)) = (stated, plan.parallel.processes) else {
+        return Ok(());
+    };
+    let TrainingPlan { batch_size, accumulation, .. } = plan.training;
+    let whole = batch_size * accumulation * processes;
+    if setting.value == whole as i64 {
+        return Ok(());
+    }
+    Err(setting.error(format!(
+        "{}, but {batch_size} per worker x {accumulation} accumulation step(s) x {processes} \
+         worker(s) is {whole}; write {whole} or \"auto\"",
+        setting.value
+    )))
 }
 
 impl DistributedType {

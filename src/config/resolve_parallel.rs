@@ -25,12 +25,12 @@ impl Resolver<'_> {
             strategy: Strategy::Ddp,
             processes: processes(raw, sources)?,
             machines: count(raw.num_machines.as_ref(), 1, 1)?,
-            device: self.device(raw, kind, sources),
+            device: self.device(raw, kind, sources)?,
             gpu_ids,
             offload_optimizer: false,
             offload_parameters: false,
             activation_checkpointing: false,
-            layer_class: None,
+            layer_classes: Vec::new(),
             deepspeed_config_file: None,
         };
         let mut shared = Shared { precision: raw.mixed_precision.clone(), ..Shared::default() };
@@ -43,6 +43,7 @@ impl Resolver<'_> {
                     accumulation: raw.deepspeed.gradient_accumulation_steps.clone(),
                     batch_size: raw.deepspeed.train_micro_batch_size_per_gpu.clone(),
                     clipping: raw.deepspeed.gradient_clipping.clone(),
+                    reduction: raw.deepspeed.communication_data_type.clone(),
                     ..shared
                 };
             }
@@ -74,7 +75,7 @@ impl Resolver<'_> {
         raw: &RawParallel,
         kind: DistributedType,
         sources: &Sources,
-    ) -> Option<Device> {
+    ) -> Result<Option<Device>> {
         let at =
             |place: &Place, value| Setting { value, key: "device".into(), place: place.clone() };
         let of_kind = raw.distributed_type.as_ref().and_then(|setting| match kind {
@@ -83,11 +84,18 @@ impl Resolver<'_> {
             _ => None,
         });
         let of_switch = raw.use_cpu.as_ref().filter(|setting| setting.value);
+        if let Some(setting) = of_switch
+            && kind == DistributedType::MultiGpu
+        {
+            let message = "true, but distributed_type is MULTI_GPU; use MULTI_CPU, or false";
+            return Err(setting.error(message));
+        }
         let of_file = of_switch.map(|setting| at(&setting.place, Device::Cpu)).or(of_kind);
         let of_flag = sources
             .device
             .map(|device| at(&Place::in_option("the command line", "the command line", 1), device));
-        self.prefer("device", of_flag.as_ref(), of_file.as_ref()).map(|setting| setting.value)
+        let chosen = self.prefer("device", of_flag.as_ref(), of_file.as_ref());
+        Ok(chosen.map(|setting| setting.value))
     }
 
     fn deepspeed(&mut self, raw: &RawDeepSpeed, plan: &mut ParallelPlan) -> Result<()> {
@@ -145,9 +153,11 @@ impl Resolver<'_> {
         let checkpointing = raw.activation_checkpointing.as_ref();
         plan.activation_checkpointing = flag(checkpointing);
         self.keep_origin("activation_checkpointing", checkpointing);
-        let layer_class = raw.transformer_layer_cls_to_wrap.as_ref();
-        plan.layer_class = layer_class.map(|setting| setting.value.clone());
-        self.keep_origin("layer_class", layer_class);
+        if let Some(setting) = &raw.transformer_layer_cls_to_wrap {
+            let names = setting.value.iter().flat_map(|text| text.split(',')).map(str::trim);
+            plan.layer_classes = names.filter(|name| !name.is_empty()).map(Into::into).collect();
+            self.keep_origin("layer_classes", Some(setting));
+        }
         Ok(())
     }
 

@@ -3,7 +3,7 @@
 //! A setting that is legal but not built must never be ignored in silence: the run would report
 //! numbers for something else than was asked. A row leaves the table when its feature lands.
 
-use super::plan::{ModelKind, Plan, Resume};
+use super::plan::{ModelKind, Plan};
 use crate::error::Result;
 
 /// One thing that is refused.
@@ -26,30 +26,6 @@ const REFUSALS: &[Refusal] = &[
         key: "num_labels",
         asks: |plan| (plan.model.num_labels != 1).then(|| plan.model.num_labels.to_string()),
         instead: "use 1: a reranker gives one score per pair",
-    },
-    Refusal {
-        key: "deepspeed_config_file",
-        asks: |plan| {
-            plan.parallel.deepspeed_config_file.as_ref().map(|_| "a DeepSpeed JSON file".into())
-        },
-        instead: "write its settings under deepspeed_config",
-    },
-    Refusal {
-        key: "save_on_epoch_end",
-        asks: |plan| plan.saving.save_on_epoch_end.then(|| "a checkpoint per epoch".into()),
-        instead: "use 0; the final model is always saved",
-    },
-    Refusal {
-        key: "save_steps",
-        asks: |plan| plan.saving.save_steps.map(|_| "saving checkpoints".into()),
-        instead: "use null; the final model is always saved",
-    },
-    Refusal {
-        key: "resume",
-        asks: |plan| {
-            matches!(plan.saving.resume, Resume::Path(_)).then(|| "resuming a checkpoint".into())
-        },
-        instead: "use auto or never",
     },
     Refusal {
         key: "log_with",

@@ -9,6 +9,7 @@ use super::{Device, LossKind, Plan, Sources, Strategy, ZeroStage};
 use crate::error::Result;
 
 mod bad_input;
+mod deepspeed_file;
 mod precedence;
 
 /// The repository's own configuration files.
@@ -82,6 +83,7 @@ fn defaults_are_those_of_the_specification() {
             "train_dataset_type": null, "val_dataset_type": null,
             "train_label_key": "label", "val_label_key": "label", "train_group_size": 8,
             "min_label": 0.0, "max_label": 1.0, "max_len": 512, "shuffle_rate": 0.0,
+            "cache_dir": null,
             "skip_bad_records": false,
         },
         "loss_type": "pointwise_bce",
@@ -93,13 +95,14 @@ fn defaults_are_those_of_the_specification() {
         },
         "saving": {
             "output_dir": "./output", "save_on_epoch_end": false, "num_max_checkpoints": 5,
-            "save_steps": null, "resume": "auto", "overwrite": false,
+            "save_steps": null, "resume": "auto", "save_failure": "stop",
+            "overwrite": false,
         },
         "logging": { "log_interval": 10, "log_with": [] },
         "parallel": {
             "strategy": "ddp", "num_processes": null, "num_machines": 1, "device": null,
             "gpu_ids": null, "offload_optimizer": false, "offload_parameters": false,
-            "activation_checkpointing": false, "layer_class": null, "deepspeed_config_file": null,
+            "activation_checkpointing": false, "layer_classes": [], "deepspeed_config_file": null,
         },
     });
     assert_eq!(plan.to_json(), expected);
@@ -125,6 +128,7 @@ max_label: 3
 min_label: -1
 max_len: 256
 shuffle_rate: .5
+cache_dir: caches
 loss_type: listwise_ce
 output_dir: out
 epoch: 3
@@ -146,6 +150,7 @@ reduce_in_fp32: true
 save_on_epoch_end: 1
 num_max_checkpoints: 2
 save_steps: 100
+save_failure: continue
 resume: out/checkpoints/step-3
 log_interval: 5
 log_with: [wandb, TensorBoard]
@@ -176,7 +181,8 @@ log_with: [wandb, TensorBoard]
         json["saving"],
         json!({
             "output_dir": "out", "save_on_epoch_end": true, "num_max_checkpoints": 2,
-            "save_steps": 100, "resume": "out/checkpoints/step-3", "overwrite": false,
+            "save_steps": 100, "resume": "out/checkpoints/step-3",
+            "save_failure": "continue", "overwrite": false,
         })
     );
     assert_eq!(json["logging"], json!({"log_interval": 5, "log_with": ["wandb", "tensorboard"]}));
@@ -334,7 +340,7 @@ fn a_file_as_accelerate_writes_it_loads() {
     assert_eq!(parallel.strategy, Strategy::Zero { stage: ZeroStage::Three });
     assert!(parallel.offload_optimizer && parallel.offload_parameters);
     assert!(parallel.activation_checkpointing);
-    assert_eq!(parallel.layer_class.as_deref(), Some("BertLayer"));
+    assert_eq!(parallel.layer_classes, ["BertLayer"]);
     assert_eq!((parallel.processes, parallel.machines), (Some(2), 1));
     assert_eq!(parallel.gpu_ids, Some(vec!["0".into(), "1".into()]));
     assert_eq!(parallel.device, None);
@@ -353,6 +359,9 @@ fn the_shipped_files_load() {
         ("fsdp/shard_grad_op.yaml", "zero2"),
         ("fsdp/full_shard.yaml", "zero3"),
         ("fsdp/hybrid.yaml", "hybrid zero3"),
+        ("fsdp/full_shard_bert_layer.yaml", "zero3"),
+        ("fsdp/full_shard_xlm_roberta_layer.yaml", "zero3"),
+        ("fsdp/full_shard_qwen2_layer.yaml", "zero3"),
     ];
     for training in training {
         for (parallel, strategy) in parallel {
@@ -364,7 +373,10 @@ fn the_shipped_files_load() {
             let plan = Plan::resolve(&sources).unwrap();
             assert_eq!(plan.parallel.strategy.to_string(), strategy, "{parallel}");
             assert_eq!(plan.training.max_grad_norm, Some(1.0));
-            assert_eq!(plan.notices, [""; 0], "{training} with {parallel}");
+            let named = !plan.parallel.layer_classes.is_empty();
+            assert_eq!(named, parallel.ends_with("_layer.yaml"), "{parallel}");
+            let ignored = plan.notices.iter().all(|line| line.contains("without meaning here"));
+            assert!(ignored && plan.notices.len() == usize::from(named), "{:?}", plan.notices);
             let supported = training != "training_llm.yaml";
             assert_eq!(Plan::load(&sources).is_ok(), supported, "{training} with {parallel}");
         }

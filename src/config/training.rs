@@ -2,7 +2,7 @@
 //!
 //! The keys are those of RAG-Retrieval's reranker training, whose files load unchanged.
 
-use super::plan::{DatasetKind, LossKind, LrGroup, ModelKind, Precision, Tracker};
+use super::plan::{DatasetKind, LossKind, LrGroup, ModelKind, Precision, SaveFailure, Tracker};
 use super::reader::{Fields, Setting};
 use super::tree::Place;
 use crate::error::Result;
@@ -30,6 +30,7 @@ pub struct RawTraining {
     pub min_label: Option<Setting<f64>>,
     pub max_len: Option<Setting<i64>>,
     pub shuffle_rate: Option<Setting<f64>>,
+    pub cache_dir: Option<Setting<String>>,
 
     pub loss_type: Option<Setting<LossKind>>,
 
@@ -51,6 +52,7 @@ pub struct RawTraining {
     pub save_on_epoch_end: Option<Setting<bool>>,
     pub num_max_checkpoints: Option<Setting<i64>>,
     pub save_steps: Option<Setting<i64>>,
+    pub save_failure: Option<Setting<SaveFailure>>,
     pub resume: Option<Setting<String>>,
 
     pub log_interval: Option<Setting<i64>>,
@@ -71,6 +73,10 @@ pub struct RawLrGroup {
 /// The names of `mixed_precision`.
 pub const PRECISIONS: &[(&str, Precision)] =
     &[("no", Precision::Fp32), ("fp16", Precision::Fp16), ("bf16", Precision::Bf16)];
+
+/// The names of `save_failure`.
+const SAVE_FAILURES: &[(&str, SaveFailure)] =
+    &[("stop", SaveFailure::Stop), ("continue", SaveFailure::Continue)];
 
 /// The names of `loss_type`, RAG-Retrieval's older ones included.
 const LOSSES: &[(&str, LossKind)] = &[
@@ -118,6 +124,7 @@ impl RawTraining {
             min_label: fields.float("min_label")?,
             max_len: fields.integer(&["max_len"])?,
             shuffle_rate: fields.float("shuffle_rate")?,
+            cache_dir: fields.string("cache_dir")?,
             loss_type: fields.choice("loss_type", LOSSES)?,
             output_dir: fields.string("output_dir")?,
             epochs: fields.integer(&["epochs", "epoch"])?,
@@ -136,6 +143,7 @@ impl RawTraining {
             save_on_epoch_end: fields.switch("save_on_epoch_end")?,
             num_max_checkpoints: fields.integer(&["num_max_checkpoints"])?,
             save_steps: fields.integer(&["save_steps"])?,
+            save_failure: fields.choice("save_failure", SAVE_FAILURES)?,
             resume: fields.string("resume")?,
             log_interval: fields.integer(&["log_interval"])?,
             log_with: fields.strings("log_with")?,

@@ -125,27 +125,54 @@ pub fn entry<'a>(mapping: &'a [Entry], key: &str) -> Option<&'a Entry> {
 /// # Errors
 /// The file cannot be read, is not UTF-8, is not YAML, or holds something else than a mapping.
 pub fn read(path: &Path) -> Result<Mapping> {
+    mapping(path, &read_text(path)?, "lines of the form `key: value`")
+}
+
+/// Reads the JSON file at `path`, whose top must be an object. JSON is YAML too, but for tabs
+/// between values and for what only YAML allows.
+///
+/// # Errors
+/// The file cannot be read, is not UTF-8, is not JSON, or holds something else than an object.
+pub fn read_json(path: &Path) -> Result<Mapping> {
+    let text = read_text(path)?;
+    if let Err(error) = serde_json::from_str::<serde::de::IgnoredAny>(&text) {
+        let place =
+            Place { line: error.line(), column: error.column().max(1), ..Place::start_of(path) };
+        let message = error.to_string();
+        let what = message.split(" at line ").next().unwrap_or_default();
+        return Err(place.error(format!("not valid JSON: {what}")));
+    }
+    mapping(path, &text.replace('\t', " "), "an object")
+}
+
+/// The file's text, without a byte order mark.
+fn read_text(path: &Path) -> Result<String> {
     let bytes = std::fs::read(path).map_err(|source| Error::Io {
         path: path.to_path_buf(),
         action: "read",
         source,
     })?;
-    let start = Place::start_of(path);
     let text = std::str::from_utf8(&bytes).map_err(|error| {
         let before = String::from_utf8_lossy(&bytes[..error.valid_up_to()]);
         let line = before.matches('\n').count() + 1;
         let column = before.chars().rev().take_while(|&c| c != '\n').count() + 1;
-        Place { line, column, ..start.clone() }
+        Place { line, column, ..Place::start_of(path) }
             .error(format!("byte 0x{:02x} is not UTF-8 text", bytes[error.valid_up_to()]))
     })?;
-    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    let whole = |message: &str| Error::File { path: path.to_path_buf(), message: message.into() };
-    match parse(text, &start)? {
-        None => Err(whole("is empty; expected lines of the form `key: value`")),
+    Ok(text.strip_prefix('\u{feff}').unwrap_or(text).to_owned())
+}
+
+/// The document in `text`, the content of the file at `path`.
+fn mapping(path: &Path, text: &str, expected: &str) -> Result<Mapping> {
+    match parse(text, &Place::start_of(path))? {
+        None => Err(Error::File {
+            path: path.to_path_buf(),
+            message: format!("is empty; expected {expected}"),
+        }),
         Some(Node { value: Value::Mapping(mapping), .. }) => Ok(mapping),
-        Some(node) => Err(node
-            .place
-            .error(format!("expected lines of the form `key: value`, found {}", node.describe()))),
+        Some(node) => {
+            Err(node.place.error(format!("expected {expected}, found {}", node.describe())))
+        }
     }
 }
 

@@ -2,18 +2,17 @@
 
 use std::cmp::Ordering;
 
-use super::Pair;
 use super::rng::SeededRng;
 use super::sampler::GROUP_STREAM;
 
-/// Whether at least two distinct labels occur.
-pub(super) fn has_two_labels(hits: &[Pair]) -> bool {
-    hits.iter().any(|hit| differ(hit, &hits[0]))
+/// Whether at least two distinct labels occur among the hits of a query.
+pub(super) fn has_two_labels(hits: &[f32]) -> bool {
+    hits.iter().any(|&hit| differ(hit, hits[0]))
 }
 
 /// Labels are never computed with before this, so equal ones are equal to the bit; 0 and −0 are too.
-fn differ(a: &Pair, b: &Pair) -> bool {
-    a.label.partial_cmp(&b.label) != Some(Ordering::Equal)
+fn differ(a: f32, b: f32) -> bool {
+    a.partial_cmp(&b) != Some(Ordering::Equal)
 }
 
 /// Draws the groups of one epoch.
@@ -35,9 +34,9 @@ impl GroupDrawer {
         Self { size, seed, epoch: epoch as u64 }
     }
 
-    /// Groups of ascending indices into `hits`, which hold two distinct labels; `number` is the
-    /// query's own random stream.
-    pub(super) fn draw(&self, number: u32, hits: &[Pair]) -> Vec<Vec<u32>> {
+    /// Groups of ascending indices into `hits`, the labels of a query's documents, of which two are
+    /// distinct; `number` is the query's own random stream.
+    pub(super) fn draw(&self, number: u32, hits: &[f32]) -> Vec<Vec<u32>> {
         if hits.len() <= self.size {
             return vec![(0..hits.len() as u32).collect()];
         }
@@ -48,7 +47,7 @@ impl GroupDrawer {
         self.deal(self.epoch, number, hits, &waiting).groups
     }
 
-    fn deal(&self, epoch: u64, number: u32, hits: &[Pair], waiting: &[u32]) -> Deal {
+    fn deal(&self, epoch: u64, number: u32, hits: &[f32], waiting: &[u32]) -> Deal {
         let mut rng = SeededRng::new(self.seed, &[GROUP_STREAM, epoch, u64::from(number)]);
         let mut waits = vec![false; hits.len()];
         for &hit in waiting {
@@ -97,8 +96,8 @@ fn seat(waiting: &[u32], rest: &[u32], size: usize) -> Vec<Vec<u32>> {
 }
 
 /// For a group with equal labels: a random hit with another label, if there is one.
-fn other_label(group: &[u32], hits: &[Pair], rng: &mut SeededRng) -> Option<u32> {
-    let is_other = |&hit: &u32| differ(&hits[hit as usize], &hits[group[0] as usize]);
+fn other_label(group: &[u32], hits: &[f32], rng: &mut SeededRng) -> Option<u32> {
+    let is_other = |&hit: &u32| differ(hits[hit as usize], hits[group[0] as usize]);
     if group.iter().any(is_other) {
         return None;
     }
@@ -107,7 +106,7 @@ fn other_label(group: &[u32], hits: &[Pair], rng: &mut SeededRng) -> Option<u32>
 }
 
 /// Fills a group that came out short with hits of other groups, two labels first.
-fn top_up(group: &mut Vec<u32>, hits: &[Pair], size: usize, rng: &mut SeededRng) {
+fn top_up(group: &mut Vec<u32>, hits: &[f32], size: usize, rng: &mut SeededRng) {
     group.extend(other_label(group, hits, rng));
     let mut others: Vec<u32> = (0..hits.len() as u32).filter(|hit| !group.contains(hit)).collect();
     rng.shuffle(&mut others);
@@ -118,13 +117,12 @@ fn top_up(group: &mut Vec<u32>, hits: &[Pair], size: usize, rng: &mut SeededRng)
 mod tests {
     use super::*;
 
-    fn hits(labels: impl IntoIterator<Item = u8>) -> Vec<Pair> {
-        let pair = |label| Pair { query: 0, content: "x".into(), label: f32::from(label), line: 1 };
-        labels.into_iter().map(pair).collect()
+    fn hits(labels: impl IntoIterator<Item = u8>) -> Vec<f32> {
+        labels.into_iter().map(f32::from).collect()
     }
 
     /// (name, labels): rare positives, graded, half and half, one short of full.
-    fn cases() -> Vec<(&'static str, Vec<Pair>)> {
+    fn cases() -> Vec<(&'static str, Vec<f32>)> {
         let rare = hits((0..72).map(|i| u8::from(i < 2)));
         let graded = hits((0..23).map(|i| i % 3));
         let half = hits((0..8).map(|i| i % 2));
@@ -142,7 +140,7 @@ mod tests {
                     for group in groups {
                         assert_eq!(group.len(), size.min(hits.len()), "{name} {size}");
                         assert!(group.is_sorted_by(|a, b| a < b), "{name} {size}: {group:?}");
-                        let hit_at = |hit: u32| &hits[hit as usize];
+                        let hit_at = |hit: u32| hits[hit as usize];
                         assert!(
                             group.iter().any(|&hit| differ(hit_at(hit), hit_at(group[0]))),
                             "{name} {size} {epoch}: {group:?}"

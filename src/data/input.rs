@@ -42,7 +42,7 @@ impl InputPairs<Box<dyn BufRead + Send>> {
     /// [`Error::Io`] when it cannot be opened.
     pub fn open(path: impl Into<PathBuf>, format: InputFormat) -> Result<Self> {
         let name = path.into();
-        Ok(Self { lines: Lines::open(&name)?, name, format, failed: false })
+        Ok(Self { lines: Lines::open(&name)?.0, name, format, failed: false })
     }
 }
 

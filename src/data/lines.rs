@@ -3,6 +3,8 @@
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
 
@@ -34,14 +36,25 @@ pub(crate) struct Lines<R> {
 }
 
 impl Lines<Box<dyn BufRead + Send>> {
-    /// Opens a file; gzip and zstd are recognised by their first bytes, whatever the name.
+    /// Opens a file; gzip and zstd are recognised by their first bytes, whatever the name. Also
+    /// gives the number of bytes of the file that have been read, which grows.
     ///
     /// # Errors
     /// [`Error::Io`] when the file cannot be opened or its first bytes cannot be read.
-    pub(crate) fn open(path: &Path) -> Result<Self> {
+    pub(crate) fn open(path: &Path) -> Result<(Self, Arc<AtomicU64>)> {
         let io_error = |action| move |source| Error::Io { path: path.to_owned(), action, source };
         let file = File::open(path).map_err(io_error("open"))?;
-        Ok(Self::new(decompress(file).map_err(io_error("read"))?))
+        let read = Arc::new(AtomicU64::new(0));
+        let file = Counted { file, read: Arc::clone(&read) };
+        Ok((Self::from_reader(file).map_err(io_error("read"))?, read))
+    }
+
+    /// Lines of any input, which may be compressed.
+    ///
+    /// # Errors
+    /// What the reader says of its first bytes.
+    pub(crate) fn from_reader(reader: impl Read + Send + 'static) -> io::Result<Self> {
+        Ok(Self::new(decompress(reader)?))
     }
 }
 
@@ -82,9 +95,23 @@ impl<R: BufRead> Lines<R> {
     }
 }
 
+/// A file that counts what is read from it.
+struct Counted {
+    file: File,
+    read: Arc<AtomicU64>,
+}
+
+impl Read for Counted {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let bytes = self.file.read(buffer)?;
+        self.read.fetch_add(bytes as u64, Ordering::Relaxed);
+        Ok(bytes)
+    }
+}
+
 /// Plain, gzip (RFC 1952) or Zstandard (RFC 8878) input by its magic number.
-fn decompress(file: File) -> io::Result<Box<dyn BufRead + Send>> {
-    let mut file = BufReader::with_capacity(BUFFER_BYTES, file);
+fn decompress(input: impl Read + Send + 'static) -> io::Result<Box<dyn BufRead + Send>> {
+    let mut file = BufReader::with_capacity(BUFFER_BYTES, input);
     let start = file.fill_buf()?;
     Ok(if start.starts_with(&[0x1f, 0x8b]) {
         let decoder = flate2::bufread::MultiGzDecoder::new(file);

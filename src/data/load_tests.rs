@@ -3,6 +3,8 @@
 
 use std::io::Write as _;
 
+use super::super::report::{DropReason, Dropped, dropped_list};
+use super::super::{Content, Pair};
 use super::*;
 
 fn file(bytes: &[u8]) -> tempfile::NamedTempFile {
@@ -34,11 +36,11 @@ fn message(error: &Error, path_of: &str) -> String {
 
 /// `(query, content, label, line)` of every pair.
 fn rows(dataset: &Dataset) -> Vec<(&str, &str, f32, u32)> {
-    dataset
-        .pairs
-        .iter()
-        .map(|pair| (dataset.query(pair), pair.content.as_ref(), pair.label, pair.line))
-        .collect()
+    let row = |pair: Pair| {
+        let (query, document) = dataset.texts(&pair).unwrap();
+        (query, document, pair.label, pair.line)
+    };
+    dataset.pairs().map(row).collect()
 }
 
 const POINTWISE: &str = "{\"query\": \" a \", \"content\": \"x \", \"label\": 2}\n\n\
@@ -55,17 +57,17 @@ const POS_NEG: &str = "{\"query\": \"a\", \"pos\": [\"x\"], \"neg\": [\"y\", \"z
 fn pointwise_records_as_pointwise() {
     let (dataset, report) = load(POINTWISE, DatasetKind::Pointwise);
     assert_eq!(rows(&dataset), [("a", "x", 1.0, 1), ("b", "y", 0.25, 3), ("a", "z", 0.0, 4)]);
-    assert_eq!(dataset.queries, ["a", "b"]);
-    assert!(dataset.groups.is_empty() && report.notes.is_empty());
+    assert!(matches!(dataset.query(1), Content::Text("b")));
+    assert!(dataset.group_count() == 0 && report.notes.is_empty());
     assert_eq!((report.records, report.pairs, report.queries), (3, 3, 2));
-    assert_eq!(dataset.pairs_by_query(), [vec![0, 2], vec![1]]);
+    assert_eq!(dataset.pairs().map(|pair| pair.query).collect::<Vec<_>>(), [0, 1, 0]);
 }
 
 #[test]
 fn pointwise_records_as_grouped_are_gathered_by_query_with_raw_labels() {
     let (dataset, report) = load(POINTWISE, DatasetKind::Grouped);
     assert_eq!(rows(&dataset), [("a", "x", 2.0, 1), ("a", "z", 0.0, 4), ("b", "y", 0.5, 3)]);
-    assert_eq!(dataset.groups, [0..2, 2..3]);
+    assert_eq!(dataset.groups().collect::<Vec<_>>(), [0..2, 2..3]);
     assert_eq!(report.notes, ["pointwise records gathered by query into 2 groups"]);
 }
 
@@ -73,22 +75,22 @@ fn pointwise_records_as_grouped_are_gathered_by_query_with_raw_labels() {
 fn grouped_records_as_both() {
     let (dataset, report) = load(GROUPED, DatasetKind::Grouped);
     assert_eq!(rows(&dataset), [("a", "x", 2.0, 1), ("a", "y", 0.0, 1), ("a", "z", 1.0, 2)]);
-    assert_eq!(dataset.groups, [0..2, 2..3]);
-    assert_eq!(dataset.group(1)[0].content.as_ref(), "z");
+    assert_eq!(dataset.groups().collect::<Vec<_>>(), [0..2, 2..3]);
+    assert_eq!(dataset.group(1), 2..3);
     assert_eq!((report.groups, report.queries), (2, 1));
     let (dataset, _) = load(GROUPED, DatasetKind::Pointwise);
     assert_eq!(rows(&dataset), [("a", "x", 1.0, 1), ("a", "y", 0.0, 1), ("a", "z", 0.5, 2)]);
-    assert!(dataset.groups.is_empty());
+    assert_eq!(dataset.group_count(), 0);
 }
 
 #[test]
 fn lists_of_positives_and_negatives_as_both() {
     let (dataset, _) = load(POS_NEG, DatasetKind::Grouped);
-    let labels: Vec<f32> = dataset.pairs.iter().map(|pair| pair.label).collect();
+    let labels: Vec<f32> = dataset.pairs().map(|pair| pair.label).collect();
     assert_eq!(labels, [2.0, 0.0, 0.0, 1.0, 0.5, 2.0]);
-    assert_eq!(dataset.groups, [0..3, 3..5, 5..6]);
+    assert_eq!(dataset.groups().collect::<Vec<_>>(), [0..3, 3..5, 5..6]);
     let (dataset, _) = load(POS_NEG, DatasetKind::Pointwise);
-    let labels: Vec<f32> = dataset.pairs.iter().map(|pair| pair.label).collect();
+    let labels: Vec<f32> = dataset.pairs().map(|pair| pair.label).collect();
     assert_eq!(labels, [1.0, 0.0, 0.0, 0.5, 0.25, 1.0]);
 }
 
@@ -120,7 +122,7 @@ fn compressed_files_are_known_by_their_first_bytes() {
     let zst = [frame(first), frame(rest)].concat();
     for bytes in [&gz, &zst] {
         let (dataset, _) = load_with(bytes, |options| options.label_max = 2.0).unwrap();
-        assert_eq!(dataset.pairs, plain.pairs);
+        assert_eq!(rows(&dataset), rows(&plain));
     }
     for bytes in [&gz[..gz.len() - 12], &zst[..zst.len() - 3]] {
         let file = file(bytes);
@@ -239,7 +241,7 @@ fn bad_records_are_named_with_file_and_line() {
         assert_eq!(error.exit_code(), 2);
         let options = LoadOptions { skip_bad_records: true, ..options };
         let (dataset, report) = Dataset::load(&options).unwrap();
-        assert_eq!((dataset.pairs.len(), report.dropped_total()), (2, 1), "{expected}");
+        assert_eq!((dataset.pair_count(), report.dropped_total()), (2, 1), "{expected}");
         let dropped: Vec<_> = report.dropped.into_values().collect();
         assert_eq!(dropped, [Dropped { count: 1, first_line: 2 }]);
     }
@@ -272,7 +274,7 @@ fn an_endless_line_is_a_bad_record() {
     assert_eq!(error, format!("{}:1: {expected}", file.path().display()));
     options.skip_bad_records = true;
     let (dataset, report) = Dataset::load(&options).unwrap();
-    assert_eq!((dataset.pairs[0].line, report.dropped_total()), (2, 1));
+    assert_eq!((dataset.pair(0).line, report.dropped_total()), (2, 1));
 }
 
 #[test]

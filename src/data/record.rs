@@ -20,15 +20,20 @@ fn bad<T>(reason: DropReason, message: impl Into<String>) -> RecordResult<T> {
     Err(RecordError { reason, message: message.into() })
 }
 
+/// Stripped texts with their labels.
+pub(crate) type Documents = Vec<(Box<str>, f64)>;
+
 /// A record's query with its labelled documents; labels are final.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Record {
     /// Stripped, never empty.
     pub(crate) query: String,
-    /// Stripped contents with labels, at least one.
-    pub(crate) documents: Vec<(Box<str>, f32)>,
+    /// Stripped contents with labels, at least one; 32 bits can hold the labels.
+    pub(crate) documents: Documents,
     /// One `"content"` rather than a list.
     pub(crate) is_single: bool,
+    /// Labels come from the label range, because positives or negatives have no scores.
+    pub(crate) implied_labels: bool,
 }
 
 /// How labels are found and what they become.
@@ -43,12 +48,11 @@ pub(crate) struct LabelRule {
 
 impl LabelRule {
     /// A finished label from the number at `place`.
-    fn apply(&self, raw: f64, place: &str) -> RecordResult<f32> {
+    fn apply(&self, raw: f64, place: &str) -> RecordResult<f64> {
         let Self { min, max, .. } = *self;
         if self.kind == DatasetKind::Grouped {
-            let label = raw as f32;
-            if label.is_finite() {
-                return Ok(label);
+            if (raw as f32).is_finite() {
+                return Ok(raw);
             }
             let message = format!("{place} is {raw:e}, expected a number that 32 bits can hold");
             return bad(DropReason::LabelNotFinite, message);
@@ -58,7 +62,7 @@ impl LabelRule {
                 format!("{place} is {raw}, expected {min} to {max} (min_label, max_label)");
             return bad(DropReason::LabelOutOfRange, message);
         }
-        Ok(((raw - min) / (max - min)) as f32)
+        Ok((raw - min) / (max - min))
     }
 }
 
@@ -123,10 +127,13 @@ pub(crate) fn parse_record(object: &Map<String, Value>, rule: &LabelRule) -> Rec
     }
     let has = |key| object.contains_key(key);
     let prefers_content = rule.kind == DatasetKind::Pointwise && has("content");
+    let mut implied_labels = false;
     let (documents, is_single) = if has("hits") && !prefers_content {
         (hits(object, rule)?, false)
     } else if (has("pos") || has("neg")) && !prefers_content {
-        (positives_and_negatives(object, rule)?, false)
+        let (documents, implied) = positives_and_negatives(object, rule)?;
+        implied_labels = implied;
+        (documents, false)
     } else if has("content") {
         (vec![document(object, rule, "")?], true)
     } else {
@@ -134,7 +141,7 @@ pub(crate) fn parse_record(object: &Map<String, Value>, rule: &LabelRule) -> Rec
         let message = format!("no documents ({}), expected {forms}", keys_of(object));
         return bad(DropReason::MissingKey, message);
     };
-    Ok(Record { query: query.to_owned(), documents, is_single })
+    Ok(Record { query: query.to_owned(), documents, is_single, implied_labels })
 }
 
 /// A `{"content", label_key}` object; `place` is its path in the record, such as `hits[2].`.
@@ -142,7 +149,7 @@ fn document(
     object: &Map<String, Value>,
     rule: &LabelRule,
     place: &str,
-) -> RecordResult<(Box<str>, f32)> {
+) -> RecordResult<(Box<str>, f64)> {
     let content = strip(string_at(object, "content", place)?);
     let key = rule.key.as_str();
     let Some(value) = object.get(key) else {
@@ -155,7 +162,7 @@ fn document(
     Ok((content.into(), label(value, rule, &format!("\"{place}{key}\""))?))
 }
 
-fn hits(object: &Map<String, Value>, rule: &LabelRule) -> RecordResult<Vec<(Box<str>, f32)>> {
+fn hits(object: &Map<String, Value>, rule: &LabelRule) -> RecordResult<Documents> {
     let hits = list_at(object, "hits")?;
     if hits.is_empty() {
         let message =
@@ -172,11 +179,13 @@ fn hits(object: &Map<String, Value>, rule: &LabelRule) -> RecordResult<Vec<(Box<
 }
 
 /// The older form: lists of texts, with the ends of the label range unless scores are given.
+/// Also says whether a text got its label so.
 fn positives_and_negatives(
     object: &Map<String, Value>,
     rule: &LabelRule,
-) -> RecordResult<Vec<(Box<str>, f32)>> {
+) -> RecordResult<(Documents, bool)> {
     let mut documents = Vec::new();
+    let mut implied = false;
     for (key, scores_key, default) in
         [("pos", "pos_scores", rule.max), ("neg", "neg_scores", rule.min)]
     {
@@ -197,9 +206,11 @@ fn positives_and_negatives(
             let Value::String(content) = text else {
                 return wrong_type(&format!("{key}[{i}]"), text, "a string");
             };
-            let label = match scores {
-                Some(scores) => label(&scores[i], rule, &format!("\"{scores_key}[{i}]\""))?,
-                None => rule.apply(default, key)?,
+            let label = if let Some(scores) = scores {
+                label(&scores[i], rule, &format!("\"{scores_key}[{i}]\""))?
+            } else {
+                implied = true;
+                rule.apply(default, key)?
             };
             documents.push((strip(content).into(), label));
         }
@@ -208,10 +219,10 @@ fn positives_and_negatives(
         let message = "\"pos\" and \"neg\" are empty, expected at least one text";
         return bad(DropReason::NoDocuments, message);
     }
-    Ok(documents)
+    Ok((documents, implied))
 }
 
-fn label(value: &Value, rule: &LabelRule, place: &str) -> RecordResult<f32> {
+fn label(value: &Value, rule: &LabelRule, place: &str) -> RecordResult<f64> {
     match value {
         Value::Number(number) => rule.apply(number.as_f64().unwrap_or(f64::NAN), place),
         other => {

@@ -4,10 +4,12 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::path::PathBuf;
 
-use super::{DatasetKind, Pair};
+use serde::{Deserialize, Serialize};
+
+use super::DatasetKind;
 
 /// Why a record was dropped.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum DropReason {
     /// A line longer than 64 MiB.
     LineTooLong,
@@ -49,7 +51,7 @@ impl fmt::Display for DropReason {
 }
 
 /// Records dropped for one reason.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Dropped {
     /// How many.
     pub count: usize,
@@ -58,7 +60,7 @@ pub struct Dropped {
 }
 
 /// How often each label occurs.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum LabelHistogram {
     /// Up to [`LabelHistogram::MAX_DISTINCT`] distinct values: each with its count, ascending.
     Values(Vec<(f32, usize)>),
@@ -77,15 +79,15 @@ impl LabelHistogram {
     /// The most distinct values that are counted one by one.
     pub const MAX_DISTINCT: usize = 20;
 
-    /// Counts the labels of `pairs`.
+    /// Counts labels.
     #[must_use]
-    pub fn of(pairs: &[Pair]) -> Self {
+    pub fn of(labels: impl Iterator<Item = f32> + Clone) -> Self {
         let mut values: HashMap<u32, usize> = HashMap::new();
-        for pair in pairs {
+        for label in labels.clone() {
             // Adding 0 turns -0 into 0, so that both are one value.
-            *values.entry((pair.label + 0.0).to_bits()).or_default() += 1;
+            *values.entry((label + 0.0).to_bits()).or_default() += 1;
             if values.len() > Self::MAX_DISTINCT {
-                return Self::binned(pairs);
+                return Self::binned(labels);
             }
         }
         let mut values: Vec<_> =
@@ -94,12 +96,12 @@ impl LabelHistogram {
         Self::Values(values)
     }
 
-    fn binned(pairs: &[Pair]) -> Self {
-        let labels = || pairs.iter().map(|pair| pair.label);
-        let (min, max) = (labels().fold(f32::MAX, f32::min), labels().fold(f32::MIN, f32::max));
+    fn binned(labels: impl Iterator<Item = f32> + Clone) -> Self {
+        let (min, max) =
+            labels.clone().fold((f32::MAX, f32::MIN), |(a, b), label| (a.min(label), b.max(label)));
         let width = (f64::from(max) - f64::from(min)) / 10.0;
         let mut counts = [0; 10];
-        for label in labels() {
+        for label in labels {
             let bin = ((f64::from(label) - f64::from(min)) / width) as usize;
             counts[bin.min(9)] += 1;
         }
@@ -124,7 +126,7 @@ impl fmt::Display for LabelHistogram {
 }
 
 /// The outcome of a load.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LoadReport {
     /// The file.
     pub path: PathBuf,
@@ -204,21 +206,16 @@ pub(crate) fn grouped(count: usize) -> String {
 mod tests {
     use super::*;
 
-    fn pairs(labels: impl IntoIterator<Item = f32>) -> Vec<Pair> {
-        let pair = |label| Pair { query: 0, content: "x".into(), label, line: 1 };
-        labels.into_iter().map(pair).collect()
-    }
-
     #[test]
     fn few_labels_are_counted_one_by_one() {
-        let histogram = LabelHistogram::of(&pairs([1.0, 0.0, -0.0, 0.5, 0.0]));
+        let histogram = LabelHistogram::of([1.0, 0.0, -0.0, 0.5, 0.0].into_iter());
         assert_eq!(histogram, LabelHistogram::Values(vec![(0.0, 3), (0.5, 1), (1.0, 1)]));
         assert_eq!(histogram.to_string(), "0 x 3, 0.5 x 1, 1 x 1");
     }
 
     #[test]
     fn many_labels_are_binned() {
-        let histogram = LabelHistogram::of(&pairs((0..=100).map(|i| i as f32)));
+        let histogram = LabelHistogram::of((0..=100_u8).map(f32::from));
         let LabelHistogram::Bins { min, max, counts } = histogram else { panic!("not binned") };
         assert_eq!((min, max), (0.0, 100.0));
         assert_eq!(counts, [10, 10, 10, 10, 10, 10, 10, 10, 10, 11]);

@@ -41,7 +41,7 @@ pub struct SamplerOptions {
 /// One global micro-batch, spread over the ranks.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MicroBatchPlan {
-    /// For each rank, indices into [`Dataset::pairs`] in the order of the global micro-batch. A
+    /// For each rank, numbers of pairs in the order of the global micro-batch. A
     /// rank is empty only where there are fewer items than ranks.
     pub per_rank: Vec<Vec<u32>>,
     /// For each rank, where its groups begin and end in `per_rank`: `[groups + 1]` offsets that
@@ -82,6 +82,12 @@ impl StepPlan {
     pub fn groups(&self) -> usize {
         self.micro_batches.iter().map(MicroBatchPlan::groups).sum()
     }
+
+    /// Items over all ranks and micro-batches: groups, or pairs of pointwise data.
+    #[must_use]
+    pub fn items(&self) -> usize {
+        if self.groups() > 0 { self.groups() } else { self.pairs() }
+    }
 }
 
 /// What a sampler makes of a data set.
@@ -119,43 +125,51 @@ impl fmt::Display for SamplerReport {
 pub struct Sampler {
     dataset: Arc<Dataset>,
     options: SamplerOptions,
-    /// Estimated tokens of each pair.
-    costs: Vec<u32>,
-    /// Groups with at least two distinct labels, as indices into [`Dataset::groups`].
+    /// Groups with at least two distinct labels.
     usable_groups: Vec<u32>,
     report: SamplerReport,
 }
 
-/// The items of an epoch: runs of pair indices that stay together.
-struct Items {
-    pairs: Vec<u32>,
-    /// Where items begin and end in `pairs`: `[items + 1]`, starting with 0.
-    offsets: Vec<u32>,
+/// The items of an epoch: runs of pair numbers that stay together.
+#[derive(Debug)]
+enum Items {
+    /// Every pair by itself.
+    Singles { count: u32 },
+    /// Groups one after another.
+    Groups {
+        pairs: Vec<u32>,
+        /// Where items begin and end in `pairs`: `[items + 1]`, starting with 0.
+        offsets: Vec<u32>,
+    },
 }
 
 impl Items {
-    /// Every pair by itself.
-    fn singles(pairs: usize) -> Self {
-        Self { pairs: (0..pairs as u32).collect(), offsets: (0..=pairs as u32).collect() }
-    }
-
     fn groups<G: IntoIterator<Item = u32>>(groups: impl IntoIterator<Item = G>) -> Self {
-        let mut items = Self { pairs: Vec::new(), offsets: vec![0] };
+        let (mut pairs, mut offsets) = (Vec::new(), vec![0]);
         for group in groups {
-            items.pairs.extend(group);
-            items.offsets.push(items.pairs.len() as u32);
+            pairs.extend(group);
+            offsets.push(pairs.len() as u32);
         }
-        items
+        Self::Groups { pairs, offsets }
     }
 
     /// The numbers of all items, in order.
     fn numbers(&self) -> Vec<u32> {
-        (0..self.offsets.len() as u32 - 1).collect()
+        let count = match self {
+            Self::Singles { count } => *count,
+            Self::Groups { offsets, .. } => offsets.len() as u32 - 1,
+        };
+        (0..count).collect()
     }
 
-    fn pairs_of(&self, item: u32) -> &[u32] {
-        let item = item as usize;
-        &self.pairs[self.offsets[item] as usize..self.offsets[item + 1] as usize]
+    fn pairs_of<'a>(&'a self, item: &'a u32) -> &'a [u32] {
+        match self {
+            Self::Singles { .. } => std::slice::from_ref(item),
+            Self::Groups { pairs, offsets } => {
+                let item = *item as usize;
+                &pairs[offsets[item] as usize..offsets[item + 1] as usize]
+            }
+        }
     }
 }
 
@@ -167,24 +181,24 @@ impl Sampler {
     /// group has two distinct labels.
     pub fn new(dataset: Arc<Dataset>, options: SamplerOptions) -> Result<Self> {
         check(&options, dataset.kind)?;
-        let costs = costs(&dataset, options.max_len);
-        let numbers = 0..dataset.groups.len();
-        let (usable, single): (Vec<usize>, Vec<usize>) =
-            numbers.partition(|&group| has_two_labels(dataset.group(group)));
-        if dataset.kind == DatasetKind::Grouped && usable.is_empty() {
+        let numbers = 0..dataset.group_count() as u32;
+        let (usable_groups, single): (Vec<u32>, Vec<u32>) =
+            numbers.partition(|&group| has_two_labels(&dataset.labels(dataset.group(group))));
+        if dataset.kind == DatasetKind::Grouped && usable_groups.is_empty() {
             return Err(Error::File {
                 path: dataset.path.clone(),
                 message: "no group has two distinct labels, so none can be learned from".into(),
             });
         }
         let (items, pairs) = match dataset.kind {
-            DatasetKind::Pointwise => (dataset.pairs.len(), dataset.pairs.len()),
-            DatasetKind::Grouped => usable
+            DatasetKind::Pointwise => (dataset.pair_count(), dataset.pair_count()),
+            DatasetKind::Grouped => usable_groups
                 .iter()
                 .map(|&group| dataset.group(group).len())
                 .map(|hits| (hits.div_ceil(options.group_size), hits.min(options.group_size)))
                 .fold((0, 0), |(items, pairs), (n, size)| (items + n, pairs + n * size)),
         };
+        let line = |&group: &u32| dataset.pair(dataset.group(group).start).line;
         let report = SamplerReport {
             items,
             pairs,
@@ -192,10 +206,9 @@ impl Sampler {
                 .div_ceil(options.batch_size * options.world_size)
                 .div_ceil(options.accumulation),
             single_label_groups: single.len(),
-            single_label_lines: single.iter().take(5).map(|&g| dataset.group(g)[0].line).collect(),
+            single_label_lines: single.iter().take(5).map(line).collect(),
         };
-        let usable_groups = usable.into_iter().map(|group| group as u32).collect();
-        Ok(Self { dataset, options, costs, usable_groups, report })
+        Ok(Self { dataset, options, usable_groups, report })
     }
 
     /// Steps per epoch and what was kept out.
@@ -212,31 +225,31 @@ impl Sampler {
 
     /// The plan of an epoch (counted from 0); the same on every rank and every machine.
     #[must_use]
-    pub fn epoch(&self, epoch: usize) -> Vec<StepPlan> {
+    pub fn epoch(&self, epoch: usize) -> Epoch {
+        self.epoch_from(epoch, 0)
+    }
+
+    /// The plan of what is left of an epoch after its first `used` items. How these were cut into
+    /// steps, over how many ranks, makes no difference.
+    #[must_use]
+    pub fn epoch_from(&self, epoch: usize, used: usize) -> Epoch {
         let items = self.items(epoch);
         let mut order = items.numbers();
         SeededRng::new(self.options.seed, &[SHUFFLE_STREAM, epoch as u64]).shuffle(&mut order);
-        let plan = plan(&items, &order, &self.options, self.dataset.kind, &self.costs);
-        let mut micro_batches = plan.into_iter();
-        let mut steps = Vec::with_capacity(self.report.steps);
-        loop {
-            let step: Vec<_> = micro_batches.by_ref().take(self.options.accumulation).collect();
-            if step.is_empty() {
-                return steps;
-            }
-            steps.push(StepPlan { micro_batches: step });
-        }
+        let mut batches = MicroBatches::new(&self.dataset, items, order, self.options);
+        batches.next = used.min(batches.order.len());
+        Epoch(batches)
     }
 
     fn items(&self, epoch: usize) -> Items {
         if self.dataset.kind == DatasetKind::Pointwise {
-            return Items::singles(self.dataset.pairs.len());
+            return Items::Singles { count: self.dataset.pair_count() as u32 };
         }
         let drawer = GroupDrawer::new(self.options.group_size, self.options.seed, epoch);
         let draw = |&group: &u32| {
-            let start = self.dataset.groups[group as usize].start;
-            let groups = drawer.draw(group, self.dataset.group(group as usize));
-            groups.into_iter().map(move |hits| hits.into_iter().map(move |hit| start + hit))
+            let range = self.dataset.group(group);
+            let groups = drawer.draw(group, &self.dataset.labels(range.clone()));
+            groups.into_iter().map(move |hits| hits.into_iter().map(move |hit| range.start + hit))
         };
         Items::groups(self.usable_groups.iter().flat_map(draw))
     }
@@ -249,14 +262,80 @@ impl Sampler {
 ///
 /// # Errors
 /// [`Error::Usage`] when a size is 0.
-pub fn in_order(dataset: &Dataset, options: &SamplerOptions) -> Result<Vec<MicroBatchPlan>> {
+pub fn in_order(
+    dataset: &Arc<Dataset>,
+    options: &SamplerOptions,
+) -> Result<impl Iterator<Item = MicroBatchPlan> + use<>> {
     check(&SamplerOptions { accumulation: 1, group_size: 2, ..*options }, dataset.kind)?;
     let items = match dataset.kind {
-        DatasetKind::Pointwise => Items::singles(dataset.pairs.len()),
-        DatasetKind::Grouped => Items::groups(dataset.groups.iter().cloned()),
+        DatasetKind::Pointwise => Items::Singles { count: dataset.pair_count() as u32 },
+        DatasetKind::Grouped => Items::groups(dataset.groups()),
     };
-    let costs = costs(dataset, options.max_len);
-    Ok(plan(&items, &items.numbers(), options, dataset.kind, &costs))
+    let order = items.numbers();
+    Ok(MicroBatches::new(dataset, items, order, *options))
+}
+
+/// The steps of an epoch, each planned when it is asked for: four bytes a pair are kept, and for
+/// grouped data four more.
+#[derive(Debug)]
+pub struct Epoch(MicroBatches);
+
+impl Iterator for Epoch {
+    type Item = StepPlan;
+
+    fn next(&mut self) -> Option<StepPlan> {
+        let accumulation = self.0.options.accumulation;
+        let micro_batches: Vec<_> = self.0.by_ref().take(accumulation).collect();
+        (!micro_batches.is_empty()).then_some(StepPlan { micro_batches })
+    }
+}
+
+/// The items in `order`, cut into global micro-batches, each spread over the ranks.
+#[derive(Debug)]
+struct MicroBatches {
+    dataset: Arc<Dataset>,
+    items: Items,
+    order: Vec<u32>,
+    options: SamplerOptions,
+    /// The place in `order` of the next micro-batch.
+    next: usize,
+}
+
+impl MicroBatches {
+    fn new(dataset: &Arc<Dataset>, items: Items, order: Vec<u32>, options: SamplerOptions) -> Self {
+        Self { dataset: Arc::clone(dataset), items, order, options, next: 0 }
+    }
+
+    fn spread(&self, batch: &[u32]) -> MicroBatchPlan {
+        let cost = |&pair: &u32| u64::from(self.dataset.cost(pair, self.options.max_len));
+        let item_costs: Vec<u64> =
+            batch.iter().map(|item| self.items.pairs_of(item).iter().map(cost).sum()).collect();
+        let mut micro_batch = MicroBatchPlan { per_rank: Vec::new(), cu_groups: Vec::new() };
+        for share in balance(&item_costs, self.options.world_size) {
+            let mut pairs = Vec::new();
+            let mut offsets = vec![0];
+            for place in share {
+                pairs.extend_from_slice(self.items.pairs_of(&batch[place]));
+                offsets.push(pairs.len() as u32);
+            }
+            micro_batch.per_rank.push(pairs);
+            if self.dataset.kind == DatasetKind::Grouped {
+                micro_batch.cu_groups.push(offsets);
+            }
+        }
+        micro_batch
+    }
+}
+
+impl Iterator for MicroBatches {
+    type Item = MicroBatchPlan;
+
+    fn next(&mut self) -> Option<MicroBatchPlan> {
+        let items = self.options.batch_size * self.options.world_size;
+        let end = self.order.len().min(self.next + items);
+        let batch = &self.order[std::mem::replace(&mut self.next, end)..end];
+        (!batch.is_empty()).then(|| self.spread(batch))
+    }
 }
 
 fn check(options: &SamplerOptions, kind: DatasetKind) -> Result<()> {
@@ -275,41 +354,6 @@ fn check(options: &SamplerOptions, kind: DatasetKind) -> Result<()> {
         return Err(Error::Usage(message));
     }
     Ok(())
-}
-
-fn costs(dataset: &Dataset, max_len: usize) -> Vec<u32> {
-    (0..dataset.pairs.len() as u32).map(|pair| dataset.cost(pair, max_len)).collect()
-}
-
-/// Cuts the items in `order` into global micro-batches and spreads each over the ranks.
-fn plan(
-    items: &Items,
-    order: &[u32],
-    options: &SamplerOptions,
-    kind: DatasetKind,
-    costs: &[u32],
-) -> Vec<MicroBatchPlan> {
-    let cost = |&item: &u32| -> u64 {
-        items.pairs_of(item).iter().map(|&pair| u64::from(costs[pair as usize])).sum()
-    };
-    let spread = |batch: &[u32]| {
-        let item_costs: Vec<u64> = batch.iter().map(cost).collect();
-        let mut micro_batch = MicroBatchPlan { per_rank: Vec::new(), cu_groups: Vec::new() };
-        for share in balance(&item_costs, options.world_size) {
-            let mut pairs = Vec::new();
-            let mut offsets = vec![0];
-            for place in share {
-                pairs.extend_from_slice(items.pairs_of(batch[place]));
-                offsets.push(pairs.len() as u32);
-            }
-            micro_batch.per_rank.push(pairs);
-            if kind == DatasetKind::Grouped {
-                micro_batch.cu_groups.push(offsets);
-            }
-        }
-        micro_batch
-    };
-    order.chunks(options.batch_size * options.world_size).map(spread).collect()
 }
 
 /// Longest processing time first (Graham, "Bounds on Multiprocessing Timing Anomalies", 1969):

@@ -1,30 +1,14 @@
 //! Properties of the plan of an epoch.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use super::super::Pair;
+use super::super::testing;
 use super::*;
 
 /// Texts of very uneven length; labels cycle through 0, 1, 2.
-fn pairs(count: usize) -> Vec<Pair> {
-    (0..count)
-        .map(|i| Pair {
-            query: 0,
-            content: "word ".repeat(1 + i * i % 97).into(),
-            label: (i % 3) as f32,
-            line: i as u32 + 1,
-        })
-        .collect()
-}
-
 fn dataset(kind: DatasetKind, sizes: &[usize]) -> Arc<Dataset> {
-    let pairs = pairs(sizes.iter().sum());
-    let mut start = 0;
-    let ranges = sizes.iter().map(|&size| {
-        start += size as u32;
-        start - size as u32..start
-    });
-    let groups = if kind == DatasetKind::Grouped { ranges.collect() } else { Vec::new() };
-    Arc::new(Dataset { path: "d".into(), kind, queries: vec!["query".into()], pairs, groups })
+    let pair = |i: usize| ("query", "word ".repeat(1 + i * i % 97), (i % 3) as f32);
+    let groups = if kind == DatasetKind::Grouped { sizes } else { &[] };
+    Arc::new(testing::dataset(kind, (0..sizes.iter().sum()).map(pair), groups))
 }
 
 fn options(world_size: usize, batch_size: usize, accumulation: usize) -> SamplerOptions {
@@ -32,7 +16,7 @@ fn options(world_size: usize, batch_size: usize, accumulation: usize) -> Sampler
 }
 
 fn epoch(dataset: &Arc<Dataset>, options: SamplerOptions, epoch: usize) -> Vec<StepPlan> {
-    Sampler::new(Arc::clone(dataset), options).unwrap().epoch(epoch)
+    Sampler::new(Arc::clone(dataset), options).unwrap().epoch(epoch).collect()
 }
 
 /// The pairs of each global micro-batch, in no order.
@@ -53,7 +37,7 @@ fn every_pair_comes_once_an_epoch_in_the_right_number_of_steps() {
         for (world_size, batch_size, accumulation) in [(1, 1, 1), (1, 6, 2), (2, 3, 1), (3, 4, 3)] {
             let options = options(world_size, batch_size, accumulation);
             let sampler = Sampler::new(Arc::clone(&dataset), options).unwrap();
-            let steps = sampler.epoch(3);
+            let steps: Vec<_> = sampler.epoch(3).collect();
             let expected = count.div_ceil(batch_size * world_size).div_ceil(accumulation);
             assert_eq!((steps.len(), sampler.steps_per_epoch()), (expected, expected));
             let mut all = global_sets(&steps).concat();
@@ -76,7 +60,8 @@ fn every_rank_has_work_while_there_is_enough_and_loads_are_even() {
     let sampler = Sampler::new(Arc::clone(&dataset), options).unwrap();
     for step in sampler.epoch(0) {
         let per_rank = &step.micro_batches[0].per_rank;
-        let load = |pairs: &Vec<u32>| pairs.iter().map(|&p| sampler.costs[p as usize]).sum::<u32>();
+        let load =
+            |pairs: &Vec<u32>| pairs.iter().map(|&p| dataset.cost(p, options.max_len)).sum::<u32>();
         let loads: Vec<_> = per_rank.iter().map(load).collect();
         let enough = step.pairs() >= 3;
         assert!(per_rank.iter().all(|pairs| !enough || !pairs.is_empty()));
@@ -137,7 +122,7 @@ fn groups_stay_whole_hold_two_labels_and_are_as_many_each_epoch() {
     assert_eq!(report.to_string(), lines);
     assert_eq!((report.single_label_groups, report.single_label_lines.as_slice()), (1, &[47][..]));
     for number in 0..6 {
-        let steps = sampler.epoch(number);
+        let steps: Vec<_> = sampler.epoch(number).collect();
         assert_eq!(steps.iter().map(StepPlan::groups).sum::<usize>(), report.items);
         assert_eq!(steps.iter().map(StepPlan::pairs).sum::<usize>(), report.pairs);
         for micro_batch in steps.iter().flat_map(|step| &step.micro_batches) {
@@ -145,10 +130,10 @@ fn groups_stay_whole_hold_two_labels_and_are_as_many_each_epoch() {
                 assert_eq!((offsets[0], *offsets.last().unwrap()), (0, pairs.len() as u32));
                 for ends in offsets.windows(2) {
                     let group = &pairs[ends[0] as usize..ends[1] as usize];
-                    let home = |pair: u32| dataset.groups.iter().position(|g| g.contains(&pair));
+                    let home = |pair: u32| dataset.groups().position(|g| g.contains(&pair));
                     assert!(group.iter().all(|&pair| home(pair) == home(group[0])));
-                    let labels: Vec<Pair> =
-                        group.iter().map(|&pair| dataset.pairs[pair as usize].clone()).collect();
+                    let labels: Vec<f32> =
+                        group.iter().map(|&pair| dataset.pair(pair).label).collect();
                     assert!(has_two_labels(&labels));
                 }
             }
@@ -161,24 +146,24 @@ fn every_hit_of_a_usable_group_is_reached_in_two_epochs() {
     let dataset = dataset(DatasetKind::Grouped, &[5, 9, 2, 30, 13, 12]);
     let sampler = Sampler::new(Arc::clone(&dataset), options(2, 2, 2)).unwrap();
     let mut seen =
-        [sampler.epoch(0), sampler.epoch(1)].map(|steps| global_sets(&steps).concat()).concat();
+        [0, 1].map(|n| global_sets(&sampler.epoch(n).collect::<Vec<_>>()).concat()).concat();
     seen.sort_unstable();
     seen.dedup();
-    assert_eq!(seen.len(), dataset.pairs.len());
+    assert_eq!(seen.len(), dataset.pair_count());
 }
 
 #[test]
 fn evaluation_keeps_file_order_and_whole_groups() {
     let grouped = dataset(DatasetKind::Grouped, &[5, 9, 1]);
-    let micro_batches = in_order(&grouped, &options(1, 2, 1)).unwrap();
+    let micro_batches = in_order(&grouped, &options(1, 2, 1)).unwrap().collect::<Vec<_>>();
     assert_eq!(micro_batches[0].per_rank, [(0..14).collect::<Vec<u32>>()]);
     assert_eq!(micro_batches[0].cu_groups, [[0, 5, 14]]);
     assert_eq!(micro_batches[1].per_rank, [[14]]);
-    let spread = in_order(&grouped, &options(4, 1, 1)).unwrap();
+    let spread = in_order(&grouped, &options(4, 1, 1)).unwrap().collect::<Vec<_>>();
     assert_eq!((spread.len(), spread[0].pairs(), spread[0].groups()), (1, 15, 3));
     assert_eq!(spread[0].cu_groups[3], [0]);
     let pointwise = dataset(DatasetKind::Pointwise, &[7]);
-    let micro_batches = in_order(&pointwise, &options(1, 4, 1)).unwrap();
+    let micro_batches = in_order(&pointwise, &options(1, 4, 1)).unwrap().collect::<Vec<_>>();
     assert_eq!(micro_batches[1].per_rank, [[4, 5, 6]]);
     assert!(micro_batches[1].cu_groups.is_empty());
 }
@@ -205,4 +190,33 @@ fn sizes_that_cannot_work_are_refused() {
     let lone = dataset(DatasetKind::Grouped, &[1, 1]);
     let error = Sampler::new(lone, base).unwrap_err().to_string();
     assert_eq!(error, "d: no group has two distinct labels, so none can be learned from");
+}
+
+#[test]
+fn an_epoch_goes_on_behind_the_items_that_were_used() {
+    for (kind, sizes) in [(DatasetKind::Pointwise, vec![47]), (DatasetKind::Grouped, vec![5; 9])] {
+        let dataset = dataset(kind, &sizes);
+        let whole = epoch(&dataset, options(2, 3, 2), 1);
+        // The same items a step, over one rank, two and three.
+        for (world_size, batch_size) in [(1, 6), (2, 3), (3, 2)] {
+            let sampler = Sampler::new(Arc::clone(&dataset), options(world_size, batch_size, 2));
+            let sampler = sampler.unwrap();
+            let mut used = 0;
+            for done in 0..=whole.len() {
+                let rest: Vec<_> = sampler.epoch_from(1, used).collect();
+                assert_eq!(global_sets(&rest), global_sets(&whole[done..]), "{kind:?} {done}");
+                used += whole.get(done).map_or(0, StepPlan::items);
+            }
+            // Another number of items a step: none is used twice, none is left out.
+            let other = epoch(&dataset, options(2, 3, 2), 1);
+            let odd = Sampler::new(Arc::clone(&dataset), options(1, 5, 1)).unwrap();
+            let rest: Vec<_> = odd.epoch_from(1, other[0].items()).collect();
+            let mut all = global_sets(&rest).concat();
+            all.extend(global_sets(&other[..1]).concat());
+            all.sort_unstable();
+            let mut expected = global_sets(&other).concat();
+            expected.sort_unstable();
+            assert_eq!(all, expected, "{kind:?}");
+        }
+    }
 }

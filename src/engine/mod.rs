@@ -8,7 +8,6 @@
 //! reductions start as soon as a stage's gradients are whole.
 
 mod forecast;
-mod loss_scale;
 mod step;
 mod walk;
 
@@ -17,12 +16,12 @@ use std::sync::Arc;
 use tch::{Device, Kind};
 
 pub use forecast::MemoryForecast;
-pub use loss_scale::LossScale;
 pub use step::{StepOptions, StepReport, TrainBatch};
 
 use crate::error::Result;
 use crate::model::weights::WeightFiles;
 use crate::model::{ModelConfig, Stage};
+use crate::optim::LossScale;
 use crate::shard::{FlatUnit, HeldBytes, Offload, ParameterGroups, Share, UnitOptions};
 
 /// How an engine keeps and computes a model.
@@ -127,6 +126,13 @@ impl Engine {
     #[must_use]
     pub fn peak_held_bytes(&self) -> HeldBytes {
         self.peak
+    }
+
+    /// Takes up the loss scale of a checkpoint; only an fp16 run has one.
+    pub fn set_loss_scale(&mut self, loss_scale: LossScale) {
+        if let Some(own) = &mut self.loss_scale {
+            *own = loss_scale;
+        }
     }
 
     /// The loss scale of an fp16 run.

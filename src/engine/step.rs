@@ -2,13 +2,14 @@
 
 use tch::{Kind, Tensor};
 
+use super::Engine;
 use super::walk::DropoutSeeds;
-use super::{Engine, LossScale};
 use crate::comm::{Groups, Pending, Reduction, reduce_values};
 use crate::config::LossKind;
 use crate::error::{Error, Result};
 use crate::loss;
 use crate::model::PackedBatch;
+use crate::optim::LossScale;
 use crate::shard::FlatUnit;
 
 /// A micro-batch with what the loss needs.

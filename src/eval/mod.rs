@@ -66,19 +66,19 @@ pub fn evaluate(
     with_bm25: bool,
 ) -> Result<Evaluation> {
     let mut rows = Vec::new();
+    let pairs: Vec<(&str, &str)> =
+        dataset.pairs().filter_map(|pair| dataset.texts(&pair)).collect();
     if with_bm25 {
         let bm25 = Bm25::of_dataset(dataset);
-        let mut scores = Vec::with_capacity(dataset.pairs.len());
-        for group in 0..dataset.groups.len() {
-            let hits = dataset.group(group);
-            let documents: Vec<&str> = hits.iter().map(|hit| hit.content.as_ref()).collect();
-            scores.extend(bm25.scores(dataset.query(&hits[0]), &documents));
+        let mut scores = Vec::with_capacity(pairs.len());
+        for group in dataset.groups() {
+            let hits = &pairs[group.start as usize..group.end as usize];
+            let documents: Vec<&str> = hits.iter().map(|&(_, document)| document).collect();
+            scores.extend(bm25.scores(hits[0].0, &documents));
         }
         rows.push(("bm25".to_owned(), metrics(dataset, &scores)?));
     }
     if let Some(model) = model {
-        let pairs: Vec<(&str, &str)> =
-            dataset.pairs.iter().map(|pair| (dataset.query(pair), &*pair.content)).collect();
         // Logits: a sigmoid in fp32 would tie documents that the model tells apart.
         let options = ScoreOptions { normalize: false, ..*options };
         let scores = model.compute_score(&pairs, &options)?;
@@ -89,10 +89,9 @@ pub fn evaluate(
 
 fn metrics(dataset: &Dataset, scores: &[f32]) -> Result<RankingMetrics> {
     let mut sums = RankingSums::default();
-    for range in &dataset.groups {
-        let group = range.start as usize..range.end as usize;
-        let labels: Vec<f32> = dataset.pairs[group.clone()].iter().map(|p| p.label).collect();
-        sums.add(&scores[group], &labels)?;
+    for group in dataset.groups() {
+        let labels = dataset.labels(group.clone());
+        sums.add(&scores[group.start as usize..group.end as usize], &labels)?;
     }
     sums.metrics().ok_or_else(|| Error::File {
         path: dataset.path.clone(),

@@ -48,10 +48,10 @@ impl Bm25 {
         Self { documents: seen.len(), mean_length, frequencies }
     }
 
-    /// Statistics of all distinct documents of a data set.
+    /// Statistics of all distinct documents of a data set that is kept as texts.
     #[must_use]
     pub fn of_dataset(dataset: &Dataset) -> Self {
-        Self::new(dataset.pairs.iter().map(|pair| pair.content.as_ref()))
+        Self::new(dataset.pairs().filter_map(|pair| Some(dataset.texts(&pair)?.1)))
     }
 
     /// The scores of documents for a query, in their order; 0 where they share no term.

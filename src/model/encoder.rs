@@ -10,7 +10,7 @@ use super::stage::{
     embedding, inner, layer_norm, linear, to_fp32,
 };
 use crate::error::Result;
-use crate::torch_ext::attention::{AttentionOptions, packed_attention};
+use crate::torch_ext::attention::{AttentionOptions, Projections, Window, packed_attention};
 
 /// The stages of an encoder with its head: embeddings, layers, head.
 #[must_use]
@@ -169,10 +169,13 @@ impl Stage for Layer {
         let options = AttentionOptions {
             cu_seqlens: &context.batch.cu_seqlens,
             heads: c.heads,
+            kv_heads: c.heads,
+            window: Window::FULL,
+            scale: ((c.hidden / c.heads) as f64).sqrt().recip(),
             dropout: if train { c.attention_dropout } else { 0.0 },
             seed: context.dropout_seed.unwrap_or(0),
         };
-        let attended = packed_attention(&qkv, options)?;
+        let attended = packed_attention(Projections::Fused(&qkv), options)?;
         // The head reads one row of each sequence, and nothing after attention mixes rows: the last
         // layer computes only those.
         let (attended, residual) = if self.is_last() {

@@ -1,12 +1,16 @@
 //! Models as lists of stages, their configuration, and their weights on disk.
 
 pub mod config;
+pub mod decoder;
 pub mod encoder;
+mod layer_class;
 pub mod modernbert;
+pub mod rotary;
 pub mod stage;
 pub mod weights;
 
 pub use config::{ModelConfig, Trunk};
+pub use layer_class::foreign_layer_classes;
 pub use stage::{ForwardContext, PackedBatch, Parameter, Stage};
 
 /// The stages of the model that `config` describes.
@@ -15,5 +19,6 @@ pub fn stages(config: &ModelConfig) -> Vec<Box<dyn Stage>> {
     match &config.trunk {
         Trunk::Encoder(encoder) => encoder::stages(encoder),
         Trunk::ModernBert(modernbert) => modernbert::stages(modernbert),
+        Trunk::Decoder(decoder) => decoder::stages(decoder),
     }
 }

@@ -1,9 +1,11 @@
-//! AdamW on flat slices, and the learning-rate schedule.
+//! AdamW on flat slices, the learning-rate schedule, and the loss scale of fp16.
 
+mod loss_scale;
 pub mod schedule;
 
 use tch::{Device, Kind, Tensor};
 
+pub use loss_scale::LossScale;
 pub use schedule::Schedule;
 
 use crate::error::Result;

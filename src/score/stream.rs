@@ -6,7 +6,8 @@ use serde::Serialize;
 use super::{CrossEncoder, ScoreOptions, sigmoid};
 use crate::data::InputPair;
 use crate::error::{Error, Result};
-use crate::text::{EncodedPair, ordered_map};
+use crate::ordered::ordered_map;
+use crate::text::EncodedPair;
 
 /// Batches per chunk: enough pairs to sort by length, few enough to stream.
 const BATCHES_PER_CHUNK: usize = 32;

@@ -412,6 +412,59 @@ impl FlatUnit {
         Ok(whole)
     }
 
+    /// Elements whose optimizer states this rank holds.
+    #[must_use]
+    pub fn slice(&self) -> &Range<usize> {
+        &self.slice
+    }
+
+    /// This rank's equal part of the buffer, of those of all ranks that divide, or could divide,
+    /// it: its slice where states are divided, and a part of the slice where every rank has all.
+    #[must_use]
+    pub fn own_part(&self) -> Range<usize> {
+        let Share { rank, world_size, .. } = self.options.share;
+        let part = self.layout.length / world_size;
+        rank * part..(rank + 1) * part
+    }
+
+    /// Copies weights, first and second moments of [`FlatUnit::own_part`] to fp32 tensors of its
+    /// length in the host's memory.
+    ///
+    /// # Errors
+    /// [`crate::Error::Torch`] from libtorch.
+    pub fn copy_states(&self, target: &[Tensor; 3]) -> Result<()> {
+        let _no_grad = tch::no_grad_guard();
+        let own = self.own_part();
+        let part = own.start - self.slice.start..own.end - self.slice.start;
+        for (source, target) in self.states()?.iter().zip(target) {
+            target.shallow_clone().f_copy_(&cut(source, &part)?)?;
+        }
+        Ok(())
+    }
+
+    /// Takes up weights, first and second moments of [`FlatUnit::slice`].
+    /// [`FlatUnit::share_update`] follows.
+    ///
+    /// # Errors
+    /// [`crate::Error::Torch`] from libtorch.
+    pub fn restore_states(&self, source: &[Tensor; 3]) -> Result<()> {
+        let _no_grad = tch::no_grad_guard();
+        for (mut target, source) in self.states()?.into_iter().zip(source) {
+            target.f_copy_(source)?;
+        }
+        Ok(())
+    }
+
+    /// fp32 `[slice]`: weights, first and second moments, as they are kept.
+    fn states(&self) -> Result<[Tensor; 3]> {
+        let weights = match &self.master {
+            Some(master) => master.shallow_clone(),
+            None => cut(&self.values, &self.slice)?,
+        };
+        let Moments { exp_avg, exp_avg_sq } = &self.training().moments;
+        Ok([weights, exp_avg.shallow_clone(), exp_avg_sq.shallow_clone()])
+    }
+
     /// Bytes held on this rank now.
     #[must_use]
     pub fn held_bytes(&self) -> HeldBytes {

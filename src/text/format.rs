@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 
 /// What stands before and after a text.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
 pub struct TextFormat {
     prefix: String,
     suffix: String,

@@ -1,15 +1,16 @@
 //! How long the pairs of a data set are in tokens, and what truncation takes from them.
 
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 
-use super::tokenizer::{PairTokenizer, Truncation};
-use crate::data::Dataset;
+use super::tokenizer::PairTokenizer;
+use crate::data::{Content, Dataset};
 use crate::error::Result;
 
-/// Token lengths over a data set, measured on an evenly spaced sample of its pairs.
+/// Token lengths over a data set, measured on all of its pairs or an evenly spaced sample.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LengthReport {
-    /// Pairs tokenized.
+    /// Pairs measured.
     pub measured: usize,
     /// Pairs in the data set.
     pub pairs: usize,
@@ -29,7 +30,8 @@ pub struct LengthReport {
 }
 
 impl LengthReport {
-    /// Tokenizes up to `sample` pairs, and every query that may be too long.
+    /// Measures every pair where the data set holds tokens, else tokenizes up to `sample` of them;
+    /// also every query that may be too long.
     ///
     /// # Errors
     /// When the tokenizer refuses a text.
@@ -39,35 +41,59 @@ impl LengthReport {
         max_len: usize,
         sample: usize,
     ) -> Result<Self> {
-        let pairs = dataset.pairs.len();
-        let measured = pairs.min(sample);
-        let mut lengths = Vec::with_capacity(measured);
-        let mut truncated = 0;
+        let pairs = dataset.pair_count();
+        let has_tokens = |pair| matches!(dataset.document(&pair), Content::Tokens(_));
+        let all = dataset.pairs().next().is_some_and(has_tokens);
+        let measured = if all { pairs } else { pairs.min(sample) };
+        let mut lengths = Lengths::default();
         for i in 0..measured {
-            let pair = &dataset.pairs[i * pairs / measured];
-            let encoded = tokenizer.encode_pair(dataset.query(pair), &pair.content, max_len)?;
-            truncated += usize::from(encoded.truncated != Truncation::None);
-            lengths.push(encoded.full_len);
+            let pair = dataset.pair((i * pairs / measured) as u32);
+            let query = match dataset.query(pair.query) {
+                Content::Text(text) => tokenizer.query_ids(text)?.len(),
+                Content::Tokens(tokens) => tokens.len(),
+            };
+            let document = match dataset.document(&pair) {
+                Content::Text(text) => tokenizer.document_ids(text)?.len(),
+                Content::Tokens(tokens) => tokens.len(),
+            };
+            lengths.add(tokenizer.fixed_tokens() + query + document);
         }
-        lengths.sort_unstable();
         let (long_queries, long_query_lines) = long_queries(dataset, tokenizer, max_len)?;
         Ok(Self {
             measured,
             pairs,
             max_len,
-            percentiles: [50, 90, 99].map(|percent| percentile(&lengths, percent)),
-            longest: lengths.last().copied().unwrap_or(0),
-            truncated,
+            percentiles: [50, 90, 99].map(|percent| lengths.percentile(percent)),
+            longest: lengths.counts.keys().next_back().copied().unwrap_or(0),
+            truncated: lengths.counts.range(max_len + 1..).map(|(_, &count)| count).sum(),
             long_queries,
             long_query_lines,
         })
     }
 }
 
-/// The smallest length that at least `percent` of 100 lengths do not exceed.
-fn percentile(sorted: &[usize], percent: usize) -> usize {
-    let rank = (sorted.len() * percent).div_ceil(100);
-    sorted.get(rank.saturating_sub(1)).copied().unwrap_or(0)
+/// How often each length occurs.
+#[derive(Default)]
+struct Lengths {
+    counts: BTreeMap<usize, usize>,
+    total: usize,
+}
+
+impl Lengths {
+    fn add(&mut self, length: usize) {
+        *self.counts.entry(length).or_default() += 1;
+        self.total += 1;
+    }
+
+    /// The smallest length that at least `percent` of 100 lengths do not exceed.
+    fn percentile(&self, percent: usize) -> usize {
+        let rank = (self.total * percent).div_ceil(100);
+        let reached = self.counts.iter().scan(0, |seen, (&length, &count)| {
+            *seen += count;
+            Some((length, *seen))
+        });
+        reached.into_iter().find(|&(_, seen)| seen >= rank).map_or(0, |(length, _)| length)
+    }
 }
 
 /// How many distinct queries alone exceed `max_len`, and the first few lines they stand on.
@@ -78,23 +104,23 @@ fn long_queries(
 ) -> Result<(usize, Vec<u32>)> {
     const SHOWN: usize = 5;
     let room = max_len.saturating_sub(tokenizer.fixed_tokens());
-    let mut is_long = vec![false; dataset.queries.len()];
     let around_query = tokenizer.query_ids("")?.len();
-    for (query, is_long) in dataset.queries.iter().zip(&mut is_long) {
-        // Tokens are hardly ever more than bytes, so most queries need not be tokenized.
-        *is_long = around_query + query.len() > room && tokenizer.query_ids(query)?.len() > room;
-    }
-    let count = is_long.iter().filter(|&&long| long).count();
-    let mut lines = Vec::new();
-    for pair in &dataset.pairs {
-        if lines.len() == SHOWN.min(count) {
-            break;
+    let mut long = HashSet::new();
+    for query in 0..dataset.query_count() as u32 {
+        let is_long = match dataset.query(query) {
+            // Tokens are hardly ever more than bytes, so most queries need not be tokenized.
+            Content::Text(text) => {
+                around_query + text.len() > room && tokenizer.query_ids(text)?.len() > room
+            }
+            Content::Tokens(tokens) => tokens.len() > room,
+        };
+        if is_long {
+            long.insert(query);
         }
-        if std::mem::take(&mut is_long[pair.query as usize]) {
-            lines.push(pair.line);
-        }
     }
-    Ok((count, lines))
+    let count = long.len();
+    let first_lines = dataset.pairs().filter(|pair| long.remove(&pair.query));
+    Ok((count, first_lines.map(|pair| pair.line).take(SHOWN.min(count)).collect()))
 }
 
 impl fmt::Display for LengthReport {

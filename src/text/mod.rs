@@ -5,13 +5,11 @@
 
 mod format;
 mod lengths;
-mod ordered;
 mod pipeline;
 mod tokenizer;
 mod vocab;
 
 pub use format::TextFormat;
 pub use lengths::LengthReport;
-pub use ordered::{OrderedMap, ordered_map};
 pub use pipeline::{PipelineOptions, TokenBatch, WorkItem, token_batches};
 pub use tokenizer::{DecoderTemplate, EncodedPair, PairTokenizer, Truncation};

@@ -2,15 +2,15 @@
 
 use std::sync::Arc;
 
-use super::ordered::{OrderedMap, ordered_map};
 use super::tokenizer::{EncodedPair, PairTokenizer};
-use crate::data::{Augment, Dataset, MicroBatchPlan};
+use crate::data::{Augment, Content, Dataset, MicroBatchPlan};
 use crate::error::Result;
+use crate::ordered::{OrderedMap, ordered_map};
 
 /// One rank's share of a micro-batch, to be tokenized.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct WorkItem {
-    /// Indices into [`Dataset::pairs`]; empty for a rank without work, which still takes part.
+    /// Numbers of pairs; empty for a rank without work, which still takes part.
     pub pairs: Vec<u32>,
     /// Offsets of groups in `pairs`, starting with 0; empty for pointwise data.
     pub cu_groups: Vec<u32>,
@@ -42,7 +42,7 @@ pub struct TokenBatch {
     pub labels: Vec<f32>,
     /// `[groups + 1]` where groups begin and end, counted in sequences; empty for pointwise data.
     pub cu_groups: Vec<i64>,
-    /// `[B]` indices into [`Dataset::pairs`]; empty where the pairs are of no data set.
+    /// `[B]` numbers of pairs; empty where the pairs are of no data set.
     pub pairs: Vec<u32>,
 }
 
@@ -121,16 +121,21 @@ fn tokenize(
     // The hits of a group stand together: their query is tokenized once.
     let mut last_query: Option<(u32, Vec<u32>)> = None;
     for &number in &item.pairs {
-        let pair = &dataset.pairs[number as usize];
+        let pair = dataset.pair(number);
         let query = match last_query.take() {
             Some((index, ids)) if index == pair.query => ids,
-            _ => tokenizer.query_ids(dataset.query(pair))?,
+            _ => match dataset.query(pair.query) {
+                Content::Text(text) => tokenizer.query_ids(text)?,
+                Content::Tokens(tokens) => tokens.to_vec(),
+            },
         };
-        let content = match &options.augment {
-            Some(augment) => augment.apply(&pair.content, item.epoch, number),
-            None => pair.content.as_ref().into(),
+        let document = match (dataset.document(&pair), &options.augment) {
+            (Content::Text(text), Some(augment)) => {
+                tokenizer.document_ids(&augment.apply(text, item.epoch, number))?
+            }
+            (Content::Text(text), None) => tokenizer.document_ids(text)?,
+            (Content::Tokens(tokens), _) => tokens.to_vec(),
         };
-        let document = tokenizer.document_ids(&content)?;
         batch.push(&tokenizer.join(&query, &document, options.max_len));
         batch.labels.push(pair.label);
         last_query = Some((pair.query, query));

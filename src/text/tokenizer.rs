@@ -1,11 +1,13 @@
 //! A query and a document to the token ids a model reads.
 
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::path::Path;
 
 use tokenizers::{Encoding, Token, Tokenizer};
 
 use super::format::TextFormat;
 use super::vocab;
+use crate::data::Encode;
 use crate::error::{Error, Result};
 
 /// What was cut off to meet `max_len`.
@@ -222,6 +224,28 @@ impl PairTokenizer {
     #[must_use]
     pub fn max_token_id(&self) -> u32 {
         self.tokenizer.get_vocab(true).into_values().max().unwrap_or(0)
+    }
+}
+
+impl Encode for PairTokenizer {
+    fn query(&self, text: &str) -> Result<Vec<u32>> {
+        self.query_ids(text)
+    }
+
+    fn document(&self, text: &str) -> Result<Vec<u32>> {
+        self.document_ids(text)
+    }
+
+    fn max_id(&self) -> u32 {
+        self.max_token_id()
+    }
+
+    fn fingerprint(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        // The template is not part of what is kept, so it does not matter here.
+        self.tokenizer.to_string(false).unwrap_or_default().hash(&mut hasher);
+        (&self.query_format, &self.document_format).hash(&mut hasher);
+        hasher.finish()
     }
 }
 

@@ -44,6 +44,10 @@ pub(super) struct Attention {
     pub cu_seqlens: *const i64,
     pub boundaries: usize,
     pub heads: i64,
+    pub kv_heads: i64,
+    pub left: i64,
+    pub right: i64,
+    pub scale: f64,
     pub dropout: f64,
     pub seed: i64,
 }
@@ -52,6 +56,7 @@ pub(super) struct Attention {
 pub(super) struct GlooJoin {
     pub host: *const c_char,
     pub port: u16,
+    pub serves_store: bool,
     pub rank: c_int,
     pub world_size: c_int,
     pub timeout_ms: i64,
@@ -71,6 +76,7 @@ unsafe extern "C" {
     pub(super) fn rr_set_grad(leaf: *const C_tensor, grad: *const C_tensor) -> *mut c_char;
     pub(super) fn rr_storage_resize(tensor: *const C_tensor, bytes: usize) -> *mut c_char;
     pub(super) fn rr_storage_bytes(tensor: *const C_tensor) -> usize;
+    pub(super) fn rr_peak_gpu_bytes(device: c_int, out: *mut usize) -> *mut c_char;
     pub(super) fn rr_fused_adamw(
         param: *const C_tensor,
         grad: *const C_tensor,
@@ -81,7 +87,27 @@ unsafe extern "C" {
     ) -> *mut c_char;
 
     pub(super) fn rr_packed_attention(
-        qkv: *const C_tensor,
+        q: *const C_tensor,
+        k: *const C_tensor,
+        v: *const C_tensor,
+        options: *const Attention,
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    pub(super) fn rr_flash_attention(
+        q: *const C_tensor,
+        k: *const C_tensor,
+        v: *const C_tensor,
+        cu_seqlens: *const C_tensor,
+        longest: i64,
+        options: *const Attention,
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    pub(super) fn rr_efficient_attention(
+        q: *const C_tensor,
+        k: *const C_tensor,
+        v: *const C_tensor,
+        cu_seqlens: *const C_tensor,
+        longest: i64,
         options: *const Attention,
         out: *mut *mut C_tensor,
     ) -> *mut c_char;

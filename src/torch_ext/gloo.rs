@@ -10,10 +10,12 @@ use super::{check, ffi};
 /// How one rank joins a group.
 #[derive(Debug, Clone)]
 pub struct Join {
-    /// Host on which rank 0's store listens.
+    /// Host on which the store listens.
     pub host: String,
     /// Port of that store.
     pub port: u16,
+    /// Whether this rank starts it.
+    pub serves_store: bool,
     /// This rank.
     pub rank: usize,
     /// Number of ranks.
@@ -79,6 +81,7 @@ impl Group {
         let raw = ffi::GlooJoin {
             host: host.as_ptr(),
             port: join.port,
+            serves_store: join.serves_store,
             rank: i32::try_from(join.rank).map_err(|e| e.to_string())?,
             world_size: i32::try_from(join.world_size).map_err(|e| e.to_string())?,
             timeout_ms: i64::try_from(join.timeout.as_millis()).unwrap_or(i64::MAX),

@@ -5,6 +5,7 @@
 //! caller's, who can end everything with [`Comm::abort`].
 
 use std::ffi::{CStr, OsStr, c_char, c_int, c_uint, c_void};
+use std::mem::ManuallyDrop;
 use std::sync::Arc;
 
 use cudarc::nccl::sys::{ncclComm_t, ncclConfig_t, ncclUniqueId};
@@ -82,8 +83,8 @@ struct Functions {
 /// The library, loaded.
 pub struct Nccl {
     functions: Functions,
-    /// Keeps the functions' code in the process.
-    _library: Library,
+    /// Never unloaded: threads of NCCL's own run its code until the process ends.
+    _library: ManuallyDrop<Library>,
 }
 
 /// What the ranks of a new communicator agree on: made by one, handed to the others.
@@ -125,11 +126,11 @@ impl Nccl {
     /// The dynamic linker's message, or what the library lacks.
     pub fn load(name: impl AsRef<OsStr>) -> Result<Arc<Self>, String> {
         // SAFETY: NCCL's constructors only register it.
-        let library = unsafe { Library::new(name.as_ref()) }.map_err(|error| error.to_string())?;
+        let library = unsafe { Library::new(name.as_ref()) }.map_err(|error| linker(&error))?;
         macro_rules! function {
             ($name:literal) => {
                 // SAFETY: the field's type is the function's, as nccl.h of 2.28 declares it.
-                *unsafe { library.get($name) }.map_err(|error| error.to_string())?
+                *unsafe { library.get($name) }.map_err(|error| linker(&error))?
             };
         }
         let functions = Functions {
@@ -147,7 +148,7 @@ impl Nccl {
             all_gather: function!(b"ncclAllGather\0"),
             broadcast: function!(b"ncclBroadcast\0"),
         };
-        Ok(Arc::new(Self { functions, _library: library }))
+        Ok(Arc::new(Self { functions, _library: ManuallyDrop::new(library) }))
     }
 
     /// The library's version: major, minor, patch.
@@ -188,6 +189,11 @@ impl Nccl {
         let detail = detail.lines().next().unwrap_or("").trim();
         Err(if detail.is_empty() { what } else { format!("{what}: {detail}") })
     }
+}
+
+/// The dynamic linker's own words, which the crate keeps apart.
+fn linker(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
 }
 
 /// # Safety

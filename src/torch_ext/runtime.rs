@@ -1,7 +1,13 @@
 //! Process-wide settings, made once at start-up.
 
+use std::ffi::c_int;
+
+use super::{check, ffi};
 use crate::config;
 use crate::error::{Error, Result};
+
+/// The name under which the driver installs NVML.
+const NVML_LIBRARY: &str = "libnvidia-ml.so.1";
 
 /// Tells glibc to keep freed memory instead of giving it back to the kernel. libtorch asks for and
 /// frees the same large tensors every step; with the default settings each of them is mapped,
@@ -82,11 +88,49 @@ pub fn load_cuda() -> Result<()> {
     Ok(())
 }
 
+/// Ends this process as SIGKILL does, for tests of what is left behind then.
+pub fn kill_this_process() -> ! {
+    // SAFETY: kill() touches no memory of ours.
+    unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
+    std::process::abort()
+}
+
 /// Memory of this machine in bytes that programs can still get without swapping; `None` where the
 /// system does not say.
 #[must_use]
 pub fn available_memory() -> Option<usize> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
+    bytes_in("/proc/meminfo", "MemAvailable:")
+}
+
+/// The memory in bytes that the GPU with most to spare has left, as the driver says; `None` where
+/// there is no driver.
+#[must_use]
+pub fn freest_gpu_memory() -> Option<usize> {
+    let nvml = nvml_wrapper::Nvml::builder().lib_path(NVML_LIBRARY.as_ref()).init().ok()?;
+    let left = |index| Some(nvml.device_by_index(index).ok()?.memory_info().ok()?.free as usize);
+    (0..nvml.device_count().ok()?).filter_map(left).max()
+}
+
+/// The most memory of the host in bytes that this process has had at once, libraries and buffers
+/// included; `None` where the system does not say.
+#[must_use]
+pub fn peak_host_memory() -> Option<usize> {
+    bytes_in("/proc/self/status", "VmHWM:")
+}
+
+/// The most bytes that tensors of this process have held at once on a GPU; `None` on the CPU.
+#[must_use]
+pub fn peak_gpu_memory(device: tch::Device) -> Option<usize> {
+    let tch::Device::Cuda(number) = device else { return None };
+    let mut bytes = 0;
+    // SAFETY: `out` is a live usize; the C++ side only reads statistics.
+    let result = unsafe { ffi::rr_peak_gpu_bytes(c_int::try_from(number).ok()?, &raw mut bytes) };
+    check(result).is_ok().then_some(bytes)
+}
+
+/// The number behind `name` in a file of lines such as `name   123 kB`, in bytes.
+fn bytes_in(file: &str, name: &str) -> Option<usize> {
+    let text = std::fs::read_to_string(file).ok()?;
+    let line = text.lines().find(|line| line.starts_with(name))?;
     line.split_whitespace().nth(1)?.parse::<usize>().ok().map(|kib| kib * 1024)
 }

@@ -6,12 +6,12 @@ use std::sync::Arc;
 use tracing::info;
 
 use super::output;
-use crate::config::{self, DatasetKind, ModelKind, Plan};
-use crate::data::{Dataset, LoadOptions, LoadReport, Sampler, SamplerOptions};
+use crate::config::{self, DatasetKind, ModelKind, Plan, Strategy};
+use crate::data::{CacheOptions, Dataset, LoadOptions, LoadReport, Sampler, SamplerOptions};
 use crate::engine::MemoryForecast;
-use crate::error::{Error, Result};
-use crate::model::ModelConfig;
+use crate::error::Result;
 use crate::model::weights::WeightFiles;
+use crate::model::{ModelConfig, foreign_layer_classes};
 use crate::optim::Schedule;
 use crate::score::check_model;
 use crate::text::{LengthReport, PairTokenizer, TextFormat};
@@ -67,8 +67,15 @@ impl Inputs {
         let initialised = check_model(&model_dir, &config, &weights, &tokenizer)?;
 
         let data = &plan.data;
-        let (train, train_report) =
-            load_data(plan, &data.train, data.train_kind, &data.train_label_key)?;
+        // The smaller one first: what is wrong with it is known before a long load.
+        let (validation, validation_report) = match &data.validation {
+            Some(path) => {
+                let (dataset, report) = load_validation(plan, path, &tokenizer)?;
+                (Some(Arc::new(dataset)), Some(report))
+            }
+            None => (None, None),
+        };
+        let (train, train_report) = load_train(plan, &tokenizer)?;
         if plan.loss.needs_groups() && train.kind != DatasetKind::Grouped {
             let message = "compares the hits of a query, but train_dataset holds single pairs; \
                            give grouped records, or use pointwise_bce or pointwise_mse";
@@ -80,14 +87,6 @@ impl Inputs {
             return Err(plan.error("loss_type", message));
         }
         let train = Arc::new(train);
-        let (validation, validation_report) = match &data.validation {
-            Some(path) => {
-                let (dataset, report) =
-                    load_data(plan, path, data.validation_kind, &data.validation_label_key)?;
-                (Some(Arc::new(dataset)), Some(report))
-            }
-            None => (None, None),
-        };
         let training = &plan.training;
         let options = SamplerOptions {
             world_size,
@@ -123,14 +122,17 @@ impl Inputs {
         let training = &plan.training;
         let items = training.batch_size * training.accumulation * world_size;
         let unit = if self.train.kind == DatasetKind::Grouped { "groups" } else { "pairs" };
-        let lengths =
-            LengthReport::measure(&self.train, &self.tokenizer, plan.data.max_len, LENGTH_SAMPLE)?;
+        let lengths = |dataset: &Dataset| {
+            LengthReport::measure(dataset, &self.tokenizer, plan.data.max_len, LENGTH_SAMPLE)
+        };
         let mut lines = vec![
             self.train_report.to_string(),
-            lengths.to_string(),
+            lengths(&self.train)?.to_string(),
             self.sampler.report().to_string(),
         ];
-        lines.extend(self.validation_report.iter().map(ToString::to_string));
+        if let (Some(dataset), Some(report)) = (&self.validation, &self.validation_report) {
+            lines.extend([report.to_string(), lengths(dataset)?.to_string()]);
+        }
         lines.push(format!(
             "{} optimizer steps: {} an epoch, {} epochs; {items} {unit} a step over {world_size} \
              worker(s)",
@@ -144,6 +146,10 @@ impl Inputs {
             .collect();
         for keyword in super::parameter_groups(plan).unmatched(&parameters) {
             lines.push(format!("special_lr_groups: {keyword:?} is in no parameter's name"));
+        }
+        let classes = &plan.parallel.layer_classes;
+        for line in foreign_layer_classes(classes, &self.config.model_type) {
+            lines.push(plan.warning("layer_classes", line));
         }
         if self.tokenizer.fixed_tokens() == 0 {
             lines.push("the tokenizer has no pair template: texts are joined as they are".into());
@@ -165,29 +171,33 @@ impl Inputs {
         Ok(lines.join("\n"))
     }
 
-    /// What a worker will hold, and whether the machine has that much. Hybrid runs divide by the
-    /// workers of a machine, which is what `world_size` is before any start.
+    /// What a worker will hold, and whether there is that much. Hybrid runs divide by the workers
+    /// of a machine.
     fn forecast(&self, plan: &Plan, world_size: usize) -> String {
-        let options = super::engine_options(plan, tch::Device::Cpu, 0, world_size);
+        let on_a_machine = world_size.div_ceil(plan.parallel.machines);
+        let dividing = match plan.parallel.strategy {
+            Strategy::Hybrid { .. } => on_a_machine,
+            Strategy::Ddp | Strategy::Zero { .. } => world_size,
+        };
+        let options = super::engine_options(plan, tch::Device::Cpu, 0, dividing);
         let group = match self.train.kind {
             DatasetKind::Pointwise => 1,
             DatasetKind::Grouped => plan.data.group_size,
         };
         let tokens = plan.training.batch_size * group * plan.data.max_len;
         let forecast = MemoryForecast::new(&self.config, &options, tokens);
-        let workers = plan.parallel.processes.unwrap_or(world_size);
-        let needed = (forecast.total() + forecast.held.host) * workers;
-        let on_cpu = plan.parallel.device != Some(config::Device::Cuda);
-        match runtime::available_memory() {
-            Some(available) if on_cpu && needed > available => format!(
-                "{forecast}\nthis does not fit: {workers} workers need {:.1} GB, this machine has {:.1} GB \
-                 left; lower batch_size or max_len, set gradient_checkpointing: true, or divide \
-                 more",
-                needed as f64 / 1e9,
-                available as f64 / 1e9
-            ),
-            _ => forecast.to_string(),
+        let on_gpu = match plan.parallel.device {
+            Some(device) => device == config::Device::Cuda,
+            None => runtime::sees_gpu(),
+        };
+        let mut lines = vec![forecast.to_string()];
+        if on_gpu {
+            lines.extend(shortfall("a GPU", forecast.total(), runtime::freest_gpu_memory()));
         }
+        let on_host = forecast.held.host + if on_gpu { 0 } else { forecast.total() };
+        let needed = on_host * on_a_machine;
+        lines.extend(shortfall("this machine", needed, runtime::available_memory()));
+        lines.join("\n")
     }
 
     /// Logs the plan's notices and what was read, a line at a time.
@@ -200,6 +210,18 @@ impl Inputs {
         }
         Ok(())
     }
+}
+
+/// What to say where `needed` bytes are more than there are `available`, if that is known.
+fn shortfall(place: &str, needed: usize, available: Option<usize>) -> Option<String> {
+    let available = available.filter(|&available| needed > available)?;
+    let gb = |bytes: usize| bytes as f64 / 1e9;
+    Some(format!(
+        "this does not fit: {place} has to hold {:.1} GB and has {:.1} GB left; lower batch_size or \
+         max_len, set gradient_checkpointing: true, or divide more",
+        gb(needed),
+        gb(available)
+    ))
 }
 
 /// The base model's directory.
@@ -231,18 +253,60 @@ fn tokenizer(plan: &Plan, dir: &Path) -> Result<PairTokenizer> {
     Ok(tokenizer)
 }
 
-fn load_data(
+fn load_train(plan: &Plan, tokenizer: &Arc<PairTokenizer>) -> Result<(Dataset, LoadReport)> {
+    let data = &plan.data;
+    let options = LoadOptions {
+        kind: data.train_kind,
+        label_key: data.train_label_key.clone(),
+        ..load_options(plan, &data.train)
+    };
+    let document_texts = data.shuffle_rate > 0.0;
+    Dataset::open(&options, &CacheOptions { document_texts, ..cache_options(plan, tokenizer) })
+}
+
+fn load_validation(
     plan: &Plan,
     path: &Path,
-    kind: Option<DatasetKind>,
-    label_key: &str,
-) -> Result<(Dataset, LoadReport), Error> {
-    Dataset::load(&LoadOptions {
-        path: path.to_owned(),
-        kind,
-        label_key: label_key.to_owned(),
+    tokenizer: &Arc<PairTokenizer>,
+) -> Result<(Dataset, LoadReport)> {
+    let data = &plan.data;
+    let options = LoadOptions {
+        kind: data.validation_kind,
+        label_key: data.validation_label_key.clone(),
+        ..load_options(plan, path)
+    };
+    Dataset::open(&options, &cache_options(plan, tokenizer))
+}
+
+fn load_options(plan: &Plan, path: &Path) -> LoadOptions {
+    LoadOptions {
         label_min: plan.data.labels.min,
         label_max: plan.data.labels.max,
         skip_bad_records: plan.data.skip_bad_records,
-    })
+        ..LoadOptions::new(path)
+    }
+}
+
+fn cache_options(plan: &Plan, tokenizer: &Arc<PairTokenizer>) -> CacheOptions {
+    let encoder = Arc::clone(tokenizer) as _;
+    CacheOptions { dir: plan.data.cache_dir.clone(), encoder, document_texts: false }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::shortfall;
+
+    #[test]
+    fn only_what_is_known_not_to_fit_is_told() {
+        assert_eq!(shortfall("a GPU", 80, Some(80)), None);
+        assert_eq!(shortfall("a GPU", 80, None), None);
+        let line = shortfall("a GPU", 96_000_000_000, Some(79_500_000_000));
+        assert_eq!(
+            line.as_deref(),
+            Some(
+                "this does not fit: a GPU has to hold 96.0 GB and has 79.5 GB left; lower \
+                 batch_size or max_len, set gradient_checkpointing: true, or divide more"
+            )
+        );
+    }
 }

@@ -1,6 +1,8 @@
 //! The training job of one worker.
 
+mod checkpoints;
 pub mod inputs;
+mod memory;
 mod output;
 mod report;
 mod validate;
@@ -19,7 +21,7 @@ pub use validate::Validation;
 use crate::checkpoint::model_dir::MAX_SHARD_BYTES;
 use crate::checkpoint::{SavedModel, Sidecar, save_model};
 use crate::comm::{Communicator, Gloo, Groups, Nccl, Reduction, Solo, reduce_values};
-use crate::config::{self, Plan, Precision, Strategy};
+use crate::config::{self, Plan, Precision, Strategy, ZeroStage};
 use crate::data::{Augment, StepPlan};
 use crate::engine::{Engine, EngineOptions, StepOptions, StepReport, TrainBatch};
 use crate::error::{Error, Result};
@@ -29,6 +31,7 @@ use crate::shard::{FlatUnit, Offload, ParameterGroups, Sharding, Share};
 use crate::text::{PipelineOptions, TokenBatch, WorkItem, token_batches};
 use crate::torch_ext::{nccl, runtime};
 
+use memory::Memory;
 use report::Reporter;
 
 /// Deadline of the rendezvous and of every collective, where `--timeout` gives none.
@@ -65,14 +68,20 @@ pub fn run(plan: &Plan, env: &WorkerEnv) -> Result<()> {
         engine,
     };
     let validation = job.train()?;
-    job.save(validation)?;
-    job.reporter.finish();
-    groups.world.barrier()
+    let saving = job.save(validation)?;
+    let memory = Memory::gather(&job.engine, saving, groups.world.as_ref())?;
+    job.reporter.finish(&memory)?;
+    groups.world.leave()
+}
+
+/// The longest wait for another rank.
+fn timeout(plan: &Plan) -> Duration {
+    plan.sources.timeout.unwrap_or(TIMEOUT)
 }
 
 /// Meets the other ranks, and forms the groups that the strategy works over.
 fn join(plan: &Plan, env: &WorkerEnv, device: Device) -> Result<Groups> {
-    let timeout = plan.sources.timeout.unwrap_or(TIMEOUT);
+    let timeout = timeout(plan);
     let world: Box<dyn Communicator> = match (env.world_size, device) {
         (1, _) => Box::new(Solo),
         (_, Device::Cuda(_)) => {
@@ -104,11 +113,13 @@ pub fn check_machines(plan: &Plan, world_size: usize, local: usize) -> Result<()
         );
         return Err(plan.error("num_machines", message));
     }
-    let hybrid = matches!(plan.parallel.strategy, Strategy::Hybrid { .. });
-    if hybrid && (machines < 2 || !world_size.is_multiple_of(local)) {
+    if let Strategy::Hybrid { stage } = plan.parallel.strategy
+        && (machines < 2 || !world_size.is_multiple_of(local))
+    {
+        let flat = if stage == ZeroStage::Three { "FULL_SHARD" } else { "SHARD_GRAD_OP" };
         let message = format!(
             "hybrid sharding divides inside a machine and repeats over machines of one size, but \
-             these {world_size} worker(s) are on {machines}; use FULL_SHARD or SHARD_GRAD_OP"
+             these {world_size} worker(s) are on {machines}; use {flat}"
         );
         return Err(plan.error("strategy", message));
     }
@@ -206,9 +217,8 @@ impl Job<'_> {
         let rank = self.groups.world.rank();
         let sampler = Arc::clone(&self.inputs.sampler);
         let items = (0..self.plan.training.epochs).flat_map(move |epoch| {
-            let steps = sampler.epoch(epoch);
-            steps
-                .into_iter()
+            sampler
+                .epoch(epoch)
                 .flat_map(|step| step.micro_batches)
                 .map(move |micro| WorkItem::of_rank(&micro, rank, epoch))
         });
@@ -249,7 +259,8 @@ impl Job<'_> {
         self.engine.train_step(micro, options, self.groups)
     }
 
-    fn save(&mut self, validation: Option<Validation>) -> Result<()> {
+    /// Returns the most bytes of parameters that this rank held meanwhile.
+    fn save(&mut self, validation: Option<Validation>) -> Result<usize> {
         let started = Instant::now();
         let target = self.plan.saving.output_dir.join(output::MODEL);
         let metrics = validation.map_or(serde_json::Value::Null, |v| v.to_json());
@@ -260,12 +271,12 @@ impl Job<'_> {
             sidecar: &Sidecar::of_run(self.plan, metrics),
             max_shard_bytes: MAX_SHARD_BYTES,
         };
-        save_model(model, &target, self.groups)?;
+        let most_held = save_model(model, &target, self.groups)?;
         let seconds = started.elapsed().as_secs_f64();
         if self.groups.world.rank() == 0 {
             info!("saved {} in {seconds:.1} s", target.display());
         }
-        Ok(())
+        Ok(most_held)
     }
 }
 
@@ -276,7 +287,7 @@ fn tokenizer_threads() -> usize {
 
 fn to_device(tokens: &TokenBatch, inputs: &Inputs, device: Device) -> Result<TrainBatch> {
     let path = inputs.train.path.display();
-    let line = |&pair: &u32| format!("{path}:{}", inputs.train.pairs[pair as usize].line);
+    let line = |&pair: &u32| format!("{path}:{}", inputs.train.pair(pair).line);
     Ok(TrainBatch {
         packed: pack(tokens, device)?,
         labels: Tensor::f_from_slice(&tokens.labels)?.f_to_device(device)?,
@@ -291,7 +302,7 @@ impl Inputs {
         let mut weight = 0.0;
         for micro in &step.micro_batches {
             for (rank, pairs) in micro.per_rank.iter().enumerate() {
-                let label = |&pair: &u32| self.train.pairs[pair as usize].label;
+                let label = |&pair: &u32| self.train.pair(pair).label;
                 let labels: Vec<f32> = pairs.iter().map(label).collect();
                 let groups = micro.cu_groups.get(rank).map_or(&[][..], Vec::as_slice);
                 let cu_groups: Vec<i64> = groups.iter().copied().map(i64::from).collect();

@@ -9,9 +9,10 @@ use rr_launch::contract::WorkerEnv;
 use serde_json::{Value, json};
 use tracing::info;
 
+use super::memory::Memory;
 use super::output::RUNS;
 use super::validate::Validation;
-use crate::checkpoint::atomic::create_dir;
+use crate::atomic::create_dir;
 use crate::config::Plan;
 use crate::engine::StepReport;
 use crate::error::{Error, Result};
@@ -190,11 +191,13 @@ impl Reporter {
     }
 
     /// The last words of a run.
-    pub(super) fn finish(&self) {
+    pub(super) fn finish(&mut self, memory: &Memory) -> Result<()> {
         if self.sink.is_some() {
             let seconds = self.elapsed();
             info!("trained {} pairs ({} tokens) in {seconds:.1} s", self.pairs, self.tokens);
+            info!("{memory}");
         }
+        self.write(&memory.to_json())
     }
 
     fn write(&mut self, line: &Value) -> Result<()> {

@@ -100,7 +100,7 @@ fn shares(
     };
     let rank = comm.rank();
     let micro_batches = sampler::in_order(dataset, &options)?;
-    let items = micro_batches.into_iter().map(move |micro| WorkItem::of_rank(&micro, rank, 0));
+    let items = micro_batches.map(move |micro| WorkItem::of_rank(&micro, rank, 0));
     let options =
         PipelineOptions { threads: 1, ahead: 2, max_len: plan.data.max_len, augment: None };
     token_batches(Arc::clone(dataset), Arc::clone(tokenizer), items, options)

@@ -81,11 +81,20 @@ pub fn train(case: Case) -> Vec<Outcome> {
 
 /// As [`train`], over the NCCL in the library at a path where one is given.
 pub fn train_over(case: Case, library: Option<&Path>) -> Vec<Outcome> {
+    on_ranks(case, library, move |groups| Trainer::new(case, groups).finish(groups))
+}
+
+/// Runs `job` on the ranks of `case`; returns what each made of it.
+pub fn on_ranks<T: Send + 'static>(
+    case: Case,
+    library: Option<&Path>,
+    job: impl Fn(&Groups) -> T + Clone + Send + 'static,
+) -> Vec<T> {
     let library = library.map(|path| nccl::Nccl::load(path).unwrap());
     // Ranks are threads: more threads below them would only wait for each other.
     tch::set_num_threads(1);
     if case.ranks == 1 {
-        return vec![train_rank(case, &Groups::flat(Box::new(Solo)))];
+        return vec![job(&Groups::flat(Box::new(Solo)))];
     }
     let port = free_port();
     let rank_thread = move |rank: usize| {
@@ -94,7 +103,7 @@ pub fn train_over(case: Case, library: Option<&Path>) -> Vec<Outcome> {
             Some(block) => Groups::hybrid(world, block).unwrap(),
             None => Groups::flat(world),
         };
-        let outcome = train_rank(case, &groups);
+        let outcome = job(&groups);
         groups.world.barrier().unwrap();
         outcome
     };
@@ -112,13 +121,8 @@ pub fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
-/// One rank's end of a world whose rank 0 listens on `port`.
-pub fn connect(
-    port: u16,
-    rank: usize,
-    world_size: usize,
-    library: Option<&Arc<nccl::Nccl>>,
-) -> Box<dyn Communicator> {
+/// One rank's end of a Gloo group whose rank 0 listens on `port`.
+pub fn gloo(port: u16, rank: usize, world_size: usize, timeout: Duration) -> Gloo {
     let env = WorkerEnv {
         rank,
         local_rank: rank,
@@ -131,8 +135,18 @@ pub fn connect(
         restart_count: 0,
         progress: false,
     };
+    Gloo::join(&env, timeout).unwrap()
+}
+
+/// One rank's end of a world whose rank 0 listens on `port`.
+pub fn connect(
+    port: u16,
+    rank: usize,
+    world_size: usize,
+    library: Option<&Arc<nccl::Nccl>>,
+) -> Box<dyn Communicator> {
     let timeout = Duration::from_secs(60);
-    let gloo = Gloo::join(&env, timeout).unwrap();
+    let gloo = gloo(port, rank, world_size, timeout);
     match library {
         Some(library) => {
             Box::new(Nccl::join(gloo, Arc::clone(library), Device::Cpu, timeout).unwrap())
@@ -141,67 +155,97 @@ pub fn connect(
     }
 }
 
-pub fn train_rank(case: Case, groups: &Groups) -> Outcome {
-    let comm = groups.world.as_ref();
-    let golden = Golden::load("bert_odd");
-    let config = ModelConfig::from_dir(&golden.dir).unwrap().without_dropout();
-    let weights = WeightFiles::open(&golden.dir).unwrap();
-    let rates = ParameterGroups {
-        lr: 1e-3,
-        weight_decay: 0.01,
-        special: vec![(vec!["classifier".into(), "layer.1.attention.self.key".into()], 3e-3)],
-    };
-    let options = EngineOptions {
-        device: Device::Cpu,
-        kind: case.kind,
-        share: Share {
-            sharding: case.sharding,
-            rank: groups.shard().rank(),
-            world_size: groups.shard().world_size(),
-        },
-        recompute: case.recompute,
-        offload: case.offload,
-        reduce_fp32: case.reduce_fp32,
-    };
-    let mut engine = Engine::load(&config, &weights, 1, &rates, options).unwrap();
-    engine.prepare_training().unwrap();
-    let schedule = Schedule::new(STEPS, 0.1, 0.0);
-    let (mut losses, mut norms) = (Vec::new(), Vec::new());
-    for step in 0..STEPS {
-        let micro: Vec<Vec<usize>> = (0..case.accumulation)
-            .map(|m| global_batch(step * case.accumulation + m, golden.pairs()))
-            .collect();
-        let weight = micro.iter().map(Vec::len).sum::<usize>() as f64;
-        let options = StepOptions {
-            loss: LossKind::PointwiseBce,
-            weight,
-            step,
-            lr_factor: schedule.factor(step),
-            max_grad_norm: case.max_grad_norm,
-            seed: 1,
+/// One rank that trains.
+pub struct Trainer {
+    case: Case,
+    golden: Golden,
+    config: ModelConfig,
+    options: EngineOptions,
+    pub engine: Engine,
+    pub losses: Vec<f64>,
+    pub norms: Vec<f64>,
+}
+
+impl Trainer {
+    pub fn new(case: Case, groups: &Groups) -> Self {
+        let golden = Golden::load("bert_odd");
+        let config = ModelConfig::from_dir(&golden.dir).unwrap().without_dropout();
+        let weights = WeightFiles::open(&golden.dir).unwrap();
+        let rates = ParameterGroups {
+            lr: 1e-3,
+            weight_decay: 0.01,
+            special: vec![(vec!["classifier".into(), "layer.1.attention.self.key".into()], 3e-3)],
         };
-        let batches = micro.iter().map(|pairs| Ok(golden.batch(&share_of(pairs, comm))));
-        let report = engine.train_step(batches, options, groups).unwrap();
-        losses.push(report.loss);
-        norms.push(report.grad_norm);
+        let options = EngineOptions {
+            device: Device::Cpu,
+            kind: case.kind,
+            share: Share {
+                sharding: case.sharding,
+                rank: groups.shard().rank(),
+                world_size: groups.shard().world_size(),
+            },
+            recompute: case.recompute,
+            offload: case.offload,
+            reduce_fp32: case.reduce_fp32,
+        };
+        let mut engine = Engine::load(&config, &weights, 1, &rates, options).unwrap();
+        engine.prepare_training().unwrap();
+        Self { case, golden, config, options, engine, losses: vec![], norms: vec![] }
     }
-    let mut parameters = BTreeMap::new();
-    for unit in engine.units() {
-        let whole = floats(&unit.whole_fp32(groups.shard()).unwrap());
-        for (spec, range) in unit.layout().places.iter().flat_map(|place| &place.parts) {
-            parameters.insert(spec.name.clone(), whole[range.clone()].to_vec());
+
+    /// Takes the steps from `start` up to `end`.
+    pub fn steps(&mut self, start: usize, end: usize, groups: &Groups) {
+        let Self { case, golden, engine, .. } = self;
+        let comm = groups.world.as_ref();
+        let schedule = Schedule::new(STEPS, 0.1, 0.0);
+        for step in start..end {
+            let micro: Vec<Vec<usize>> = (0..case.accumulation)
+                .map(|m| global_batch(step * case.accumulation + m, golden.pairs()))
+                .collect();
+            let weight = micro.iter().map(Vec::len).sum::<usize>() as f64;
+            let options = StepOptions {
+                loss: LossKind::PointwiseBce,
+                weight,
+                step,
+                lr_factor: schedule.factor(step),
+                max_grad_norm: case.max_grad_norm,
+                seed: 1,
+            };
+            let batches = micro.iter().map(|pairs| Ok(golden.batch(&share_of(pairs, comm))));
+            let report = engine.train_step(batches, options, groups).unwrap();
+            self.losses.push(report.loss);
+            self.norms.push(report.grad_norm);
         }
     }
-    let lengths = engine.units().iter().map(|unit| unit.layout().length);
-    Outcome {
-        losses,
-        norms,
-        parameters,
-        forecast: MemoryForecast::new(&config, &options, 100),
-        held: engine.held_bytes(),
-        peak: engine.peak_held_bytes(),
-        elements: lengths.clone().sum(),
-        largest: lengths.max().unwrap(),
+
+    /// The fp32 parameters by name.
+    pub fn parameters(&self, groups: &Groups) -> BTreeMap<String, Vec<f64>> {
+        let mut parameters = BTreeMap::new();
+        for unit in self.engine.units() {
+            let whole = floats(&unit.whole_fp32(groups.shard()).unwrap());
+            for (spec, range) in unit.layout().places.iter().flat_map(|place| &place.parts) {
+                parameters.insert(spec.name.clone(), whole[range.clone()].to_vec());
+            }
+        }
+        parameters
+    }
+
+    /// Takes all steps.
+    pub fn finish(mut self, groups: &Groups) -> Outcome {
+        self.steps(0, STEPS, groups);
+        let parameters = self.parameters(groups);
+        let Self { config, options, engine, losses, norms, .. } = self;
+        let lengths = engine.units().iter().map(|unit| unit.layout().length);
+        Outcome {
+            losses,
+            norms,
+            parameters,
+            forecast: MemoryForecast::new(&config, &options, 100),
+            held: engine.held_bytes(),
+            peak: engine.peak_held_bytes(),
+            elements: lengths.clone().sum(),
+            largest: lengths.max().unwrap(),
+        }
     }
 }
 

@@ -347,6 +347,11 @@ fn bad_parallel_files_are_one_line() {
             "parallel.yaml:3:25: deepspeed_config.offload_param_device: cpu needs zero_stage 3",
         ),
         (
+            "distributed_type: MULTI_GPU\nuse_cpu: true",
+            "parallel.yaml:2:10: use_cpu: true, but distributed_type is MULTI_GPU; use MULTI_CPU, \
+             or false",
+        ),
+        (
             "distributed_type: FSDP\nfsdp_config:\n  fsdp_version: 3",
             "parallel.yaml:3:17: fsdp_config.fsdp_version: expected 1 or 2, found 3",
         ),
@@ -413,24 +418,6 @@ fn what_the_engine_cannot_do_is_refused() {
         decoder.load().unwrap_err(),
         "training.yaml:2:13: model_type: llm_decoder is not supported yet; use bert_encoder"
     );
-    let parallel = [
-        (
-            "distributed_type: FSDP\nfsdp_config: {fsdp_sharding_strategy: 3, \
-             fsdp_offload_params: true}",
-            "2:63: fsdp_config.fsdp_offload_params: offload to the CPU is not supported yet; use \
-             none",
-        ),
-        (
-            "distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 0, \
-             deepspeed_config_file: ds.json}",
-            "2:58: deepspeed_config.deepspeed_config_file: a DeepSpeed JSON file is not \
-             supported yet; write its settings under deepspeed_config",
-        ),
-    ];
-    for (yaml, message) in parallel {
-        let error = Case::new("").parallel(yaml).load().unwrap_err();
-        assert_eq!(error, format!("parallel.yaml:{message}"), "{yaml}");
-    }
 }
 
 /// A file that is cut off, or whose bytes are damaged, is read or refused in one line.

@@ -1,5 +1,6 @@
 //! `config.json` of a Hugging Face model directory, as far as the model's mathematics needs it.
 
+mod decoder;
 mod encoder;
 mod modernbert;
 #[cfg(test)]
@@ -10,6 +11,7 @@ use std::path::Path;
 use serde_json::Value;
 use tch::Tensor;
 
+pub use decoder::{DecoderConfig, ScoreHead};
 pub use encoder::{EncoderConfig, HeadForm, PositionIds};
 pub use modernbert::{LayerAttention, ModernBertConfig, Pooling};
 
@@ -64,6 +66,8 @@ pub enum Trunk {
     Encoder(EncoderConfig),
     /// The same with rotary positions and windows.
     ModernBert(ModernBertConfig),
+    /// Every token sees those before it; the head reads the last.
+    Decoder(DecoderConfig),
 }
 
 impl Trunk {
@@ -78,10 +82,14 @@ impl Trunk {
         if model_type == modernbert::MODEL_TYPE {
             return modernbert::read(raw).map(Self::ModernBert);
         }
-        let supported: Vec<_> = families
+        if let Some(decoder) = decoder::read(model_type, raw) {
+            return decoder.map(Self::Decoder);
+        }
+        let supported: Vec<&str> = families
             .iter()
             .map(|family| family.model_type)
             .chain([modernbert::MODEL_TYPE])
+            .chain(decoder::model_types())
             .collect();
         Err(format!(
             "unknown architecture: model_type is {model_type:?}, supported: {}",
@@ -136,6 +144,7 @@ impl ModelConfig {
         match &self.trunk {
             Trunk::Encoder(encoder) => encoder.hidden as usize,
             Trunk::ModernBert(modernbert) => modernbert.hidden as usize,
+            Trunk::Decoder(decoder) => decoder.hidden as usize,
         }
     }
 
@@ -145,6 +154,7 @@ impl ModelConfig {
         match &self.trunk {
             Trunk::Encoder(encoder) => encoder.vocab_size as usize,
             Trunk::ModernBert(modernbert) => modernbert.vocab_size as usize,
+            Trunk::Decoder(decoder) => decoder.vocab_size as usize,
         }
     }
 
@@ -154,6 +164,7 @@ impl ModelConfig {
         match &self.trunk {
             Trunk::Encoder(encoder) => Some(encoder.type_vocab_size as usize),
             Trunk::ModernBert(_) => None,
+            Trunk::Decoder(_) => None,
         }
     }
 
@@ -163,6 +174,7 @@ impl ModelConfig {
         match &self.trunk {
             Trunk::Encoder(encoder) => encoder.longest_input() as usize,
             Trunk::ModernBert(modernbert) => modernbert.max_positions as usize,
+            Trunk::Decoder(decoder) => decoder.max_positions as usize,
         }
     }
 
@@ -172,6 +184,7 @@ impl ModelConfig {
         match &self.trunk {
             Trunk::Encoder(encoder) => encoder.architecture,
             Trunk::ModernBert(_) => "ModernBertForSequenceClassification",
+            Trunk::Decoder(decoder) => decoder.architecture,
         }
     }
 
@@ -190,6 +203,7 @@ impl ModelConfig {
                 modernbert.mlp_dropout = 0.0;
                 modernbert.classifier_dropout = 0.0;
             }
+            Trunk::Decoder(decoder) => decoder.attention_dropout = 0.0,
         }
         self
     }

@@ -66,6 +66,15 @@ impl Place {
         Self { element, shape, strides, offset }
     }
 
+    /// One row of a matrix of floats, `[1, H]`.
+    fn row(&self, index: i64, kind: Kind) -> Self {
+        let before = (index * self.strides[0]) as usize * kind.elt_size_in_bytes();
+        let mut row = self.clone();
+        row.shape[0] = 1;
+        row.offset += before as u64;
+        row
+    }
+
     /// Elements from the first to the last, gaps included; `None` where that is no 64-bit number.
     fn span(&self) -> Option<u64> {
         if self.strides.len() != self.shape.len() {
@@ -142,6 +151,12 @@ impl WeightFiles {
         Ok(())
     }
 
+    /// Whether a tensor of this name is here, under any of its spellings.
+    #[must_use]
+    pub fn contains(&self, name: &str) -> bool {
+        spellings(name).iter().any(|name| self.entries.contains_key(name))
+    }
+
     /// Checks that every tensor of `specs` is here, or can be initialised, in the right shape and
     /// as floats, without reading any data. Returns the names that will be initialised.
     ///
@@ -150,8 +165,10 @@ impl WeightFiles {
     pub fn check<'a>(&self, specs: impl Iterator<Item = &'a TensorSpec>) -> Result<Vec<String>> {
         let mut initialised = Vec::new();
         for spec in specs {
-            if self.find(spec)?.is_none() {
-                initialised.push(spec.name.clone());
+            match (self.find(spec)?, spec.init) {
+                (Some(_), _) => {}
+                (None, Init::TokenRows { .. }) => drop(self.token_table(spec)?),
+                (None, _) => initialised.push(spec.name.clone()),
             }
         }
         Ok(initialised)
@@ -162,7 +179,21 @@ impl WeightFiles {
     /// # Errors
     /// [`Error::File`] or [`Error::Io`] that names the tensor or the file.
     pub fn read(&self, spec: &TensorSpec) -> Result<Option<Tensor>> {
-        let Some((file, place, kind)) = self.find(spec)? else { return Ok(None) };
+        match (self.find(spec)?, spec.init) {
+            (Some((file, place, kind)), _) => self.read_at(file, place, kind).map(Some),
+            (None, Init::TokenRows { positive, negative, .. }) => {
+                let (file, table, kind) = self.token_table(spec)?;
+                let row = |token| self.read_at(file, &table.row(token, kind), kind);
+                Ok(Some(match negative {
+                    Some(negative) => row(positive)?.f_sub(&row(negative)?)?,
+                    None => row(positive)?,
+                }))
+            }
+            (None, _) => Ok(None),
+        }
+    }
+
+    fn read_at(&self, file: usize, place: &Place, kind: Kind) -> Result<Tensor> {
         let (path, file) = &self.files[file];
         // Checked against the file when it was opened.
         let span = place.span().unwrap_or(0) as usize;
@@ -174,7 +205,25 @@ impl WeightFiles {
         })?;
         let flat = Tensor::f_from_data_size(&bytes, &[span as i64], kind)?;
         let tensor = flat.f_as_strided(&place.shape[..], &place.strides[..], None)?;
-        Ok(Some(tensor.f_to_kind(Kind::Float)?.f_contiguous()?))
+        Ok(tensor.f_to_kind(Kind::Float)?.f_contiguous()?)
+    }
+
+    /// The table that `spec`, of [`Init::TokenRows`], takes its rows from.
+    fn token_table(&self, spec: &TensorSpec) -> Result<(usize, &Place, Kind)> {
+        let Init::TokenRows { tables, rows, .. } = spec.init else {
+            unreachable!("only token rows come from a table")
+        };
+        let shape = [rows, spec.shape[1]];
+        for table in tables {
+            let table = TensorSpec::new(table, &shape).or_init(Init::Zeros);
+            if let Some(found) = self.find(&table)? {
+                return Ok(found);
+            }
+        }
+        Err(Error::File {
+            path: self.dir.clone(),
+            message: format!("neither {} nor {} is in the weights", tables[0], tables[1]),
+        })
     }
 
     fn find(&self, spec: &TensorSpec) -> Result<Option<(usize, &Place, Kind)>> {
@@ -267,6 +316,8 @@ pub fn initialise(spec: &TensorSpec, seed: u64) -> Result<Tensor> {
         Init::Ones => Ok(Tensor::f_ones(&spec.shape[..], options)?),
         Init::Normal(std) => normal(std, f64::INFINITY),
         Init::TruncatedNormal { std, cutoff } => normal(std, cutoff),
-        Init::FromCheckpoint => unreachable!("{} has no initial value", spec.name),
+        Init::FromCheckpoint | Init::TokenRows { .. } => {
+            unreachable!("{} has no initial value", spec.name)
+        }
     }
 }

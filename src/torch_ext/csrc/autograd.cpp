@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include <ATen/ops/_fused_adamw.h>
+#include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/GradMode.h>
 
 #include "shim.h"
@@ -49,6 +50,16 @@ char* rr_storage_resize(at::Tensor* tensor, size_t bytes) {
 // Bytes that `tensor`'s storage holds now.
 size_t rr_storage_bytes(const at::Tensor* tensor) {
   return tensor->storage().nbytes();
+}
+
+// The most bytes that tensors held at once on GPU `device`, as its allocator counted.
+char* rr_peak_gpu_bytes(int device, size_t* out) {
+  return rr::guarded([&] {
+    const auto stats =
+        c10::getDeviceAllocator(c10::kCUDA)->getDeviceStats(static_cast<c10::DeviceIndex>(device));
+    const auto all = static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE);
+    *out = static_cast<size_t>(stats.allocated_bytes[all].peak);
+  });
 }
 
 // The hyper-parameters of one AdamW call; the order is the Rust struct's.

@@ -51,8 +51,9 @@ extern "C" {
 
 // How one rank joins; the order is the Rust struct's.
 struct RrGlooJoin {
-  const char* host;           // where rank 0's store listens
+  const char* host;           // where the store listens
   uint16_t port;
+  bool serves_store;          // on this rank
   int rank;
   int world_size;
   int64_t timeout_ms;         // of the rendezvous and of every collective
@@ -67,7 +68,7 @@ char* rr_gloo_join(const RrGlooJoin* join, Group** out) {
     const auto timeout = std::chrono::milliseconds(join->timeout_ms);
     c10d::TCPStoreOptions store_options;
     store_options.port = join->port;
-    store_options.isServer = join->rank == 0;
+    store_options.isServer = join->serves_store;
     store_options.numWorkers = static_cast<size_t>(join->world_size);
     store_options.timeout = timeout;
     auto tcp = c10::make_intrusive<c10d::TCPStore>(std::string(join->host), store_options);

@@ -109,8 +109,58 @@ impl Drop for StagedDir {
     }
 }
 
+/// A file under construction beside its final place. Dropped without [`StagedFile::publish`], it is
+/// removed again.
+#[derive(Debug)]
+pub struct StagedFile {
+    file: Option<File>,
+    staging: PathBuf,
+    target: PathBuf,
+}
+
+impl StagedFile {
+    /// Starts a file that will become `target`, in a directory that exists.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when it cannot be created.
+    pub fn new(target: &Path) -> Result<Self> {
+        let name = target.file_name().unwrap_or_default().to_string_lossy();
+        let staging = target.with_file_name(format!(".{name}.{}.partial", std::process::id()));
+        let file = File::create(&staging).map_err(io(target, "create"))?;
+        Ok(Self { file: Some(file), staging, target: target.to_owned() })
+    }
+
+    /// The file, to be written to.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the system gives no second handle.
+    pub fn writer(&self) -> Result<File> {
+        let handle = self.file.as_ref().map_or_else(|| File::open(&self.staging), File::try_clone);
+        handle.map_err(io(&self.target, "write"))
+    }
+
+    /// Flushes the file to the disk and moves it to its place, replacing what is there.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; the old file is then untouched.
+    pub fn publish(mut self) -> Result<()> {
+        if let Some(file) = self.file.take() {
+            file.sync_all().map_err(io(&self.target, "flush"))?;
+        }
+        fs::rename(&self.staging, &self.target).map_err(io(&self.target, "rename to"))?;
+        sync_dir(self.target.parent().unwrap_or(Path::new(".")))
+    }
+}
+
+impl Drop for StagedFile {
+    fn drop(&mut self) {
+        // After a rename it is not there any more; otherwise a leftover is the worst.
+        let _ = fs::remove_file(&self.staging);
+    }
+}
+
 /// Flushes a directory's entries to the disk.
-fn sync_dir(dir: &Path) -> Result<()> {
+pub(crate) fn sync_dir(dir: &Path) -> Result<()> {
     let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
     File::open(dir).and_then(|handle| handle.sync_all()).map_err(io(dir, "flush the directory"))
 }

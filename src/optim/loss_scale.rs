@@ -2,13 +2,15 @@
 //! small gradients would vanish in fp16, so the loss is multiplied by the largest factor under
 //! which none overflows.
 
+use serde::{Deserialize, Serialize};
+
 /// Steps without an overflow after which the scale grows.
 const GROWTH_INTERVAL: usize = 2000;
 const GROWTH: f64 = 2.0;
 const BACKOFF: f64 = 0.5;
 
 /// The scale and what moves it.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct LossScale {
     scale: f64,
     good_steps: usize,

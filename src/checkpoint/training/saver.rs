@@ -1,0 +1,342 @@
+//! Saving beside training: states are copied to memory, and a thread writes the copy.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tracing::info;
+
+use super::manifest::{FileRecord, Identity, Manifest, Progress, UnitRecord};
+use super::states::{self, StateFiles, UnitStates};
+use super::store::Store;
+use super::{fail_point, io, model, read};
+use crate::atomic::{create_dir, sync_dir, write_synced};
+use crate::checkpoint::model_dir::ModelFiles;
+use crate::comm::{Groups, Reduction, reduce_values};
+use crate::error::{Error, Result};
+use crate::optim::LossScale;
+use crate::shard::FlatUnit;
+
+/// Between two looks of rank 0 for the other ranks' receipts.
+const LOOK: Duration = Duration::from_millis(10);
+
+/// Room that must be left beside a checkpoint's own files, for manifests and the like.
+const SPARE_BYTES: u64 = 1 << 20;
+
+/// What does not change from one checkpoint of a run to the next.
+#[derive(Debug)]
+pub struct SaveOptions {
+    /// What the run is.
+    pub identity: Identity,
+    /// Pairs or groups per optimizer step.
+    pub items_per_step: usize,
+    /// Checkpoints that stay.
+    pub keep: usize,
+    /// The longest wait for another rank's file.
+    pub timeout: Duration,
+    /// What the model directory needs beside weights.
+    pub model: ModelFiles,
+}
+
+/// Where a run is when it saves, beside what its units hold.
+#[derive(Debug)]
+pub struct Moment {
+    /// How far it is.
+    pub progress: Progress,
+    /// The loss scale of an fp16 run.
+    pub loss_scale: Option<LossScale>,
+    /// What the job keeps besides.
+    pub job: Value,
+}
+
+/// Saves a run's checkpoints from one rank.
+#[derive(Debug)]
+pub struct Saver {
+    store: Store,
+    options: Arc<SaveOptions>,
+    /// Tells this run's attempts from those of an earlier start.
+    nonce: u64,
+    /// Memory for the copy, kept from one save to the next.
+    buffers: Option<Vec<UnitStates>>,
+    writing: Option<Writing>,
+    cancel: Arc<AtomicBool>,
+}
+
+/// A save under way.
+#[derive(Debug)]
+struct Writing {
+    thread: JoinHandle<(Vec<UnitStates>, Result<()>)>,
+}
+
+/// Everything the writing thread needs.
+struct Job {
+    store: Store,
+    options: Arc<SaveOptions>,
+    staging: PathBuf,
+    /// This rank's number among the writers, and how many they are.
+    writer: (usize, usize),
+    /// What rank 0 writes last.
+    manifest: Option<Manifest>,
+    cancel: Arc<AtomicBool>,
+}
+
+impl Saver {
+    /// A saver into `store`; all ranks make one together.
+    ///
+    /// # Errors
+    /// [`Error::Comm`] when a peer went away.
+    pub fn new(store: Store, options: SaveOptions, groups: &Groups) -> Result<Self> {
+        let own = if groups.world.rank() == 0 { fresh_nonce() } else { 0.0 };
+        let mut nonce = [own];
+        reduce_values(groups.world.as_ref(), &mut nonce, Reduction::Max)?;
+        Ok(Self {
+            store,
+            options: Arc::new(options),
+            nonce: nonce[0] as u64,
+            buffers: None,
+            writing: None,
+            cancel: Arc::default(),
+        })
+    }
+
+    /// Copies the states of `units`, and starts writing them as the checkpoint of `now`. An earlier
+    /// save is finished first. All ranks call it together.
+    ///
+    /// # Errors
+    /// What an earlier save, or this one so far, failed with, on this rank or another;
+    /// [`Error::Comm`] when a peer went away.
+    pub fn save(&mut self, now: Moment, units: &[FlatUnit], groups: &Groups) -> Result<()> {
+        self.finish(groups)?;
+        // One rank holds what its replicas hold as well.
+        let writes = groups.replicas().is_none_or(|replicas| replicas.rank() == 0);
+        let room = if writes { self.check_room(units, groups) } else { Ok(()) };
+        agree(room, groups)?;
+        if !writes {
+            return Ok(());
+        }
+        let buffers = match self.buffers.take() {
+            Some(buffers) => buffers,
+            None => units
+                .iter()
+                .map(|unit| UnitStates::zeros(unit.own_part().len()))
+                .collect::<Result<_>>()?,
+        };
+        for (unit, UnitStates(states)) in units.iter().zip(&buffers) {
+            unit.copy_states(states)?;
+        }
+        let manifest = (groups.world.rank() == 0).then(|| Manifest {
+            format_version: Manifest::version(),
+            program: format!("reranker {}", env!("CARGO_PKG_VERSION")),
+            progress: now.progress,
+            items_per_step: self.options.items_per_step,
+            world_size: groups.world.world_size(),
+            rank_files: groups.shard().world_size(),
+            loss_scale: now.loss_scale,
+            identity: self.options.identity.clone(),
+            job: now.job,
+            units: units.iter().map(UnitRecord::of).collect(),
+            files: Vec::new(),
+        });
+        let job = Job {
+            store: self.store.clone(),
+            options: Arc::clone(&self.options),
+            staging: self.store.staging(now.progress.step, self.nonce),
+            writer: (groups.shard().rank(), groups.shard().world_size()),
+            manifest,
+            cancel: Arc::clone(&self.cancel),
+        };
+        self.writing = Some(Writing::start(job, buffers)?);
+        Ok(())
+    }
+
+    /// The error of a save under way that has failed on this rank; does not wait for one that has
+    /// not ended.
+    ///
+    /// # Errors
+    /// What the save failed with.
+    pub fn poll(&mut self) -> Result<()> {
+        match &self.writing {
+            Some(writing) if writing.thread.is_finished() => self.join(),
+            _ => Ok(()),
+        }
+    }
+
+    /// Waits until the last save is on the disk. All ranks call it together.
+    ///
+    /// # Errors
+    /// What the save failed with, on this rank or another.
+    pub fn finish(&mut self, groups: &Groups) -> Result<()> {
+        let waits_for_others = groups.world.rank() == 0;
+        let mut outcome = Ok(());
+        if !waits_for_others {
+            outcome = self.join();
+        }
+        // Rank 0 would wait for the receipt of a rank that has failed.
+        let others = agree(outcome, groups);
+        if waits_for_others {
+            self.cancel.store(others.is_err(), Ordering::Relaxed);
+            let own = self.join();
+            self.cancel.store(false, Ordering::Relaxed);
+            return agree(others.and(own), groups);
+        }
+        others.and(agree(Ok(()), groups))
+    }
+
+    fn join(&mut self) -> Result<()> {
+        let Some(writing) = self.writing.take() else { return Ok(()) };
+        match writing.thread.join() {
+            Ok((buffers, outcome)) => {
+                self.buffers = Some(buffers);
+                outcome
+            }
+            Err(_) => Err(Error::Training("the thread that saves checkpoints panicked".into())),
+        }
+    }
+
+    /// Whether the disk has room for what this rank writes, and on rank 0 the model.
+    fn check_room(&self, units: &[FlatUnit], groups: &Groups) -> Result<()> {
+        let root = self.store.staging(0, 0);
+        let root = root.parent().unwrap_or(Path::new("."));
+        create_dir(root)?;
+        let Ok(disk) = rustix::fs::statvfs(root) else { return Ok(()) };
+        let ranks = groups.shard().world_size() as u64;
+        let states = states::bytes_per_rank(units) * ranks;
+        let needed = states + states / 3 + SPARE_BYTES;
+        let free = disk.f_bavail * disk.f_frsize;
+        if free >= needed {
+            return Ok(());
+        }
+        Err(Error::NoRoom { path: root.to_owned(), needed, free })
+    }
+}
+
+impl Drop for Saver {
+    fn drop(&mut self) {
+        // The run has failed, or finish() was called; a save under way is not waited for by rank 0.
+        self.cancel.store(true, Ordering::Relaxed);
+        let _ = self.join();
+    }
+}
+
+/// This rank's error, or that another has one.
+fn agree(outcome: Result<()>, groups: &Groups) -> Result<()> {
+    let mut failed = [if outcome.is_err() { groups.world.rank() as f64 + 1.0 } else { 0.0 }];
+    let reduced = reduce_values(groups.world.as_ref(), &mut failed, Reduction::Max);
+    outcome?;
+    reduced?;
+    if failed[0] == 0.0 { Ok(()) } else { Err(Error::PeerCannotSave(failed[0] as usize - 1)) }
+}
+
+/// A number that no other start has, small enough for an f64.
+fn fresh_nonce() -> f64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let time = since.map_or(0, |time| time.as_nanos() as u64);
+    ((time ^ (u64::from(std::process::id()) << 32)) >> 12) as f64
+}
+
+impl Writing {
+    fn start(job: Job, buffers: Vec<UnitStates>) -> Result<Self> {
+        let path = job.staging.clone();
+        let thread = std::thread::Builder::new()
+            .name("checkpoint".into())
+            .spawn(move || {
+                let outcome = job.run(&buffers);
+                (buffers, outcome)
+            })
+            .map_err(io(&path, "start a thread to write"))?;
+        Ok(Self { thread })
+    }
+}
+
+impl Job {
+    fn run(mut self, buffers: &[UnitStates]) -> Result<()> {
+        let started = Instant::now();
+        create_dir(&self.staging)?;
+        let (rank, count) = self.writer;
+        fail_point("before_states");
+        let record = states::write(&self.staging, &states::file_name(rank, count), buffers)?;
+        fail_point("after_states");
+        if let Some(manifest) = self.manifest.take() {
+            let step = manifest.progress.step;
+            let bytes = self.commit(manifest, record).inspect_err(|_| {
+                // What is half-built helps nobody; what cannot be removed, the next start removes.
+                let _ = std::fs::remove_dir_all(&self.staging);
+            })?;
+            let (megabytes, seconds) = (bytes as f64 / 1e6, started.elapsed().as_secs_f64());
+            let path = self.store.path(step);
+            info!("saved {} ({megabytes:.1} MB) in {seconds:.1} s", path.display());
+            return Ok(());
+        }
+        let receipt = serde_json::to_vec(&record).unwrap_or_default();
+        let path = self.receipt(rank);
+        let partial = path.with_extension("partial");
+        write_synced(&partial, &receipt)?;
+        sync_dir(&self.staging)?;
+        std::fs::rename(&partial, &path).map_err(io(&path, "rename to"))?;
+        fail_point("after_receipt");
+        Ok(())
+    }
+
+    fn receipt(&self, rank: usize) -> PathBuf {
+        self.staging.join(format!("rank-{rank:05}.receipt"))
+    }
+
+    /// Rank 0: waits for the others' files, adds the model and the manifest, moves the checkpoint
+    /// to its place, and removes old ones. Returns the bytes written.
+    fn commit(&self, mut manifest: Manifest, own: FileRecord) -> Result<u64> {
+        manifest.files.push(own);
+        for rank in 1..self.writer.1 {
+            manifest.files.push(self.wait_for(rank)?);
+        }
+        fail_point("before_model");
+        let states = StateFiles::open(&self.staging, &manifest)?;
+        let model = model::write(&self.staging, &states, &manifest.units, &self.options.model)?;
+        manifest.files.extend(model);
+        fail_point("before_manifest");
+        manifest.write(&self.staging)?;
+        fail_point("after_manifest");
+        self.store.publish(&self.staging, manifest.progress.step)?;
+        self.store.prune(self.options.keep, manifest.progress.step)?;
+        Ok(manifest.files.iter().map(|file| file.bytes).sum())
+    }
+
+    fn wait_for(&self, rank: usize) -> Result<FileRecord> {
+        let path = self.receipt(rank);
+        let deadline = Instant::now() + self.options.timeout;
+        while !path.exists() {
+            if self.cancel.load(Ordering::Relaxed) {
+                return Err(Error::PeerCannotSave(rank));
+            }
+            if Instant::now() >= deadline {
+                let message = "another rank's file does not come; is the directory shared by all \
+                               machines?";
+                return Err(Error::File { path, message: message.into() });
+            }
+            std::thread::sleep(LOOK);
+        }
+        let record = serde_json::from_slice(&read(&path)?)
+            .map_err(|error| super::damaged(&path, format!("not a receipt: {error}")))?;
+        std::fs::remove_file(&path).map_err(io(&path, "remove"))?;
+        Ok(record)
+    }
+}
+
+impl Manifest {
+    /// Takes up the weights and moments of `units` from the checkpoint `dir`. All ranks call it
+    /// together.
+    ///
+    /// # Errors
+    /// [`Error::File`] or [`Error::Io`] when the files do not hold what the model needs.
+    pub fn restore(&self, dir: &Path, units: &[FlatUnit], groups: &Groups) -> Result<()> {
+        let files = StateFiles::open(dir, self)?;
+        for unit in units {
+            let UnitStates(states) = files.read(unit.layout(), unit.slice())?;
+            unit.restore_states(&states)?;
+            unit.share_update(groups.shard())?.wait()?;
+        }
+        Ok(())
+    }
+}

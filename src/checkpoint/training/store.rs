@@ -1,0 +1,180 @@
+//! The directory of a run's checkpoints: which there are, building one, removing old ones.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+
+use super::manifest::{FileRecord, Manifest};
+use super::{fail_point, io, states};
+use crate::atomic::sync_dir;
+use crate::error::{Error, Result};
+
+/// What a checkpoint's directory begins with.
+const PREFIX: &str = "step-";
+/// What a directory under construction ends with.
+const PARTIAL: &str = ".partial";
+/// What a directory on its way out ends with.
+const REMOVED: &str = ".removed";
+
+/// `<output_dir>/checkpoints`.
+#[derive(Debug, Clone)]
+pub struct Store {
+    root: PathBuf,
+}
+
+impl Store {
+    /// The checkpoints below `root`, which need not exist.
+    #[must_use]
+    pub fn new(root: PathBuf) -> Self {
+        Self { root }
+    }
+
+    /// The directory of the checkpoint after `step` steps.
+    #[must_use]
+    pub fn path(&self, step: usize) -> PathBuf {
+        self.root.join(format!("{PREFIX}{step}"))
+    }
+
+    /// Where the checkpoint after `step` steps is built by the attempt `nonce`.
+    pub(super) fn staging(&self, step: usize, nonce: u64) -> PathBuf {
+        self.root.join(format!(".{PREFIX}{step}.{nonce:016x}{PARTIAL}"))
+    }
+
+    /// The steps of all checkpoints, newest first. The step decides, never a clock.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the directory cannot be read.
+    pub fn steps(&self) -> Result<Vec<usize>> {
+        let entries = match fs::read_dir(&self.root) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(io(&self.root, "read")(error)),
+        };
+        let mut steps = Vec::new();
+        for entry in entries {
+            let name = entry.map_err(io(&self.root, "read"))?.file_name();
+            let step = name.to_str().and_then(|name| name.strip_prefix(PREFIX));
+            steps.extend(step.and_then(|step| step.parse::<usize>().ok()));
+        }
+        steps.sort_unstable_by(|a, b| b.cmp(a));
+        Ok(steps)
+    }
+
+    /// Removes what earlier runs left half-built or half-removed.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when something cannot be removed.
+    pub fn clear_leftovers(&self) -> Result<()> {
+        let Ok(entries) = fs::read_dir(&self.root) else { return Ok(()) };
+        for entry in entries.flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name.starts_with('.') && (name.ends_with(PARTIAL) || name.ends_with(REMOVED)) {
+                let path = entry.path();
+                fs::remove_dir_all(&path).map_err(io(&path, "remove the leftover"))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves a finished checkpoint to its place. One of the same step that is there already is
+    /// replaced: it is from before a resume, and holds the same.
+    pub(super) fn publish(&self, staging: &Path, step: usize) -> Result<()> {
+        sync_dir(staging)?;
+        fail_point("before_rename");
+        let target = self.path(step);
+        if target.exists() {
+            self.remove(step)?;
+        }
+        fs::rename(staging, &target).map_err(io(&target, "rename to"))?;
+        fail_point("after_rename");
+        sync_dir(&self.root)
+    }
+
+    /// Removes whole checkpoints beyond the newest `keep` up to `newest`, which was just saved, and
+    /// later ones, which a run that went on from an earlier one has left behind. What is no whole
+    /// checkpoint neither counts nor is touched.
+    pub(super) fn prune(&self, keep: usize, newest: usize) -> Result<()> {
+        let whole = |step: &usize| Manifest::read(&self.path(*step)).is_ok();
+        let (later, kept): (Vec<_>, Vec<_>) =
+            self.steps()?.into_iter().filter(whole).partition(|&step| step > newest);
+        for step in later.into_iter().chain(kept.into_iter().skip(keep.max(1))) {
+            fail_point("before_prune");
+            self.remove(step)?;
+        }
+        Ok(())
+    }
+
+    /// Removes all checkpoints, whole or not.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when one cannot be removed.
+    pub fn remove_all(&self) -> Result<()> {
+        self.steps()?.into_iter().try_for_each(|step| self.remove(step))
+    }
+
+    /// Takes a checkpoint out of sight in one step, then removes it.
+    fn remove(&self, step: usize) -> Result<()> {
+        let path = self.path(step);
+        let aside = self.root.join(format!(".{PREFIX}{step}.{}{REMOVED}", std::process::id()));
+        fs::rename(&path, &aside).map_err(io(&path, "remove"))?;
+        fs::remove_dir_all(&aside).map_err(io(&aside, "remove"))
+    }
+
+    /// Reads every byte of those files of a checkpoint that fall to `rank` of `world_size`, and its
+    /// manifest.
+    ///
+    /// # Errors
+    /// What is wrong with the first file that is not as it was written.
+    pub fn verify(&self, step: usize, rank: usize, world_size: usize) -> Result<Manifest> {
+        let dir = self.path(step);
+        let manifest = Manifest::read(&dir)?;
+        let own = |(index, _): &(usize, &FileRecord)| index % world_size == rank;
+        for (_, file) in manifest.files.iter().enumerate().filter(own) {
+            states::verify(&dir, file)?;
+        }
+        Ok(manifest)
+    }
+}
+
+/// Says that a run holds an output directory. The kernel lets go of it when the process ends.
+#[derive(Debug)]
+pub struct Lock {
+    _file: File,
+}
+
+impl Lock {
+    /// Takes the lock file `path` for this process, and writes `holder` into it.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] that names the holder when another process has it.
+    pub fn take(path: &Path, holder: &str) -> Result<Self> {
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)
+            .map_err(io(path, "create"))?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(Errno::WOULDBLOCK) => {
+                let mut holder = String::new();
+                // Only for the message.
+                let _ = file.read_to_string(&mut holder);
+                return Err(Error::Usage(format!(
+                    "{} is in use by {}; wait for it, end it, or choose another output_dir",
+                    path.parent().unwrap_or(path).display(),
+                    if holder.trim().is_empty() { "another run" } else { holder.trim() }
+                )));
+            }
+            // A file system without locks cannot say; the run goes on as before there were any.
+            Err(Errno::NOSYS | Errno::NOTSUP | Errno::NOLCK) => {}
+            Err(error) => return Err(io(path, "lock")(error.into())),
+        }
+        file.set_len(0).and_then(|()| writeln!(file, "{holder}")).map_err(io(path, "write"))?;
+        Ok(Self { _file: file })
+    }
+}

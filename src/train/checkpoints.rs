@@ -1,0 +1,301 @@
+//! Checkpoints of the training job: when to save, where to go on from, and whether that is the
+//! same run.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use tracing::{info, warn};
+
+use super::inputs::Inputs;
+use super::output;
+use crate::checkpoint::Sidecar;
+use crate::checkpoint::model_dir::{MAX_SHARD_BYTES, ModelFiles};
+use crate::checkpoint::training::{
+    Identity, Lock, Manifest, Moment, Progress, SaveOptions, Saver, Store, file_crc32,
+};
+use crate::comm::{Groups, Reduction, reduce_values};
+use crate::config::{Plan, Resume, SaveFailure};
+use crate::engine::Engine;
+use crate::error::{Error, Result};
+
+/// The lock inside the output directory.
+const LOCK: &str = ".lock";
+
+/// Settings whose change makes no other run: where and when things are written or shown, how the
+/// work is spread, and what is counted in items per step instead.
+const FREE: [&str; 5] = [
+    "batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "train_dataset",
+    "val_dataset",
+];
+
+/// The checkpoints of a run, on one rank.
+pub(super) struct Checkpoints<'a> {
+    plan: &'a Plan,
+    saver: Saver,
+    /// Rank 0 holds the output directory.
+    _lock: Option<Lock>,
+}
+
+/// A checkpoint to go on from.
+pub(super) struct Start {
+    /// Where it is.
+    pub(super) path: PathBuf,
+    /// What it says.
+    pub(super) manifest: Manifest,
+}
+
+/// The checkpoints below an output directory.
+pub(super) fn store(plan: &Plan) -> Store {
+    Store::new(plan.saving.output_dir.join("checkpoints"))
+}
+
+/// Takes the output directory for this run, on rank 0.
+pub(super) fn lock(plan: &Plan, groups: &Groups) -> Result<Option<Lock>> {
+    if groups.world.rank() != 0 {
+        return Ok(None);
+    }
+    let dir = &plan.saving.output_dir;
+    crate::atomic::create_dir(dir)?;
+    let run = std::env::var(rr_launch::contract::vars::RR_RUN_ID).unwrap_or_default();
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let holder = format!(
+        "run {} on {} (process {})",
+        if run.is_empty() { "by hand" } else { &run },
+        host.trim(),
+        std::process::id()
+    );
+    Lock::take(&dir.join(LOCK), &holder).map(Some)
+}
+
+/// Whether the run begins anew, whatever is in its output directory.
+fn begins_anew(plan: &Plan) -> bool {
+    plan.saving.resume == Resume::Never || !output::unfinished(plan)
+}
+
+/// Refuses to mix a new run's checkpoints with those of an earlier one.
+///
+/// # Errors
+/// [`Error::Config`] that says what to do.
+pub(super) fn check(plan: &Plan) -> Result<()> {
+    let steps = store(plan).steps()?;
+    let (Some(newest), Resume::Never, false) =
+        (steps.first(), &plan.saving.resume, plan.saving.overwrite)
+    else {
+        return Ok(());
+    };
+    Err(plan.error(
+        "resume",
+        format!(
+            "{} holds the checkpoints of an earlier run, up to step {newest}; go on from them with \
+             auto, or pass --overwrite to remove them",
+            plan.saving.output_dir.display()
+        ),
+    ))
+}
+
+/// The checkpoint to go on from, if any: a whole one of this run. Every byte is read, shared out
+/// over the ranks, which all call it together.
+pub(super) fn find(plan: &Plan, identity: &Identity, groups: &Groups) -> Result<Option<Start>> {
+    if let Resume::Path(path) = &plan.saving.resume {
+        let (store, step) = store_of(path).ok_or_else(|| {
+            plan.error("resume", format!("{} is no checkpoint's directory", path.display()))
+        })?;
+        let manifest = verified(&store, step, groups)?;
+        return start(plan, identity, &store, step, manifest, groups).map(Some);
+    }
+    if begins_anew(plan) {
+        return Ok(None);
+    }
+    let store = store(plan);
+    let steps = store.steps()?;
+    for &step in &steps {
+        match verified(&store, step, groups) {
+            Ok(manifest) => return start(plan, identity, &store, step, manifest, groups).map(Some),
+            Err(error @ Error::Comm { .. }) => return Err(error),
+            Err(error) => {
+                warn!("{error}; trying the checkpoint before");
+            }
+        }
+    }
+    match steps.first() {
+        None => Ok(None),
+        Some(_) => Err(plan.error(
+            "resume",
+            format!(
+                "none of the checkpoints in {} is whole; begin anew with --resume never \
+                 --overwrite",
+                plan.saving.output_dir.display()
+            ),
+        )),
+    }
+}
+
+/// `…/step-N` as a store and a step.
+fn store_of(path: &Path) -> Option<(Store, usize)> {
+    let absolute = std::path::absolute(path).ok()?;
+    let step = absolute.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()?;
+    Some((Store::new(absolute.parent()?.to_owned()), step))
+}
+
+/// The manifest of a checkpoint that all ranks have found whole.
+fn verified(store: &Store, step: usize, groups: &Groups) -> Result<Manifest> {
+    let comm = groups.world.as_ref();
+    let own = store.verify(step, comm.rank(), comm.world_size());
+    let mut bad = [if own.is_err() { comm.rank() as f64 + 1.0 } else { 0.0 }];
+    reduce_values(comm, &mut bad, Reduction::Max)?;
+    match own {
+        Ok(manifest) if bad[0] == 0.0 => Ok(manifest),
+        Ok(_) => Err(Error::File {
+            path: store.path(step),
+            message: format!("rank {} found it damaged", bad[0] - 1.0),
+        }),
+        Err(error) => Err(error),
+    }
+}
+
+fn start(
+    plan: &Plan,
+    identity: &Identity,
+    store: &Store,
+    step: usize,
+    manifest: Manifest,
+    groups: &Groups,
+) -> Result<Start> {
+    let path = store.path(step);
+    let mut differences = manifest.identity.differences(identity);
+    let items = items_per_step(plan, groups.world.world_size());
+    if manifest.items_per_step != items {
+        let there = manifest.items_per_step;
+        let change = format!("items per optimizer step: {there} there, {items} here");
+        if manifest.world_size == groups.world.world_size() {
+            differences.push(change);
+        } else if groups.world.rank() == 0 {
+            warn!("other workers than before: {change}; lr was chosen for the former");
+        }
+    }
+    let list = differences.join("; ");
+    if !differences.is_empty() && !plan.sources.resume_anyway {
+        return Err(plan.error(
+            "resume",
+            format!(
+                "{} is from another run: {list}; go on all the same with --resume-anyway, or begin \
+                 anew with --resume never --overwrite",
+                path.display()
+            ),
+        ));
+    }
+    if groups.world.rank() == 0 {
+        if !differences.is_empty() {
+            warn!("going on although the run differs: {list}");
+        }
+        let Progress { step, epoch, .. } = manifest.progress;
+        info!("going on from {}: step {step}, epoch {}", path.display(), epoch + 1);
+    }
+    Ok(Start { path, manifest })
+}
+
+/// Items (pairs, or groups) of one optimizer step over all ranks.
+pub(super) fn items_per_step(plan: &Plan, world_size: usize) -> usize {
+    plan.training.batch_size * plan.training.accumulation * world_size
+}
+
+/// What makes the run the run that it is: its settings and the contents of what it reads.
+pub(super) fn identity(plan: &Plan, inputs: &Inputs, engine: &Engine) -> Result<Identity> {
+    let json = plan.to_json();
+    let mut all = BTreeMap::from([("loss_type".to_owned(), json["loss_type"].clone())]);
+    for section in ["model", "data", "training"] {
+        let settings = json[section].as_object().into_iter().flatten();
+        let bound = settings.filter(|(name, _)| !FREE.contains(&name.as_str()));
+        all.extend(bound.map(|(name, value)| (name.clone(), value.clone())));
+    }
+    let contents =
+        |path: &Path| -> Result<Value> { Ok(json!(format!("{:08x}", file_crc32(path)?))) };
+    all.insert("training data (CRC-32)".into(), contents(&plan.data.train)?);
+    let tokenizer = inputs.model_dir.join("tokenizer.json");
+    all.insert("tokenizer (CRC-32)".into(), contents(&tokenizer)?);
+    let sums = engine.units().iter().map(crate::shard::FlatUnit::fingerprint);
+    all.insert("base weights (sum of bits)".into(), json!(sums.fold(0_i64, i64::wrapping_add)));
+    Ok(Identity(all))
+}
+
+impl<'a> Checkpoints<'a> {
+    /// Makes ready for saving. What earlier runs left half-built is removed, and with a run that
+    /// begins anew their checkpoints as well. All ranks call it together.
+    pub(super) fn new(
+        plan: &'a Plan,
+        inputs: &Inputs,
+        identity: Identity,
+        groups: &Groups,
+        lock: Option<Lock>,
+    ) -> Result<Self> {
+        let store = store(plan);
+        if groups.world.rank() == 0 {
+            store.clear_leftovers()?;
+            if begins_anew(plan) && !matches!(plan.saving.resume, Resume::Path(_)) {
+                store.remove_all()?;
+            }
+        }
+        let sidecar = Sidecar::of_run(plan, Value::Null);
+        let model = ModelFiles::read(&inputs.config, &inputs.model_dir, sidecar, MAX_SHARD_BYTES)?;
+        let options = SaveOptions {
+            identity,
+            items_per_step: items_per_step(plan, groups.world.world_size()),
+            keep: plan.saving.max_checkpoints,
+            timeout: super::timeout(plan),
+            model,
+        };
+        Ok(Self { plan, saver: Saver::new(store, options, groups)?, _lock: lock })
+    }
+
+    /// Saves where it is due after a step. All ranks call it together.
+    pub(super) fn after_step(
+        &mut self,
+        progress: Progress,
+        job: impl FnOnce() -> Value,
+        engine: &Engine,
+        groups: &Groups,
+    ) -> Result<()> {
+        let saving = &self.plan.saving;
+        // The next step's epoch has used nothing yet.
+        let last_of_epoch = progress.items == 0;
+        let is_due = saving.save_steps.is_some_and(|every| progress.step.is_multiple_of(every))
+            || (saving.save_on_epoch_end && last_of_epoch);
+        if is_due {
+            let outcome = {
+                let loss_scale = engine.loss_scale().copied();
+                let now = Moment { progress, loss_scale, job: job() };
+                self.saver.save(now, engine.units(), groups)
+            };
+            return self.judge(outcome);
+        }
+        // A run that ends over a failed save ends as soon as it is known.
+        if saving.save_failure == SaveFailure::Stop {
+            let outcome = self.saver.poll();
+            return self.judge(outcome);
+        }
+        Ok(())
+    }
+
+    /// Waits until the last checkpoint is on the disk. All ranks call it together.
+    pub(super) fn finish(&mut self, groups: &Groups) -> Result<()> {
+        let outcome = self.saver.finish(groups);
+        self.judge(outcome)
+    }
+
+    /// What a failed save means for the run.
+    fn judge(&self, outcome: Result<()>) -> Result<()> {
+        match outcome {
+            Ok(()) => Ok(()),
+            Err(error @ Error::Comm { .. }) => Err(error),
+            Err(error) if self.plan.saving.save_failure == SaveFailure::Continue => {
+                warn!("{error}; the checkpoint is left out, and training goes on");
+                Ok(())
+            }
+            Err(error) => Err(Error::Save(Box::new(error))),
+        }
+    }
+}
