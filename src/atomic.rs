@@ -22,6 +22,14 @@ pub fn create_dir(dir: &Path) -> Result<()> {
     fs::create_dir_all(dir).map_err(io(dir, "create the directory"))
 }
 
+/// Removes `dir` with all it holds.
+///
+/// # Errors
+/// [`Error::Io`] with the directory.
+pub fn remove_dir(dir: &Path) -> Result<()> {
+    fs::remove_dir_all(dir).map_err(io(dir, "remove"))
+}
+
 /// Writes a whole file and flushes it to the disk.
 ///
 /// # Errors

@@ -225,8 +225,9 @@ fn strategies_that_make_no_sense() {
 #[test]
 fn model_directory() {
     Case::new().remove("model").refused(
-        "training.yaml:1:21: model_name_or_path: no directory \"model\" here; expected one with \
-         config.json, model.safetensors and tokenizer.json",
+        "training.yaml:1:21: model_name_or_path: no directory \"model\" here, and the Hugging Face \
+         cache hf/hub does not hold that model in full, while HF_HUB_OFFLINE forbids fetching it; \
+         give a directory, or fetch the model once without HF_HUB_OFFLINE",
     );
     Case::new()
         .remove("model/config.json")

@@ -163,8 +163,7 @@ impl ModelConfig {
     pub fn segments(&self) -> Option<usize> {
         match &self.trunk {
             Trunk::Encoder(encoder) => Some(encoder.type_vocab_size as usize),
-            Trunk::ModernBert(_) => None,
-            Trunk::Decoder(_) => None,
+            Trunk::ModernBert(_) | Trunk::Decoder(_) => None,
         }
     }
 
