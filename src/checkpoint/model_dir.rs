@@ -148,7 +148,7 @@ fn saved_config(config: &ModelConfig) -> Value {
     for stale in ["_name_or_path", "torch_dtype", "num_labels", "auto_map"] {
         raw.remove(stale);
     }
-    raw.insert("architectures".into(), json!(["BertForSequenceClassification"]));
+    raw.insert("architectures".into(), json!([config.architecture()]));
     raw.insert("dtype".into(), json!("float32"));
     raw.insert("id2label".into(), json!({"0": "LABEL_0"}));
     raw.insert("label2id".into(), json!({"LABEL_0": 0}));
