@@ -228,8 +228,12 @@ struct Job<'a> {
 impl Job<'_> {
     /// All epochs that are left, or fewer where validations stop getting better.
     fn train(&mut self) -> Result<()> {
-        let mut batches = self.batches()?;
         self.reporter.start();
+        // An earlier start stopped early, and was interrupted before it ended.
+        if self.best.as_ref().is_some_and(Best::is_over) {
+            return Ok(());
+        }
+        let mut batches = self.batches()?;
         for epoch in self.progress.epoch..self.plan.training.epochs {
             let steps = self.inputs.sampler.epoch_from(epoch, self.progress.items);
             let mut steps = steps.peekable();
