@@ -105,6 +105,12 @@ impl WeightFiles {
         Ok(())
     }
 
+    /// Whether a tensor of this name is here, under any of its spellings.
+    #[must_use]
+    pub fn contains(&self, name: &str) -> bool {
+        spellings(name).iter().any(|name| self.entries.contains_key(name))
+    }
+
     /// Checks that every tensor of `specs` is here, or can be initialised, in the right shape and
     /// as floats, without reading any data. Returns the names that will be initialised.
     ///

@@ -6,10 +6,12 @@
 mod format;
 mod lengths;
 mod pipeline;
+mod prompt;
 mod tokenizer;
 mod vocab;
 
 pub use format::TextFormat;
 pub use lengths::LengthReport;
 pub use pipeline::{PipelineOptions, TokenBatch, WorkItem, token_batches};
+pub use prompt::TokenPrompt;
 pub use tokenizer::{DecoderTemplate, EncodedPair, PairTokenizer, Truncation};

@@ -11,6 +11,7 @@ use tch::Tensor;
 pub use decoder::{DecoderConfig, ScoreHead};
 pub use encoder::EncoderConfig;
 
+use crate::config::ModelKind;
 use crate::error::{Error, Result};
 
 /// The non-linearity between the two feed-forward products.
@@ -119,6 +120,15 @@ impl ModelConfig {
         let model_type = raw.get("model_type").and_then(Value::as_str).unwrap_or("").to_owned();
         let trunk = Trunk::read(&model_type, &raw).map_err(file)?;
         Ok(Self { model_type, trunk, raw })
+    }
+
+    /// The family of models it belongs to, as a configuration names it.
+    #[must_use]
+    pub fn kind(&self) -> ModelKind {
+        match &self.trunk {
+            Trunk::Encoder(_) => ModelKind::BertEncoder,
+            Trunk::Decoder(_) => ModelKind::LlmDecoder,
+        }
     }
 
     /// Width of the residual stream.
