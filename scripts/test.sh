@@ -11,6 +11,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly STEPS=(fmt clippy doc build test linkage golden quickstart interop gpu torchrun)
 readonly BIN=${CARGO_TARGET_DIR:-target}/release
+# The model in tests/golden that stands for its family.
+readonly FAMILIES=(roberta_tiny xlm_roberta_odd modernbert_tiny modernbert_odd)
 export QUICKSTART_OUTPUT=output/test-quickstart
 
 current=""
@@ -81,14 +83,25 @@ step_golden() { "$python" scripts/make_golden.py --check; }
 
 step_quickstart() { scripts/quickstart.sh --short; }
 
-# On the model that the quick start trained, with documents that have to be truncated among the pairs.
+# On the model that the quick start trained, and on one of each family, tiny and trained for a few
+# steps; with documents that have to be truncated among the pairs.
 step_interop() {
-    local files=$QUICKSTART_OUTPUT.files model=$QUICKSTART_OUTPUT/model
-    [[ -f $model/reranker.json ]] || step_quickstart
+    local files=$QUICKSTART_OUTPUT.files case run runs=("$QUICKSTART_OUTPUT")
+    [[ -f $QUICKSTART_OUTPUT/model/reranker.json ]] || step_quickstart
     head -n 64 example_data/eval_pointwise.jsonl >"$files/interop_pairs.jsonl"
-    "$BIN/reranker" score --model "$model" --input "$files/interop_pairs.jsonl" \
-        >"$files/interop_scores.jsonl"
-    "$python" scripts/check_interop.py "$model" "$files"/interop_{pairs,scores}.jsonl
+    head -n 64 example_data/train_pointwise.jsonl >"$files/interop_train.jsonl"
+    for case in "${FAMILIES[@]}"; do
+        run=$files/$case
+        "$BIN/reranker" train --device cpu --overwrite --config config/quickstart.yaml \
+            --set model_name_or_path="tests/golden/$case" --set output_dir="$run" \
+            --set train_dataset="$files/interop_train.jsonl" --set max_len=48 --set epochs=1
+        runs+=("$run")
+    done
+    for run in "${runs[@]}"; do
+        "$BIN/reranker" score --model "$run/model" --input "$files/interop_pairs.jsonl" \
+            >"$run/scores.jsonl"
+    done
+    "$python" scripts/check_interop.py "$files/interop_pairs.jsonl" "${runs[@]}"
 }
 
 step_gpu() {

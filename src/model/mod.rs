@@ -4,6 +4,7 @@ pub mod config;
 pub mod decoder;
 pub mod encoder;
 mod layer_class;
+pub mod modernbert;
 pub mod rotary;
 pub mod stage;
 pub mod weights;
@@ -18,5 +19,6 @@ pub fn stages(config: &ModelConfig) -> Vec<Box<dyn Stage>> {
     match &config.trunk {
         Trunk::Encoder(encoder) => encoder::stages(encoder),
         Trunk::Decoder(decoder) => decoder::stages(decoder),
+        Trunk::ModernBert(modernbert) => modernbert::stages(modernbert),
     }
 }

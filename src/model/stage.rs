@@ -14,6 +14,15 @@ use crate::torch_ext::attention::CuSeqlens;
 pub enum Init {
     /// Normal with mean 0 and this standard deviation.
     Normal(f64),
+    /// The same, drawn again beyond `cutoff` standard deviations on either side.
+    TruncatedNormal {
+        /// Standard deviation before truncation.
+        std: f64,
+        /// Where it is truncated, in standard deviations.
+        cutoff: f64,
+    },
+    /// All ones.
+    Ones,
     /// All zeros.
     Zeros,
     /// One row `[1, H]`: that of one token in a table `[rows, H]`, less that of another. The
@@ -198,6 +207,17 @@ pub trait Stage: std::fmt::Debug {
         input: Option<&Tensor>,
         context: ForwardContext<'_>,
     ) -> Result<Tensor>;
+}
+
+/// The padding index of an embedding table without one.
+pub const NO_PADDING: i64 = -1;
+
+/// Rows `ids` of `table`. The row `padding` gets no gradient, as in `torch.nn.Embedding`.
+///
+/// # Errors
+/// [`crate::Error::Torch`] from libtorch.
+pub fn embedding(table: &Tensor, ids: &Tensor, padding: i64) -> Result<Tensor> {
+    Ok(Tensor::f_embedding(table, ids, padding, false, false)?)
 }
 
 /// `x W^T + b`.

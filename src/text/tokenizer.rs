@@ -57,6 +57,16 @@ enum Piece {
     Document { type_id: u8 },
 }
 
+impl Piece {
+    fn type_id(self) -> u8 {
+        match self {
+            Self::Fixed { type_id, .. } | Self::Query { type_id } | Self::Document { type_id } => {
+                type_id
+            }
+        }
+    }
+}
+
 /// A tokenizer together with the form of its pairs: an encoder's own pair template, or a
 /// [`DecoderTemplate`].
 ///
@@ -81,8 +91,16 @@ impl PairTokenizer {
     /// [`Error::File`] or [`Error::Io`] when there is none, or it cannot be used.
     pub fn from_dir(dir: &Path) -> Result<Self> {
         let tokenizer = load(dir)?;
-        let pieces = pair_template(&tokenizer)
+        let mut pieces = pair_template(&tokenizer)
             .map_err(|message| Error::File { path: dir.to_owned(), message })?;
+        if !vocab::gives_type_ids(dir)? {
+            for piece in &mut pieces {
+                let (Piece::Fixed { type_id, .. }
+                | Piece::Query { type_id }
+                | Piece::Document { type_id }) = piece;
+                *type_id = 0;
+            }
+        }
         Ok(Self { tokenizer, pieces, query_format: None, document_format: None, joint: None })
     }
 
@@ -220,21 +238,12 @@ impl PairTokenizer {
         let mut input_ids = Vec::with_capacity(full_len.min(max_len));
         let mut type_ids = Vec::with_capacity(full_len.min(max_len));
         for &piece in &self.pieces {
-            let type_id = match piece {
-                Piece::Fixed { id, type_id } => {
-                    input_ids.push(id);
-                    type_id
-                }
-                Piece::Query { type_id } => {
-                    input_ids.extend_from_slice(kept_query);
-                    type_id
-                }
-                Piece::Document { type_id } => {
-                    input_ids.extend_from_slice(kept_document);
-                    type_id
-                }
-            };
-            type_ids.resize(input_ids.len(), type_id);
+            match piece {
+                Piece::Fixed { id, .. } => input_ids.push(id),
+                Piece::Query { .. } => input_ids.extend_from_slice(kept_query),
+                Piece::Document { .. } => input_ids.extend_from_slice(kept_document),
+            }
+            type_ids.resize(input_ids.len(), piece.type_id());
         }
         EncodedPair { input_ids, type_ids, truncated, full_len }
     }
@@ -264,12 +273,7 @@ impl PairTokenizer {
     /// The largest segment id it can give; the model's segment table must be larger.
     #[must_use]
     pub fn max_type_id(&self) -> u8 {
-        let type_id = |piece: &Piece| match *piece {
-            Piece::Fixed { type_id, .. }
-            | Piece::Query { type_id }
-            | Piece::Document { type_id } => type_id,
-        };
-        self.pieces.iter().map(type_id).max().unwrap_or(0)
+        self.pieces.iter().map(|&piece| piece.type_id()).max().unwrap_or(0)
     }
 
     /// The largest token id it can give; the model's vocabulary must be larger.
