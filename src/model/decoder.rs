@@ -4,7 +4,9 @@
 use tch::Tensor;
 
 use super::config::{DecoderConfig, ScoreHead};
-use super::stage::{ForwardContext, Init, Parameter, Stage, TensorSpec, inner, rms_norm, to_fp32};
+use super::stage::{
+    ForwardContext, Init, Parameter, Stage, TensorSpec, embedding, inner, rms_norm, to_fp32,
+};
 use crate::error::Result;
 use crate::torch_ext::attention::{AttentionOptions, Projections, packed_attention};
 
