@@ -14,4 +14,4 @@ pub use format::TextFormat;
 pub use lengths::LengthReport;
 pub use pipeline::{PipelineOptions, TokenBatch, WorkItem, token_batches};
 pub use prompt::TokenPrompt;
-pub use tokenizer::{DecoderTemplate, EncodedPair, PairTokenizer, Truncation};
+pub use tokenizer::{DecoderTemplate, EncodedPair, PairTokenizer, Truncation, pad_token_id};
