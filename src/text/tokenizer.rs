@@ -305,6 +305,20 @@ impl Encode for PairTokenizer {
     }
 }
 
+/// The id of the padding token that `tokenizer_config.json` in `dir` names, where it names one.
+///
+/// # Errors
+/// [`Error::File`] or [`Error::Io`] when the tokenizer cannot be read.
+pub fn pad_token_id(dir: &Path) -> Result<Option<u32>> {
+    let Ok(text) = std::fs::read_to_string(dir.join("tokenizer_config.json")) else {
+        return Ok(None);
+    };
+    let config: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+    // Older files give the token with its properties.
+    let token = config["pad_token"].as_str().or_else(|| config["pad_token"]["content"].as_str());
+    token.map_or(Ok(None), |token| Ok(load(dir)?.token_to_id(token)))
+}
+
 fn ids(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
     match tokenizer.encode_fast(text, false) {
         Ok(encoding) => Ok(encoding.get_ids().to_vec()),
