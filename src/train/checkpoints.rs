@@ -363,6 +363,8 @@ impl<'a> Checkpoints<'a> {
         let is_due = saving.save_steps.is_some_and(|every| progress.step.is_multiple_of(every))
             || (saving.save_on_epoch_end && last_of_epoch);
         if is_due {
+            let earlier = self.saver.finish(groups);
+            self.judge(earlier)?;
             let outcome = {
                 let loss_scale = engine.loss_scale().copied();
                 let now = Moment { progress, loss_scale, job: job() };

@@ -425,14 +425,8 @@ fn what_the_engine_cannot_do_is_refused() {
              use 0; the final model is always saved",
         ),
         (
-            "save_steps: 5",
-            "training.yaml:4:13: save_steps: saving checkpoints is not supported yet; use null; \
-             the final model is always saved",
-        ),
-        (
-            "resume: there",
-            "training.yaml:4:9: resume: resuming a checkpoint is not supported yet; use auto or \
-             never",
+            "save_failure: ignore",
+            "training.yaml:4:15: save_failure: expected stop or continue, found the text \"ignore\"",
         ),
         (
             "log_with: wandb",
