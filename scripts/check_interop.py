@@ -28,6 +28,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from golden.text import encode_joined
+
 TOLERANCE = 1e-5
 MOST_PAIRS = 200
 LEAST_PAIRS = 16
@@ -61,6 +63,26 @@ def transformers_logits(directory: Path, pairs: list[tuple[str, str]], max_len: 
     return logits
 
 
+def joined_logits(
+    directory: Path, texts: dict, pairs: list[tuple[str, str]]
+) -> list[float]:
+    """One logit a pair by a decoder, in batches of eight that transformers pads at the right."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    template = [texts[key] for key in ("query_format", "seq", "document_format", "special_token")]
+    model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32)
+    model.eval()
+    encoded = [
+        encode_joined(tokenizer, template, query.strip(), document.strip(), texts["max_len"])
+        for query, document in pairs
+    ]
+    logits = []
+    for first in range(0, len(encoded), 8):
+        inputs = tokenizer.pad(encoded[first : first + 8], return_tensors="pt")
+        with torch.no_grad():
+            logits += model(**inputs).logits.squeeze(-1).tolist()
+    return logits
+
+
 def cross_encoder_scores(
     directory: Path, pairs: list[tuple[str, str]], max_len: int
 ) -> list[float]:
@@ -82,7 +104,8 @@ def compare(library: str, field: str, theirs: list[float], ours: list[float]) ->
 def check(run: Path, pairs: list[tuple[str, str]]) -> bool:
     """Whether both libraries give the scores of this run's model."""
     model = run / "model"
-    max_len = json.loads((model / "reranker.json").read_text("utf-8"))["max_len"]
+    texts = json.loads((model / "reranker.json").read_text("utf-8"))
+    max_len = texts["max_len"]
     family = json.loads((model / "config.json").read_text("utf-8"))["model_type"]
     scores = read_jsonl(run / "scores.jsonl")
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -92,6 +115,10 @@ def check(run: Path, pairs: list[tuple[str, str]]) -> bool:
             f" expected index 0 to {len(pairs) - 1}"
         )
         return False
+    if texts["model_type"] == "llm_decoder":
+        print(f"{run} ({family}): {len(pairs)} pairs, joined as text")
+        logits = joined_logits(model, texts, pairs)
+        return compare("transformers", "logit", logits, [r["logit"] for r in scores])
     fit = [i for i, (query, _) in enumerate(pairs) if leaves_room(tokenizer, query, max_len)]
     print(f"{run} ({family}): {len(fit)} of {len(pairs)} pairs leave room for a document")
     pairs, scores = [pairs[i] for i in fit], [scores[i] for i in fit]

@@ -23,8 +23,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from golden import checkpoints, curve, models, tables, text
+from golden import checkpoints, curve, decoders, models, prompts, tables, text
 
+CASES = models.CASES | decoders.CASES
 ROOT = Path(__file__).resolve().parent.parent / "tests" / "golden"
 MADE_WITH = {
     "command": "python scripts/make_golden.py",
@@ -40,7 +41,7 @@ def case_description(case: models.Case) -> dict:
     """golden.json: the inputs and settings behind golden.safetensors."""
     description = {
         "made_with": MADE_WITH,
-        "max_len": text.MAX_LEN,
+        "max_len": case.max_len,
         "pairs": [{"query": q, "content": d} for q, d in case.pairs],
         "labels": case.labels,
         "reference": "fp64 arithmetic on the fp32 weights, one pair at a time, evaluation mode, "
@@ -76,7 +77,11 @@ def case_description(case: models.Case) -> dict:
 
 def case_tensors(case: models.Case, directory: Path) -> dict[str, torch.Tensor]:
     """golden.safetensors, computed from the saved model in `directory`."""
-    encoded = models.encode_pairs(case, AutoTokenizer.from_pretrained(directory))
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    if case.prompt is not None:
+        model = models.load_model(case, directory, torch.float64)
+        return prompts.tensors(case.prompt, model, tokenizer, case.pairs, case.max_len)
+    encoded = models.encode_pairs(case, tokenizer)
     tensors = models.input_tensors(encoded)
     if case.auto_class is not AutoModelForSequenceClassification:
         return tensors
@@ -132,7 +137,7 @@ def table_files() -> dict[str, object]:
 
 def write_golden(output: Path) -> None:
     """Computes every golden file from the models in tests/golden, into `output`."""
-    for name, case in models.CASES.items():
+    for name, case in CASES.items():
         (output / name).mkdir(parents=True, exist_ok=True)
         save_file(case_tensors(case, ROOT / name), output / name / "golden.safetensors")
         write_json(output / name / "golden.json", case_description(case))
@@ -201,7 +206,7 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     if arguments.check:
         return check()
-    for seed, (name, case) in enumerate(models.CASES.items(), start=1):
+    for seed, (name, case) in enumerate(CASES.items(), start=1):
         models.write_model(case, ROOT / name, seed)
     checkpoints.write_torch_files(ROOT / "torch_files")
     write_golden(ROOT)

@@ -13,18 +13,33 @@ use reranker::optim::Schedule;
 use tch::{Kind, Tensor};
 
 /// Classifiers of each family.
-const CLASSIFIERS: [&str; 6] = [
+const CLASSIFIERS: [&str; 11] = [
     "bert_tiny",
     "bert_odd",
     "roberta_tiny",
     "xlm_roberta_odd",
     "modernbert_tiny",
     "modernbert_odd",
+    "qwen2_tiny",
+    "qwen3_odd",
+    "llama_odd",
+    "mistral_tiny",
+    "gemma_tiny",
 ];
 
 /// Those with a training curve of 20 steps.
-const CURVES: [&str; 5] =
-    ["bert_tiny", "roberta_tiny", "xlm_roberta_odd", "modernbert_tiny", "modernbert_odd"];
+const CURVES: [&str; 10] = [
+    "bert_tiny",
+    "roberta_tiny",
+    "xlm_roberta_odd",
+    "modernbert_tiny",
+    "modernbert_odd",
+    "qwen2_tiny",
+    "qwen3_odd",
+    "llama_odd",
+    "mistral_tiny",
+    "gemma_tiny",
+];
 
 fn all_pairs(golden: &Golden) -> Vec<usize> {
     (0..golden.pairs()).collect()

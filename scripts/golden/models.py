@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from . import checkpoints
-from .text import LABELS, MAX_LEN, PAIRS, encode_pair
+from .text import LABELS, MAX_LEN, PAIRS, encode_joined, encode_pair
 from .tiny_tokenizers import BUILDERS
 
 Encoded = list[dict[str, torch.Tensor]]
@@ -40,6 +40,11 @@ class Case:
     curves: tuple[str, ...] = ()
     final: bool = False
     losses: tuple[str, ...] = ("pointwise_bce",)
+    # What a decoder's input is joined from; encoders have their tokenizer's template.
+    template: tuple[str, str, str, str] | None = None
+    # How a language model is asked.
+    prompt: str | None = None
+    max_len: int = MAX_LEN
     # A pair more than the others.
     extra: list[tuple[str, str]] = field(default_factory=lambda: [PADDED_PAIR])
 
@@ -255,7 +260,13 @@ def load_model(case: Case, directory: Path, dtype: torch.dtype) -> torch.nn.Modu
 
 def encode_pairs(case: Case, tokenizer) -> Encoded:
     """What the model is given for every pair, each [1, L] and without padding."""
-    pairs = [encode_pair(tokenizer, query, text, MAX_LEN)[1] for query, text in case.pairs]
+    if case.template is None:
+        pairs = [encode_pair(tokenizer, query, text, MAX_LEN)[1] for query, text in case.pairs]
+    else:
+        pairs = [
+            encode_joined(tokenizer, case.template, query, text, case.max_len)
+            for query, text in case.pairs
+        ]
     return [{name: torch.tensor([ids]) for name, ids in inputs.items()} for inputs in pairs]
 
 

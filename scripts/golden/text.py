@@ -73,6 +73,18 @@ def encode_pair(tokenizer, query: str, document: str, max_len: int) -> tuple[str
     return "only_second", encode_only_second(tokenizer, query, document, max_len)
 
 
+def encode_joined(
+    tokenizer, template: tuple[str, str, str, str], query: str, document: str, max_len: int
+) -> Inputs:
+    """A decoder's input: parts tokenized by themselves, the document truncated first."""
+    query_format, seq, document_format, special_token = template
+    parts = [query_format.format(query), seq, document_format.format(document), special_token]
+    query_ids, seq_ids, document_ids, last_ids = (token_ids(tokenizer, part) for part in parts)
+    query_ids = query_ids[: max_len - len(seq_ids) - len(last_ids)]
+    room = max_len - len(query_ids) - len(seq_ids) - len(last_ids)
+    return {"input_ids": query_ids + seq_ids + document_ids[:room] + last_ids}
+
+
 def truncation_cases(tokenizer) -> list[dict]:
     """Pairs around every edge of the truncation rules."""
     short, document = "how to boil tea", "tea is a leaf in water"

@@ -101,4 +101,17 @@ def build_unigram(model_max_length: int) -> PreTrainedTokenizerFast:
     return roberta_tokenizer(tokenizer, model_max_length)
 
 
-BUILDERS = {"wordpiece": build_wordpiece, "bytes": build_bytes, "unigram": build_unigram}
+def build_prompted(model_max_length: int) -> PreTrainedTokenizerFast:
+    """The byte-level one with the tokens that prompts and answers need."""
+    tokenizer = build_bytes(model_max_length)
+    tokenizer.add_tokens(["<bos>", "<|im_start|>", "<|im_end|>"], special_tokens=True)
+    tokenizer.add_tokens(["yes", "no", "Yes"])
+    return tokenizer
+
+
+BUILDERS = {
+    "wordpiece": build_wordpiece,
+    "bytes": build_bytes,
+    "unigram": build_unigram,
+    "prompted": build_prompted,
+}

@@ -4,7 +4,9 @@
 use tch::Tensor;
 
 use super::config::{DecoderConfig, ScoreHead};
-use super::stage::{ForwardContext, Init, Parameter, Stage, TensorSpec, inner, rms_norm, to_fp32};
+use super::stage::{
+    ForwardContext, Init, Parameter, Stage, TensorSpec, embedding, inner, rms_norm, to_fp32,
+};
 use crate::error::Result;
 use crate::torch_ext::attention::{AttentionOptions, Projections, packed_attention};
 
@@ -53,7 +55,7 @@ impl Stage for Embeddings {
         _input: Option<&Tensor>,
         context: ForwardContext<'_>,
     ) -> Result<Tensor> {
-        let rows = Tensor::f_embedding(&parameters[0], &context.batch.input_ids, -1, false, false)?;
+        let rows = embedding(&parameters[0], &context.batch.input_ids, self.0.padding)?;
         match self.0.embedding_scale {
             // The factor itself is rounded to the precision of the table.
             Some(scale) => Ok(rows.f_mul(&Tensor::from(scale as f32).f_to_kind(rows.f_kind()?)?)?),

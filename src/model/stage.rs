@@ -6,7 +6,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::torch_ext::attention::CuSeqlens;
 
 /// How a parameter that no checkpoint holds is initialised.
@@ -131,7 +131,8 @@ impl PackedBatch {
     /// Moves packed token lists to `device`.
     ///
     /// # Errors
-    /// [`crate::Error::Torch`] when the device has no room.
+    /// [`Error::Usage`] for a sequence without tokens, which has no score; [`Error::Torch`] when the
+    /// device has no room.
     pub fn new(
         input_ids: &[i64],
         position_ids: &[i64],
@@ -142,6 +143,12 @@ impl PackedBatch {
         let put = |values: &[i64]| -> Result<Tensor> {
             Ok(Tensor::f_from_slice(values)?.f_to_device(device)?)
         };
+        if let Some(empty) = cu_seqlens.windows(2).position(|bounds| bounds[0] == bounds[1]) {
+            return Err(Error::Usage(format!(
+                "pair {empty} of a batch has no tokens: its query and document are empty; put text \
+                 into query_format or special_token, or leave the record out"
+            )));
+        }
         let first_rows: Vec<i64> = cu_seqlens.windows(2).map(|bounds| bounds[0]).collect();
         let last_rows: Vec<i64> = cu_seqlens.windows(2).map(|bounds| bounds[1] - 1).collect();
         Ok(Self {

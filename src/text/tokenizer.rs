@@ -6,6 +6,7 @@ use std::path::Path;
 use tokenizers::{Encoding, Token, Tokenizer};
 
 use super::format::TextFormat;
+use super::prompt::TokenPrompt;
 use super::vocab;
 use crate::data::Encode;
 use crate::error::{Error, Result};
@@ -77,6 +78,9 @@ pub struct PairTokenizer {
     pieces: Vec<Piece>,
     query_format: Option<TextFormat>,
     document_format: Option<TextFormat>,
+    /// What stands between query and document where both are tokenized as one text, which then
+    /// takes the document's place.
+    joint: Option<&'static str>,
 }
 
 impl PairTokenizer {
@@ -97,7 +101,7 @@ impl PairTokenizer {
                 *type_id = 0;
             }
         }
-        Ok(Self { tokenizer, pieces, query_format: None, document_format: None })
+        Ok(Self { tokenizer, pieces, query_format: None, document_format: None, joint: None })
     }
 
     /// The same with texts around every query and document.
@@ -127,7 +131,53 @@ impl PairTokenizer {
             pieces,
             query_format: Some(template.query_format.clone()),
             document_format: Some(template.document_format.clone()),
+            joint: None,
         })
+    }
+
+    /// The tokenizer of a language model that is asked by `prompt`, with the ids of its positive and
+    /// negative answers.
+    ///
+    /// # Errors
+    /// As [`PairTokenizer::from_dir`]; [`Error::File`] when the vocabulary lacks a token of the prompt.
+    pub fn from_dir_for_prompt(
+        dir: &Path,
+        prompt: &TokenPrompt,
+    ) -> Result<(Self, u32, Option<u32>)> {
+        let tokenizer = load(dir)?;
+        let id = |token: &str| {
+            tokenizer.token_to_id(token).ok_or_else(|| Error::File {
+                path: dir.to_owned(),
+                message: format!(
+                    "the vocabulary has no token {token:?}, which the prompt {} needs",
+                    prompt.name
+                ),
+            })
+        };
+        let fixed = |texts: &[&str]| -> Result<Vec<Piece>> {
+            let mut all = Vec::new();
+            for text in texts {
+                all.extend(ids(&tokenizer, text)?);
+            }
+            Ok(all.into_iter().map(|id| Piece::Fixed { id, type_id: 0 }).collect())
+        };
+        let mut pieces = Vec::new();
+        if let Some(first) = prompt.first_token {
+            pieces.push(Piece::Fixed { id: id(first)?, type_id: 0 });
+        }
+        pieces.extend(fixed(prompt.before)?);
+        if !prompt.joint {
+            pieces.push(Piece::Query { type_id: 0 });
+            pieces.extend(fixed(&[prompt.between])?);
+        }
+        pieces.push(Piece::Document { type_id: 0 });
+        pieces.extend(fixed(prompt.after)?);
+        let format = |text| TextFormat::parse(text, "prompt").map(Some);
+        let (positive, negative) = (id(prompt.positive)?, prompt.negative.map(id).transpose()?);
+        let (query_format, document_format) = (format(prompt.query)?, format(prompt.document)?);
+        let joint = prompt.joint.then_some(prompt.between);
+        let this = Self { tokenizer, pieces, query_format, document_format, joint };
+        Ok((this, positive, negative))
     }
 
     /// The input for a pair; query and document are stripped first.
@@ -135,6 +185,12 @@ impl PairTokenizer {
     /// # Errors
     /// [`Error::Training`] when the tokenizer refuses a text.
     pub fn encode_pair(&self, query: &str, document: &str, max_len: usize) -> Result<EncodedPair> {
+        if let (Some(between), Some(first), Some(second)) =
+            (self.joint, &self.query_format, &self.document_format)
+        {
+            let text = [&first.apply(query.trim()), between, &second.apply(document.trim())];
+            return Ok(self.join(&[], &ids(&self.tokenizer, &text.concat())?, max_len));
+        }
         let query = self.query_ids(query)?;
         let document = self.document_ids(document)?;
         Ok(self.join(&query, &document, max_len))
@@ -247,6 +303,20 @@ impl Encode for PairTokenizer {
         (&self.query_format, &self.document_format).hash(&mut hasher);
         hasher.finish()
     }
+}
+
+/// The id of the padding token that `tokenizer_config.json` in `dir` names, where it names one.
+///
+/// # Errors
+/// [`Error::File`] or [`Error::Io`] when the tokenizer cannot be read.
+pub fn pad_token_id(dir: &Path) -> Result<Option<u32>> {
+    let Ok(text) = std::fs::read_to_string(dir.join("tokenizer_config.json")) else {
+        return Ok(None);
+    };
+    let config: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+    // Older files give the token with its properties.
+    let token = config["pad_token"].as_str().or_else(|| config["pad_token"]["content"].as_str());
+    token.map_or(Ok(None), |token| Ok(load(dir)?.token_to_id(token)))
 }
 
 fn ids(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {

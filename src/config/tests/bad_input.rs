@@ -432,11 +432,6 @@ fn what_the_engine_cannot_do_is_refused() {
     for (yaml, message) in training {
         assert_eq!(Case::new(yaml).load().unwrap_err(), message, "{yaml}");
     }
-    let decoder = Case::whole(LEAST.replace("bert_encoder", "llm_decoder"));
-    assert_eq!(
-        decoder.load().unwrap_err(),
-        "training.yaml:2:13: model_type: llm_decoder is not supported yet; use bert_encoder"
-    );
 }
 
 /// A file that is cut off, or whose bytes are damaged, is read or refused in one line.

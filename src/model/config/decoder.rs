@@ -5,6 +5,7 @@ use serde_json::Value;
 
 use super::Activation;
 use crate::model::rotary::Rotary;
+use crate::model::stage::NO_PADDING;
 use crate::torch_ext::attention::Window;
 
 /// The hyper-parameters of a decoder.
@@ -14,6 +15,8 @@ pub struct DecoderConfig {
     pub architecture: &'static str,
     /// Rows of the token embedding table.
     pub vocab_size: i64,
+    /// The token whose embedding is not trained, or [`NO_PADDING`](crate::model::stage::NO_PADDING).
+    pub padding: i64,
     /// Width `H` of the residual stream.
     pub hidden: i64,
     /// Number of query heads.
@@ -199,6 +202,8 @@ struct RawDecoder {
     max_window_layers: Option<i64>,
     layer_types: Option<Vec<String>>,
     use_bidirectional_attention: Option<bool>,
+    #[serde(default, deserialize_with = "present")]
+    pad_token_id: Option<Option<i64>>,
 }
 
 #[expect(clippy::option_option, reason = "outside: present; inside: not null")]
@@ -257,6 +262,7 @@ impl RawDecoder {
         Ok(DecoderConfig {
             architecture: family.architecture,
             vocab_size,
+            padding: self.padding(family, vocab_size)?,
             hidden,
             heads,
             kv_heads,
@@ -277,6 +283,15 @@ impl RawDecoder {
             initializer_range,
             head: ScoreHead::Trained,
         })
+    }
+
+    fn padding(&self, family: &Family, vocab_size: i64) -> Result<i64, String> {
+        match self.pad_token_id.unwrap_or(family.gemma.then_some(0)) {
+            // transformers counts from the end below 0; such files say -1 and mean none.
+            None | Some(-1) => Ok(NO_PADDING),
+            Some(id) if (0..vocab_size).contains(&id) => Ok(id),
+            Some(id) => Err(format!("pad_token_id {id} is not below vocab_size {vocab_size}")),
+        }
     }
 
     fn numbers(&self) -> Result<[f64; 3], String> {

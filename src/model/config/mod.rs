@@ -15,6 +15,7 @@ pub use decoder::{DecoderConfig, ScoreHead};
 pub use encoder::{EncoderConfig, HeadForm, PositionIds};
 pub use modernbert::{LayerAttention, ModernBertConfig, Pooling};
 
+use crate::config::ModelKind;
 use crate::error::{Error, Result};
 
 /// The non-linearity between the two feed-forward products.
@@ -85,7 +86,7 @@ impl Trunk {
         if let Some(decoder) = decoder::read(model_type, raw) {
             return decoder.map(Self::Decoder);
         }
-        let supported: Vec<&str> = families
+        let supported: Vec<_> = families
             .iter()
             .map(|family| family.model_type)
             .chain([modernbert::MODEL_TYPE])
@@ -138,6 +139,15 @@ impl ModelConfig {
         Ok(Self { model_type, trunk, raw })
     }
 
+    /// The family of models it belongs to, as a configuration names it.
+    #[must_use]
+    pub fn kind(&self) -> ModelKind {
+        match &self.trunk {
+            Trunk::Encoder(_) | Trunk::ModernBert(_) => ModelKind::BertEncoder,
+            Trunk::Decoder(_) => ModelKind::LlmDecoder,
+        }
+    }
+
     /// Width of the residual stream.
     #[must_use]
     pub fn hidden(&self) -> usize {
@@ -177,7 +187,7 @@ impl ModelConfig {
         }
     }
 
-    /// The class in transformers that loads a saved model.
+    /// The class of transformers that loads a saved model.
     #[must_use]
     pub fn architecture(&self) -> &'static str {
         match &self.trunk {
