@@ -12,7 +12,7 @@ most that `reranker check` holds while it builds the cache and when it finds it,
 worker holds that trains a tiny model from it, for some steps. Memory is told apart into anonymous,
 which the process alone holds, and all resident pages, with those of mapped files among them.
 
-usage: load_tokenize.py [--model DIR] [--pairs 200000] [--rounds 3] [--large] [--result FILE]
+usage: load_tokenize.py [--model DIR] [--pairs 50000] [--rounds 3] [--large] [--result FILE]
 """
 
 import argparse
@@ -29,6 +29,9 @@ from pathlib import Path
 from bench import BIN, ROOT, check_built, default_model, fail_with_log, summarize
 
 MAX_LEN = 128
+# A third of the words of the longest documents: for speed, and for files of millions of pairs.
+WORDS = 12
+SHORT_WORDS = 3
 DOCUMENTS_PER_QUERY = 4
 TINY_MODEL = ROOT / "tests" / "golden" / "bert_tiny"
 TRAINED_STEPS = 50
@@ -36,11 +39,12 @@ LARGE = (1_000_000, 10_000_000)
 LOOK_EVERY_S = 0.02
 
 
-def write_pairs(path: Path, pairs: int, words: list[str]) -> None:
-    """Writes `pairs` pointwise records: queries of 4 to 8 words, documents of 15 to 35."""
+def write_pairs(path: Path, pairs: int, words: list[str], longest: int) -> None:
+    """Writes `pairs` pointwise records, documents of up to three times `longest` words."""
     source = random.Random(666)
     # Sampling every word anew would take longer than all that is measured.
-    parts = [" ".join(source.choices(words, k=source.randint(5, 12))) for _ in range(50_000)]
+    lengths = range(1 + longest // 3, longest + 1)
+    parts = [" ".join(source.choices(words, k=source.choice(lengths))) for _ in range(50_000)]
     with path.open("w", encoding="utf-8", buffering=1 << 20) as file:
         for number in range(pairs):
             if number % DOCUMENTS_PER_QUERY == 0:
@@ -182,7 +186,7 @@ def measure_memory(pairs: int, model: Path) -> dict:
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         data = directory / "pairs.jsonl"
-        write_pairs(data, pairs, vocabulary(model))
+        write_pairs(data, pairs, vocabulary(model), SHORT_WORDS)
         config = settings(directory, model, data)
         check = [str(BIN / "reranker"), "check", "--config", str(config)]
         built, seconds = watch(check, directory / "log.txt")
@@ -211,7 +215,7 @@ def main() -> None:
     """Parses the arguments, runs the rounds, sums up."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, help="default: MiniLM-L6 of the quick start")
-    parser.add_argument("--pairs", type=int, default=200_000)
+    parser.add_argument("--pairs", type=int, default=50_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--large", action="store_true", help="memory at 1 and 10 million pairs")
     parser.add_argument("--result", type=Path, help="a JSON file to keep the figures in")
@@ -224,7 +228,7 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as temporary:
         data = Path(temporary) / "pairs.jsonl"
-        write_pairs(data, arguments.pairs, vocabulary(model))
+        write_pairs(data, arguments.pairs, vocabulary(model), WORDS)
         for turn in range(arguments.rounds):
             for side, values in rates.items():
                 seconds = []

@@ -117,7 +117,7 @@ next_port() {
 }
 
 # Waits for processes; fails when one did.
-join() { # pid...
+wait_for_all() { # pid...
     local pid status=0
     for pid in "$@"; do wait "$pid" || status=1; done
     return $status
@@ -150,9 +150,10 @@ check_libraries() {
     libraries=$root/lib$(printf ':%s' "${root%/torch}"/nvidia/*/lib)
     export LD_LIBRARY_PATH=$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
     report ok "PyTorch's libraries" "${found%% *}"
-    gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
-    judge "GPUs" "$gpus: $("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name(0))')" \
-        "a > 0" "$gpus"
+    found=$("$PYTHON" -c 'import torch
+for i in range(torch.cuda.device_count()): print(torch.cuda.get_device_name(i))' 2>/dev/null)
+    gpus=$(grep -c . <<<"$found")
+    judge "GPUs" "$gpus: ${found//$'\n'/, }" "a > 0" "$gpus"
     ((gpus > 0))
 }
 
@@ -215,7 +216,7 @@ check_hybrid() { # workers, config
             --set batch_size=$batch
         pids+=($!)
     done
-    join "${pids[@]}"
+    wait_for_all "${pids[@]}"
     judge_loss "fsdp/hybrid.yaml x $workers" hybrid "$work/hybrid.0.log" $CLOSE
 }
 
@@ -239,7 +240,7 @@ print(number.value)' "${NCCL_LIBRARY:-libnccl.so.2}" 2>/dev/null)
     for stage in 0 1 2 3; do
         start_pair "shared$stage" --config "$work/tiny.yaml" \
             --parallel "config/deepspeed/zero$stage.yaml"
-        join "${pids[@]}"
+        wait_for_all "${pids[@]}"
         judge_loss "$name, zero$stage" "shared$stage" "$work/shared$stage.0.log" $CLOSE
     done
     check_death "two ranks on one GPU"
@@ -261,7 +262,7 @@ start_pair() { # run, arguments...
 check_death() { # name
     local name="a rank dies: $1" pids begin seconds waited=0
     start_pair death --config "$work/tiny.yaml" --parallel config/deepspeed/zero3.yaml \
-        --set epochs=100000 --set gradient_accumulation_steps=1
+        --set epochs=100000
     until [[ -n $(metric death train loss) ]] || ((++waited > 300)); do sleep 0.1; done
     kill -KILL "${pids[1]}" 2>/dev/null
     begin=$(date +%s%N)

@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-readonly STEPS=(fmt clippy doc build test linkage golden quickstart interop gpu torchrun)
+readonly STEPS=(fmt clippy doc build test linkage golden training quickstart interop gpu torchrun)
 readonly BIN=${CARGO_TARGET_DIR:-target}/release
 # The model in tests/golden that stands for its family.
 readonly FAMILIES=(roberta_tiny xlm_roberta_odd modernbert_tiny modernbert_odd)
@@ -30,10 +30,11 @@ describe() {
     test) echo "unit and integration tests" ;;
     linkage) echo "rr-launch is free of libtorch, reranker of its CUDA half" ;;
     golden) echo "golden files are what transformers and PyTorch compute" ;;
+    training) echo "a short training run is the one of a plain PyTorch loop" ;;
     quickstart) echo "the quick start in short form" ;;
     gpu) echo "what the GPU check can do without one" ;;
     torchrun) echo "two machines under torchrun, where network namespaces can be made" ;;
-    interop) echo "transformers and sentence-transformers give our scores" ;;
+    interop) echo "transformers and sentence-transformers give our scores, huggingface_hub our cache" ;;
     esac
 }
 
@@ -82,6 +83,12 @@ step_linkage() {
 
 step_golden() { "$python" scripts/make_golden.py --check; }
 
+# scripts/check_training.py without --short is the whole proof, a matter of minutes.
+step_training() {
+    cargo build --release --workspace
+    "$python" scripts/check_training.py --short
+}
+
 step_quickstart() { scripts/quickstart.sh --short; }
 
 # On the model that the quick start trained, and on one of each family, tiny and trained for a few
@@ -108,6 +115,7 @@ step_interop() {
             >"$run/scores.jsonl"
     done
     "$python" scripts/check_interop.py "$files/interop_pairs.jsonl" "${runs[@]}"
+    "$python" scripts/check_hub_cache.py "$BIN/reranker" "$QUICKSTART_OUTPUT/model"
 }
 
 step_gpu() {

@@ -22,6 +22,14 @@ pub fn create_dir(dir: &Path) -> Result<()> {
     fs::create_dir_all(dir).map_err(io(dir, "create the directory"))
 }
 
+/// Removes `dir` with all it holds.
+///
+/// # Errors
+/// [`Error::Io`] with the directory.
+pub fn remove_dir(dir: &Path) -> Result<()> {
+    fs::remove_dir_all(dir).map_err(io(dir, "remove"))
+}
+
 /// Writes a whole file and flushes it to the disk.
 ///
 /// # Errors
@@ -53,7 +61,7 @@ impl StagedDir {
         let name = target.file_name().unwrap_or_default().to_string_lossy();
         let staging = parent.join(format!(".{name}.partial"));
         if staging.exists() {
-            fs::remove_dir_all(&staging).map_err(io(&staging, "remove the leftover"))?;
+            remove(&staging).map_err(io(&staging, "remove the leftover"))?;
         }
         fs::create_dir(&staging).map_err(io(&staging, "create the directory"))?;
         Ok(Self { staging, target: target.to_owned(), published: false })
@@ -104,9 +112,14 @@ impl Drop for StagedDir {
     fn drop(&mut self) {
         if !self.published {
             // Nothing more can be done about a leftover here; the next run removes it.
-            let _ = fs::remove_dir_all(&self.staging);
+            let _ = remove(&self.staging);
         }
     }
+}
+
+/// Removes a directory with all that is in it, or what else is at its place.
+fn remove(path: &Path) -> std::io::Result<()> {
+    if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }
 }
 
 /// A file under construction beside its final place. Dropped without [`StagedFile::publish`], it is

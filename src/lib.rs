@@ -12,6 +12,7 @@ pub mod data;
 pub mod engine;
 pub mod error;
 pub mod eval;
+pub mod hub;
 pub mod loss;
 pub mod mapped;
 pub mod metrics;

@@ -225,8 +225,9 @@ fn strategies_that_make_no_sense() {
 #[test]
 fn model_directory() {
     Case::new().remove("model").refused(
-        "training.yaml:1:21: model_name_or_path: no directory \"model\" here; expected one with \
-         config.json, model.safetensors and tokenizer.json",
+        "training.yaml:1:21: model_name_or_path: no directory \"model\" here, and the Hugging Face \
+         cache hf/hub does not hold that model in full, while HF_HUB_OFFLINE forbids fetching it; \
+         give a directory, or fetch the model once without HF_HUB_OFFLINE",
     );
     Case::new()
         .remove("model/config.json")
@@ -382,6 +383,54 @@ fn data() {
             case.refused_alone(|error| assert_eq!(error, message));
         }
     }
+}
+
+/// The other two forms, each read as either kind.
+#[test]
+fn data_in_groups() {
+    let pointwise = "train_dataset_type: pointwise";
+    let grouped = "loss_type: listwise_ce\ntrain_dataset_type: grouped";
+    for (settings, line, message) in [
+        (
+            pointwise,
+            r#"{"query": "q", "hits": [{"content": "c", "label": 1}, {"content": "d", "label": 2}]}"#,
+            "\"hits[1].label\" is 2, expected 0 to 1 (min_label, max_label)",
+        ),
+        (
+            grouped,
+            r#"{"query": "q", "hits": [{"content": "c", "label": 1}, {"content": "d"}]}"#,
+            "no \"hits[1].label\" (keys found: \"content\"), expected a number there or another \
+             label key",
+        ),
+        (
+            pointwise,
+            r#"{"query": "q", "pos": ["c"], "pos_scores": [3]}"#,
+            "\"pos_scores[0]\" is 3, expected 0 to 1 (min_label, max_label)",
+        ),
+        (
+            grouped,
+            r#"{"query": "q", "pos": ["c"], "neg": ["d", "e"], "neg_scores": [0]}"#,
+            "\"neg_scores\" has 1 entries, expected 2 as in \"neg\"",
+        ),
+        (
+            grouped,
+            r#"{"query": "q", "pos": [], "neg": []}"#,
+            "\"pos\" and \"neg\" are empty, expected at least one text",
+        ),
+    ] {
+        let case = Case::new().second_line(line).yaml(settings);
+        case.refused_alone(|error| assert_eq!(error, format!("train.jsonl:2: {message}")));
+        // Through a cache the message is the same, and no cache is left.
+        let dir = case.dir.path();
+        let flags = ["train", "--config", "training.yaml", "--set", "cache_dir=cache"];
+        let outcome = run(&mut reranker(dir, &flags));
+        assert_eq!(only_line(&outcome, "error: "), format!("train.jsonl:2: {message}"));
+        let left = fs::read_dir(dir.join("cache")).unwrap().map(|entry| entry.unwrap().path());
+        assert!(left.into_iter().all(|path| path.extension().is_some_and(|name| name == "lock")));
+    }
+    Case::new().yaml("cache_dir: train.jsonl").refused_alone(|error| {
+        assert!(error.starts_with("train.jsonl: cannot create the directory: "), "{error}");
+    });
 }
 
 #[test]

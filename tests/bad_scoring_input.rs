@@ -56,8 +56,9 @@ fn inputs_of_score() {
     let outcome = call(dir, &["score", "--model", "no", "--input", "pairs.jsonl"]);
     assert_eq!(
         outcome.stderr,
-        "error: no: no such model directory; expected one with config.json, model.safetensors and \
-         tokenizer.json\n"
+        "error: no directory \"no\" here, and the Hugging Face cache hf/hub does not hold that model \
+         in full, while HF_HUB_OFFLINE forbids fetching it; give a directory, or fetch the model once \
+         without HF_HUB_OFFLINE\n"
     );
     assert_eq!((outcome.code, outcome.stdout.as_str()), (Some(2), ""));
 }
@@ -129,5 +130,5 @@ fn inputs_of_eval() {
     );
     let outcome = call(dir, &["eval", "--model", "no", "--data", "none.jsonl"]);
     assert_eq!(outcome.code, Some(2));
-    assert!(outcome.stderr.starts_with("error: no: no such model directory; "), "{outcome:?}");
+    assert!(outcome.stderr.starts_with("error: no directory \"no\" here, "), "{outcome:?}");
 }

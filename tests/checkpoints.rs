@@ -55,6 +55,7 @@ fn progress(step: usize) -> Progress {
 fn save(saver: &mut Saver, step: usize, job: Value, trainer: &Trainer, groups: &Groups) {
     let loss_scale = trainer.engine.loss_scale().copied();
     let now = Moment { progress: progress(step), loss_scale, job };
+    saver.finish(groups).unwrap();
     saver.save(now, trainer.engine.units(), groups).unwrap();
 }
 

@@ -30,7 +30,7 @@ fn sidecar(dir: &Path) -> Sidecar {
     let yaml = "model_name_or_path: m\nmodel_type: bert_encoder\ntrain_dataset: t.jsonl\n";
     std::fs::write(&training, yaml).unwrap();
     let plan = Plan::load(&Sources { training, ..Sources::default() }).unwrap();
-    Sidecar::of_run(&plan, serde_json::Value::Null)
+    Sidecar::of_run(&plan, None, serde_json::Value::Null)
 }
 
 /// What one rank reports of saving.

@@ -12,7 +12,7 @@ use clap::CommandFactory as _;
 /// own; floor 0 is `rr_launch::contract`.
 const FLOORS: &[(u8, &[&str])] = &[
     (1, &["atomic", "config", "error", "mapped", "ordered", "seed"]),
-    (2, &["data", "text", "metrics"]),
+    (2, &["data", "text", "metrics", "hub"]),
     (3, &["torch_ext"]),
     (4, &["model", "loss", "optim", "comm"]),
     (5, &["shard"]),
@@ -27,6 +27,7 @@ const WITHIN_A_FLOOR: &[(&str, &str)] = &[
     ("atomic", "error"),
     ("config", "error"),
     ("eval", "score"),
+    ("hub", "text"),
     ("main", "cli"),
     ("mapped", "error"),
     ("metrics", "data"),

@@ -14,21 +14,8 @@ use crate::config::ModelKind;
 use crate::error::{Error, Result};
 use crate::model::ModelConfig;
 use crate::shard::FlatUnit;
-use crate::text::pad_token_id;
+use crate::text::{TOKENIZER_FILES, pad_token_id};
 use crate::torch_ext::storage;
-
-/// Files that belong to the tokenizer, copied byte for byte where the base model has them.
-const TOKENIZER_FILES: [&str; 9] = [
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "sentencepiece.bpe.model",
-    "tokenizer.model",
-];
 
 /// Weight files are split above this many bytes, as transformers does.
 pub const MAX_SHARD_BYTES: usize = 5_000_000_000;

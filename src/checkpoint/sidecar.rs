@@ -38,6 +38,9 @@ pub struct Sidecar {
     pub max_label: f64,
     /// The model that training started from.
     pub base_model: String,
+    /// The hub's commit of that model; null where it was a local directory.
+    #[serde(default)]
+    pub base_revision: Option<String>,
     /// The run's whole configuration.
     pub run: Value,
     /// The last validation metrics, null where there was no validation.
@@ -47,7 +50,11 @@ pub struct Sidecar {
 impl Sidecar {
     /// The sidecar of a run's model.
     #[must_use]
-    pub fn of_run(plan: &crate::config::Plan, metrics: Value) -> Self {
+    pub fn of_run(
+        plan: &crate::config::Plan,
+        base_revision: Option<String>,
+        metrics: Value,
+    ) -> Self {
         let run = plan.to_json();
         let model_type = run["model"]["model_type"].as_str().unwrap_or_default().to_owned();
         Self {
@@ -61,6 +68,7 @@ impl Sidecar {
             min_label: plan.data.labels.min,
             max_label: plan.data.labels.max,
             base_model: plan.model.path.clone(),
+            base_revision,
             run,
             metrics,
         }

@@ -83,6 +83,7 @@ fn check(args: &CheckArgs) -> Result<()> {
         train::check_machines(&plan, workers, workers)?;
     }
     let inputs = train::Inputs::load(&plan, workers)?;
+    train::check_resume(&plan, &inputs, workers)?;
     if args.for_launch {
         let launch = LaunchPlan {
             processes: plan.parallel.processes,

@@ -95,8 +95,8 @@ pub struct CheckArgs {
 /// Arguments of `score`.
 #[derive(Debug, Args)]
 pub struct ScoreArgs {
-    /// Model directory
-    #[arg(long, value_name = "DIR")]
+    /// Model directory or hub id
+    #[arg(long, value_name = "MODEL")]
     model: PathBuf,
     /// Pairs to score, `-` for standard input: JSON lines with query and content, or TSV
     #[arg(long, value_name = "FILE", default_value = "-")]
@@ -117,8 +117,8 @@ pub struct ScoreArgs {
 /// Arguments of `eval`.
 #[derive(Debug, Args)]
 pub struct EvalArgs {
-    /// Model directory
-    #[arg(long, value_name = "DIR", required_unless_present = "bm25")]
+    /// Model directory or hub id
+    #[arg(long, value_name = "MODEL", required_unless_present = "bm25")]
     model: Option<PathBuf>,
     /// Grouped data, or pointwise data that is gathered by query
     #[arg(long, value_name = "FILE")]

@@ -20,7 +20,7 @@ impl Plan {
     pub fn describe(&self) -> String {
         let json = self.to_json();
         let mut sections: Vec<(&str, Map<String, Value>)> = Vec::new();
-        for name in ["model", "data", "training", "saving", "logging", "parallel"] {
+        for name in ["model", "data", "training", "validation", "saving", "logging", "parallel"] {
             if let Some(Value::Object(fields)) = json.get(name) {
                 sections.push((name, fields.clone()));
             }

@@ -23,9 +23,9 @@ mod tree;
 mod tests;
 
 pub use plan::{
-    DataPlan, DatasetKind, Device, LabelRange, LoggingPlan, LossKind, LrGroup, ModelKind,
+    DataPlan, DatasetKind, Device, LabelRange, LoggingPlan, LossKind, LrGroup, Metric, ModelKind,
     ModelPlan, ParallelPlan, Plan, Precision, Resume, SaveFailure, SavingPlan, Sources, Strategy,
-    Tracker, TrainingPlan, ZeroStage,
+    Tracker, TrainingPlan, ValidationPlan, ZeroStage,
 };
 pub use reader::Origin;
 pub use tree::Place;

@@ -50,6 +50,8 @@ pub struct Plan {
     pub loss: LossKind,
     /// How.
     pub training: TrainingPlan,
+    /// When it is validated, and what follows from that.
+    pub validation: ValidationPlan,
     /// What is kept.
     pub saving: SavingPlan,
     /// What is shown.
@@ -277,6 +279,61 @@ pub struct LrGroup {
     pub keywords: Vec<String>,
     /// The peak learning rate.
     pub lr: f64,
+}
+
+/// Validation while training.
+#[derive(Clone, Debug, Serialize)]
+pub struct ValidationPlan {
+    /// Validate every so many optimizer steps; `None` is after every epoch (`eval_steps`).
+    #[serde(rename = "eval_steps")]
+    pub interval: Option<usize>,
+    /// The figure by which the best model is kept; `None` keeps none (`metric_for_best`).
+    #[serde(rename = "metric_for_best")]
+    pub metric: Option<Metric>,
+    /// Validations in a row without a better figure that end the training
+    /// (`early_stopping_patience`).
+    #[serde(rename = "early_stopping_patience")]
+    pub patience: Option<usize>,
+}
+
+/// Figures of a validation, by which models are compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum Metric {
+    /// The mean loss; less is better.
+    #[serde(rename = "loss")]
+    Loss,
+    /// nDCG at 10.
+    #[serde(rename = "ndcg@10")]
+    NdcgAt10,
+    /// Mean reciprocal rank at 10.
+    #[serde(rename = "mrr@10")]
+    MrrAt10,
+    /// Mean average precision.
+    #[serde(rename = "map")]
+    Map,
+}
+
+impl Metric {
+    /// Whether `value` is better than `other`; never so where one is NaN.
+    #[must_use]
+    pub fn is_better(self, value: f64, other: f64) -> bool {
+        match self {
+            Self::Loss => value < other,
+            Self::NdcgAt10 | Self::MrrAt10 | Self::Map => value > other,
+        }
+    }
+}
+
+impl fmt::Display for Metric {
+    /// The name of `metric_for_best`.
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(match self {
+            Self::Loss => "loss",
+            Self::NdcgAt10 => "ndcg@10",
+            Self::MrrAt10 => "mrr@10",
+            Self::Map => "map",
+        })
+    }
 }
 
 /// What a run keeps.

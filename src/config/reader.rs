@@ -222,8 +222,20 @@ impl<'a> Fields<'a> {
         key: &'static str,
         choices: &[(&str, T)],
     ) -> Result<Option<Setting<T>>> {
+        self.choice_of(&[key], choices)
+    }
+
+    /// As [`Fields::choice`], under `keys[0]` or one of its aliases.
+    ///
+    /// # Errors
+    /// As [`Fields::choice`], or two of the keys at once.
+    pub fn choice_of<T: Copy>(
+        &mut self,
+        keys: &[&'static str],
+        choices: &[(&str, T)],
+    ) -> Result<Option<Setting<T>>> {
         let names: Vec<_> = choices.iter().map(|(name, _)| *name).collect();
-        self.read(&[key], &one_of(&names), |node| {
+        self.read(keys, &one_of(&names), |node| {
             let text = node.text()?;
             choices
                 .iter()

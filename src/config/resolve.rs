@@ -8,7 +8,7 @@ use super::overrides::Overrides;
 use super::parallel::{DistributedType, RawParallel};
 use super::plan::{
     DataPlan, DatasetKind, LabelRange, LoggingPlan, LossKind, LrGroup, ModelKind, ModelPlan, Plan,
-    Precision, Resume, SaveFailure, SavingPlan, Sources, Tracker, TrainingPlan,
+    Precision, Resume, SaveFailure, SavingPlan, Sources, Tracker, TrainingPlan, ValidationPlan,
 };
 use super::reader::{Auto, Fields, Log, Origin, Setting, unknown_override};
 use super::support;
@@ -48,6 +48,7 @@ impl Plan {
                 .map_or(LossKind::PointwiseBce, |setting| setting.value),
             training: resolver.training(&raw_training, &shared, model.kind)?,
             model,
+            validation: validation(&raw_training)?,
             saving: saving(&raw_training, sources)?,
             logging: logging(&raw_training)?,
             parallel,
@@ -405,6 +406,30 @@ fn label_range(raw: &RawTraining) -> Result<LabelRange> {
         }
         _ => Ok(LabelRange { min, max }),
     }
+}
+
+/// What depends on validations needs data to validate on.
+fn validation(raw: &RawTraining) -> Result<ValidationPlan> {
+    let [interval, patience] = [&raw.eval_steps, &raw.early_stopping_patience];
+    let metric = raw.metric_for_best.as_ref();
+    let given = [interval, patience].into_iter().flatten().map(Setting::origin);
+    let given = metric.map(Setting::origin).into_iter().chain(given).next();
+    if let Some(origin) = given
+        && text(raw.val_dataset.as_ref(), "").is_empty()
+    {
+        return Err(origin.error("needs a val_dataset to validate on, and there is none"));
+    }
+    if let (Some(setting), None) = (patience, metric) {
+        return Err(setting.error("needs metric_for_best, which says what has to get better"));
+    }
+    let at_least_one = |setting: &Option<Setting<i64>>| {
+        setting.as_ref().map(|setting| count(Some(setting), 1, 1)).transpose()
+    };
+    Ok(ValidationPlan {
+        interval: at_least_one(interval)?,
+        metric: metric.map(|setting| setting.value),
+        patience: at_least_one(patience)?,
+    })
 }
 
 fn saving(raw: &RawTraining, sources: &Sources) -> Result<SavingPlan> {

@@ -93,6 +93,9 @@ fn defaults_are_those_of_the_specification() {
             "max_grad_norm": null, "weight_decay": 0.01, "special_lr_groups": [],
             "gradient_checkpointing": false, "reduce_in_fp32": false,
         },
+        "validation": {
+            "eval_steps": null, "metric_for_best": null, "early_stopping_patience": null,
+        },
         "saving": {
             "output_dir": "./output", "save_on_epoch_end": false, "num_max_checkpoints": 5,
             "save_steps": null, "resume": "auto", "save_failure": "stop",
@@ -147,6 +150,9 @@ special_lr_groups:
 - {keywords: bias, lr: 1e-3}
 gradient_checkpointing: yes
 reduce_in_fp32: true
+eval_steps: 50
+metric_for_best_model: eval_nDCG@10
+early_stopping_patience: 3
 save_on_epoch_end: 1
 num_max_checkpoints: 2
 save_steps: 100
@@ -178,6 +184,10 @@ log_with: [wandb, TensorBoard]
         })
     );
     assert_eq!(
+        json["validation"],
+        json!({"eval_steps": 50, "metric_for_best": "ndcg@10", "early_stopping_patience": 3})
+    );
+    assert_eq!(
         json["saving"],
         json!({
             "output_dir": "out", "save_on_epoch_end": true, "num_max_checkpoints": 2,
@@ -187,7 +197,7 @@ log_with: [wandb, TensorBoard]
     );
     assert_eq!(json["logging"], json!({"log_interval": 5, "log_with": ["wandb", "tensorboard"]}));
     // Every key but the two flags of the command line was given, so each has an origin.
-    for section in ["model", "data", "training", "saving", "logging"] {
+    for section in ["model", "data", "training", "validation", "saving", "logging"] {
         for key in json[section].as_object().unwrap().keys() {
             let flag = ["overwrite", "skip_bad_records"].contains(&key.as_str());
             assert_eq!(plan.origins.contains_key(key), !flag, "{key}");

@@ -2,7 +2,9 @@
 //!
 //! The keys are those of RAG-Retrieval's reranker training, whose files load unchanged.
 
-use super::plan::{DatasetKind, LossKind, LrGroup, ModelKind, Precision, SaveFailure, Tracker};
+use super::plan::{
+    DatasetKind, LossKind, LrGroup, Metric, ModelKind, Precision, SaveFailure, Tracker,
+};
 use super::reader::{Fields, Setting};
 use super::tree::Place;
 use crate::error::Result;
@@ -48,6 +50,10 @@ pub struct RawTraining {
     pub special_lr_groups: Option<Setting<Vec<RawLrGroup>>>,
     pub gradient_checkpointing: Option<Setting<bool>>,
     pub reduce_in_fp32: Option<Setting<bool>>,
+
+    pub eval_steps: Option<Setting<i64>>,
+    pub metric_for_best: Option<Setting<Metric>>,
+    pub early_stopping_patience: Option<Setting<i64>>,
 
     pub save_on_epoch_end: Option<Setting<bool>>,
     pub num_max_checkpoints: Option<Setting<i64>>,
@@ -95,6 +101,18 @@ const DATASETS: &[(&str, DatasetKind)] =
 const MODELS: &[(&str, ModelKind)] =
     &[("bert_encoder", ModelKind::BertEncoder), ("llm_decoder", ModelKind::LlmDecoder)];
 
+/// The names of `metric_for_best`, with transformers' prefix too.
+const METRICS: &[(&str, Metric)] = &[
+    ("loss", Metric::Loss),
+    ("ndcg@10", Metric::NdcgAt10),
+    ("mrr@10", Metric::MrrAt10),
+    ("map", Metric::Map),
+    ("eval_loss", Metric::Loss),
+    ("eval_ndcg@10", Metric::NdcgAt10),
+    ("eval_mrr@10", Metric::MrrAt10),
+    ("eval_map", Metric::Map),
+];
+
 /// The names of `log_with`.
 pub const TRACKERS: &[(&str, Tracker)] =
     &[("wandb", Tracker::Wandb), ("tensorboard", Tracker::Tensorboard)];
@@ -140,6 +158,10 @@ impl RawTraining {
             special_lr_groups: fields.sections("special_lr_groups", RawLrGroup::read)?,
             gradient_checkpointing: fields.boolean("gradient_checkpointing")?,
             reduce_in_fp32: fields.boolean("reduce_in_fp32")?,
+            eval_steps: fields.integer(&["eval_steps"])?,
+            metric_for_best: fields
+                .choice_of(&["metric_for_best", "metric_for_best_model"], METRICS)?,
+            early_stopping_patience: fields.integer(&["early_stopping_patience"])?,
             save_on_epoch_end: fields.switch("save_on_epoch_end")?,
             num_max_checkpoints: fields.integer(&["num_max_checkpoints"])?,
             save_steps: fields.integer(&["save_steps"])?,

@@ -95,6 +95,28 @@ fn lists_of_positives_and_negatives_as_both() {
 }
 
 #[test]
+fn the_report_names_what_may_surprise() {
+    let text = "{\"query\": \"a\", \"hits\": [{\"content\": \"x\", \"label\": 1}, \
+                {\"content\": \"x\", \"label\": 1}]}\n\
+                {\"query\": \"b\", \"hits\": [{\"content\": \"x\", \"label\": 1}, \
+                {\"content\": \" x\", \"label\": 0}, {\"content\": \" \", \"label\": 0}]}\n\
+                {\"query\": \"c\", \"pos\": [\"y\"], \"neg\": [\"y\", \"\"]}\n\
+                {\"query\": \"d\", \"pos\": [\"y\"], \"pos_scores\": [0.5]}\n";
+    for kind in [DatasetKind::Grouped, DatasetKind::Pointwise] {
+        let notes = load(text, kind).1.notes;
+        assert_eq!(
+            notes,
+            [
+                "2 documents are empty (first at line 2)",
+                "2 documents come again in their record with another label (first at line 2)",
+                "1 records with lists without scores, whose labels are max_label 2 and min_label 0 \
+                 (first at line 3)",
+            ]
+        );
+    }
+}
+
+#[test]
 fn the_kind_comes_from_the_first_record() {
     for (text, kind) in [
         (POINTWISE, DatasetKind::Pointwise),
@@ -220,6 +242,18 @@ const BAD_GROUPED: &[BadLine] = &[
     (
         br#"{"query": "q", "pos": ["d"], "pos_scores": [1, 2]}"#,
         r#""pos_scores" has 2 entries, expected 1 as in "pos""#,
+    ),
+    (
+        br#"{"query": "q", "neg": ["d"], "pos_scores": [1]}"#,
+        r#""pos_scores" has 1 entries, expected 0 as in "pos""#,
+    ),
+    (
+        br#"{"query": "q", "pos": ["d"], "neg": ["e"], "neg_scores": [null]}"#,
+        r#""neg_scores[0]" is null, expected a number"#,
+    ),
+    (
+        br#"{"query": "q", "pos": ["d"], "pos_scores": 1}"#,
+        r#""pos_scores" is a number, expected a list"#,
     ),
 ];
 

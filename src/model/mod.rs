@@ -18,7 +18,7 @@ pub use stage::{ForwardContext, PackedBatch, Parameter, Stage};
 pub fn stages(config: &ModelConfig) -> Vec<Box<dyn Stage>> {
     match &config.trunk {
         Trunk::Encoder(encoder) => encoder::stages(encoder),
-        Trunk::Decoder(decoder) => decoder::stages(decoder),
         Trunk::ModernBert(modernbert) => modernbert::stages(modernbert),
+        Trunk::Decoder(decoder) => decoder::stages(decoder),
     }
 }

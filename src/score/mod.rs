@@ -24,6 +24,7 @@ pub use stream::{Scored, score_stream};
 use crate::comm::{Groups, Solo};
 use crate::engine::{Engine, EngineOptions};
 use crate::error::{Error, Result};
+use crate::hub;
 use crate::model::weights::WeightFiles;
 use crate::model::{ModelConfig, PackedBatch};
 use crate::shard::ParameterGroups;
@@ -68,15 +69,16 @@ pub struct CrossEncoder {
 pub type LlmDecoder = CrossEncoder;
 
 impl CrossEncoder {
-    /// Loads a Hugging Face model directory on the CPU.
+    /// Loads a Hugging Face model, a directory or a hub id ([`hub::resolve`]), on the CPU.
     ///
     /// # Errors
+    /// [`Error::Usage`] when there is no such model;
     /// [`Error::File`] or [`Error::Io`] that names what is missing or wrong in the directory.
     pub fn from_pretrained(dir: impl AsRef<Path>) -> Result<Self> {
         Self::on_device(dir, Device::Cpu)
     }
 
-    /// Loads a Hugging Face model directory on `device`.
+    /// Loads a Hugging Face model, a directory or a hub id ([`hub::resolve`]), on `device`.
     ///
     /// # Errors
     /// As [`CrossEncoder::from_pretrained`]; [`Error::Torch`] when the device has no room.
@@ -94,7 +96,8 @@ impl CrossEncoder {
         device: Device,
         prompt: Option<&str>,
     ) -> Result<Self> {
-        let dir = dir.as_ref();
+        let dir = hub::resolve(&dir.as_ref().to_string_lossy())?.path;
+        let dir = dir.as_path();
         let mut config = ModelConfig::from_dir(dir)?;
         let weights = WeightFiles::open(dir)?;
         let Form { tokenizer, max_len, assumed } =

@@ -15,3 +15,16 @@ pub use lengths::LengthReport;
 pub use pipeline::{PipelineOptions, TokenBatch, WorkItem, token_batches};
 pub use prompt::TokenPrompt;
 pub use tokenizer::{DecoderTemplate, EncodedPair, PairTokenizer, Truncation, pad_token_id};
+
+/// Files that belong to the tokenizer of a model directory, as far as it has them.
+pub const TOKENIZER_FILES: [&str; 9] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+];

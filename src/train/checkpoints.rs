@@ -22,6 +22,9 @@ use crate::error::{Error, Result};
 /// The lock inside the output directory.
 const LOCK: &str = ".lock";
 
+/// The base weights in an identity.
+const WEIGHTS: &str = "base weights (sum of bits)";
+
 /// Settings whose change makes no other run: where and when things are written or shown, how the
 /// work is spread, and what is counted in items per step instead.
 const FREE: [&str; 5] = [
@@ -41,15 +44,13 @@ pub(super) struct Checkpoints<'a> {
 }
 
 /// A checkpoint to go on from.
-pub(super) struct Start {
-    /// Where it is.
-    pub(super) path: PathBuf,
-    /// What it says.
-    pub(super) manifest: Manifest,
+struct Start {
+    path: PathBuf,
+    manifest: Manifest,
 }
 
 /// The checkpoints below an output directory.
-pub(super) fn store(plan: &Plan) -> Store {
+fn store(plan: &Plan) -> Store {
     Store::new(plan.saving.output_dir.join("checkpoints"))
 }
 
@@ -80,7 +81,7 @@ fn begins_anew(plan: &Plan) -> bool {
 ///
 /// # Errors
 /// [`Error::Config`] that says what to do.
-pub(super) fn check(plan: &Plan) -> Result<()> {
+fn check_mixture(plan: &Plan) -> Result<()> {
     let steps = store(plan).steps()?;
     let (Some(newest), Resume::Never, false) =
         (steps.first(), &plan.saving.resume, plan.saving.overwrite)
@@ -97,13 +98,38 @@ pub(super) fn check(plan: &Plan) -> Result<()> {
     ))
 }
 
+/// Looks, before any worker starts, at what the run would go on from: whether there is something
+/// that it must not go on from. Whether every byte is as written is seen later.
+///
+/// # Errors
+/// [`Error::Config`] that says what differs and what to do.
+pub fn check(plan: &Plan, inputs: &Inputs, world_size: usize) -> Result<()> {
+    check_mixture(plan)?;
+    let (store, steps) = match &plan.saving.resume {
+        Resume::Path(path) => {
+            let (store, step) = named(plan, path)?;
+            (store, vec![step])
+        }
+        _ if begins_anew(plan) => return Ok(()),
+        _ => (store(plan), store(plan).steps()?),
+    };
+    let readable = steps.iter().find_map(|&step| {
+        let manifest = Manifest::read(&store.path(step)).ok()?;
+        Some((store.path(step), manifest))
+    });
+    let Some((path, manifest)) = readable else { return Ok(()) };
+    let mut identity = identity(plan, inputs, None)?;
+    identity
+        .0
+        .extend(manifest.identity.0.get(WEIGHTS).map(|sum| (WEIGHTS.to_owned(), sum.clone())));
+    compare(plan, &identity, &path, &manifest, world_size).map(|_| ())
+}
+
 /// The checkpoint to go on from, if any: a whole one of this run. Every byte is read, shared out
 /// over the ranks, which all call it together.
-pub(super) fn find(plan: &Plan, identity: &Identity, groups: &Groups) -> Result<Option<Start>> {
+fn find(plan: &Plan, identity: &Identity, groups: &Groups) -> Result<Option<Start>> {
     if let Resume::Path(path) = &plan.saving.resume {
-        let (store, step) = store_of(path).ok_or_else(|| {
-            plan.error("resume", format!("{} is no checkpoint's directory", path.display()))
-        })?;
+        let (store, step) = named(plan, path)?;
         let manifest = verified(&store, step, groups)?;
         return start(plan, identity, &store, step, manifest, groups).map(Some);
     }
@@ -134,11 +160,21 @@ pub(super) fn find(plan: &Plan, identity: &Identity, groups: &Groups) -> Result<
     }
 }
 
-/// `…/step-N` as a store and a step.
-fn store_of(path: &Path) -> Option<(Store, usize)> {
-    let absolute = std::path::absolute(path).ok()?;
-    let step = absolute.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()?;
-    Some((Store::new(absolute.parent()?.to_owned()), step))
+/// `…/step-N`, as the plan names it, as a store and a step.
+fn named(plan: &Plan, path: &Path) -> Result<(Store, usize)> {
+    let parts = || {
+        let absolute = std::path::absolute(path).ok()?;
+        let step = absolute.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()?;
+        Some((Store::new(absolute.parent()?.to_owned()), step))
+    };
+    parts().filter(|_| path.is_dir()).ok_or_else(|| {
+        let message = format!(
+            "{} is no checkpoint, expected auto, never, or a directory such as \
+             output/checkpoints/step-100",
+            path.display()
+        );
+        plan.error("resume", message)
+    })
 }
 
 /// The manifest of a checkpoint that all ranks have found whole.
@@ -166,31 +202,10 @@ fn start(
     groups: &Groups,
 ) -> Result<Start> {
     let path = store.path(step);
-    let mut differences = manifest.identity.differences(identity);
-    let items = items_per_step(plan, groups.world.world_size());
-    if manifest.items_per_step != items {
-        let there = manifest.items_per_step;
-        let change = format!("items per optimizer step: {there} there, {items} here");
-        if manifest.world_size == groups.world.world_size() {
-            differences.push(change);
-        } else if groups.world.rank() == 0 {
-            warn!("other workers than before: {change}; lr was chosen for the former");
-        }
-    }
-    let list = differences.join("; ");
-    if !differences.is_empty() && !plan.sources.resume_anyway {
-        return Err(plan.error(
-            "resume",
-            format!(
-                "{} is from another run: {list}; go on all the same with --resume-anyway, or begin \
-                 anew with --resume never --overwrite",
-                path.display()
-            ),
-        ));
-    }
+    let notes = compare(plan, identity, &path, &manifest, groups.world.world_size())?;
     if groups.world.rank() == 0 {
-        if !differences.is_empty() {
-            warn!("going on although the run differs: {list}");
+        for note in notes {
+            warn!("{note}");
         }
         let Progress { step, epoch, .. } = manifest.progress;
         info!("going on from {}: step {step}, epoch {}", path.display(), epoch + 1);
@@ -198,13 +213,73 @@ fn start(
     Ok(Start { path, manifest })
 }
 
+/// Compares a checkpoint's run with this one; returns what to warn of.
+fn compare(
+    plan: &Plan,
+    identity: &Identity,
+    path: &Path,
+    manifest: &Manifest,
+    world_size: usize,
+) -> Result<Vec<String>> {
+    let mut differences = manifest.identity.differences(identity);
+    let mut notes = Vec::new();
+    let (there, here) = (manifest.items_per_step, items_per_step(plan, world_size));
+    if there != here {
+        let change = format!("items per optimizer step: {there} there, {here} here");
+        if manifest.world_size == world_size {
+            differences.push(change);
+        } else {
+            notes
+                .push(format!("other workers than before: {change}; lr was chosen for the former"));
+        }
+    }
+    if differences.is_empty() {
+        return Ok(notes);
+    }
+    let list = differences.join("; ");
+    if plan.sources.resume_anyway {
+        notes.push(format!("going on although the run differs: {list}"));
+        return Ok(notes);
+    }
+    let message = format!(
+        "{} is from another run: {list}; go on all the same with --resume-anyway, or begin anew with \
+         --resume never --overwrite",
+        path.display()
+    );
+    Err(plan.error("resume", message))
+}
+
+/// What is to be said before a run about an earlier one in its output directory.
+///
+/// # Errors
+/// [`Error::Io`] when the checkpoints cannot be looked at.
+pub(super) fn outlook(plan: &Plan) -> Result<Option<String>> {
+    let dir = plan.saving.output_dir.display();
+    if let Resume::Path(path) = &plan.saving.resume {
+        return Ok(Some(format!("goes on from {}", path.display())));
+    }
+    if !output::unfinished(plan) {
+        return Ok(None);
+    }
+    let newest = store(plan).steps()?.first().copied();
+    Ok(Some(match (newest, &plan.saving.resume) {
+        (Some(step), Resume::Auto) => {
+            format!(
+                "{dir} holds an unfinished run, which goes on from its checkpoint of step {step}"
+            )
+        }
+        _ => format!("{dir} holds an unfinished run, which begins anew"),
+    }))
+}
+
 /// Items (pairs, or groups) of one optimizer step over all ranks.
-pub(super) fn items_per_step(plan: &Plan, world_size: usize) -> usize {
+fn items_per_step(plan: &Plan, world_size: usize) -> usize {
     plan.training.batch_size * plan.training.accumulation * world_size
 }
 
-/// What makes the run the run that it is: its settings and the contents of what it reads.
-pub(super) fn identity(plan: &Plan, inputs: &Inputs, engine: &Engine) -> Result<Identity> {
+/// What makes the run the run that it is: its settings and the contents of what it reads, the base
+/// weights once they are in an engine.
+fn identity(plan: &Plan, inputs: &Inputs, engine: Option<&Engine>) -> Result<Identity> {
     let json = plan.to_json();
     let mut all = BTreeMap::from([("loss_type".to_owned(), json["loss_type"].clone())]);
     for section in ["model", "data", "training"] {
@@ -217,15 +292,38 @@ pub(super) fn identity(plan: &Plan, inputs: &Inputs, engine: &Engine) -> Result<
     all.insert("training data (CRC-32)".into(), contents(&plan.data.train)?);
     let tokenizer = inputs.model_dir.join("tokenizer.json");
     all.insert("tokenizer (CRC-32)".into(), contents(&tokenizer)?);
-    let sums = engine.units().iter().map(crate::shard::FlatUnit::fingerprint);
-    all.insert("base weights (sum of bits)".into(), json!(sums.fold(0_i64, i64::wrapping_add)));
+    if let Some(engine) = engine {
+        let sums = engine.units().iter().map(crate::shard::FlatUnit::fingerprint);
+        all.insert(WEIGHTS.into(), json!(sums.fold(0_i64, i64::wrapping_add)));
+    }
     Ok(Identity(all))
 }
 
 impl<'a> Checkpoints<'a> {
+    /// Finds what to go on from, takes it up in `engine`, and makes ready for saving. All ranks call
+    /// it together.
+    pub(super) fn open(
+        plan: &'a Plan,
+        inputs: &Inputs,
+        engine: &mut Engine,
+        groups: &Groups,
+        lock: Option<Lock>,
+    ) -> Result<(Self, Option<Manifest>)> {
+        let identity = identity(plan, inputs, Some(engine))?;
+        let start = find(plan, &identity, groups)?;
+        if let Some(Start { path, manifest }) = &start {
+            manifest.restore(path, engine.units(), groups)?;
+            if let Some(loss_scale) = manifest.loss_scale {
+                engine.set_loss_scale(loss_scale);
+            }
+        }
+        let this = Self::new(plan, inputs, identity, groups, lock)?;
+        Ok((this, start.map(|start| start.manifest)))
+    }
+
     /// Makes ready for saving. What earlier runs left half-built is removed, and with a run that
     /// begins anew their checkpoints as well. All ranks call it together.
-    pub(super) fn new(
+    fn new(
         plan: &'a Plan,
         inputs: &Inputs,
         identity: Identity,
@@ -239,7 +337,7 @@ impl<'a> Checkpoints<'a> {
                 store.remove_all()?;
             }
         }
-        let sidecar = Sidecar::of_run(plan, Value::Null);
+        let sidecar = Sidecar::of_run(plan, inputs.model_revision.clone(), Value::Null);
         let model = ModelFiles::read(&inputs.config, &inputs.model_dir, sidecar, MAX_SHARD_BYTES)?;
         let options = SaveOptions {
             identity,
@@ -265,6 +363,8 @@ impl<'a> Checkpoints<'a> {
         let is_due = saving.save_steps.is_some_and(|every| progress.step.is_multiple_of(every))
             || (saving.save_on_epoch_end && last_of_epoch);
         if is_due {
+            let earlier = self.saver.finish(groups);
+            self.judge(earlier)?;
             let outcome = {
                 let loss_scale = engine.loss_scale().copied();
                 let now = Moment { progress, loss_scale, job: job() };

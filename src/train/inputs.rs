@@ -5,11 +5,12 @@ use std::sync::Arc;
 
 use tracing::info;
 
-use super::output;
+use super::{best, checkpoints};
 use crate::config::{self, DatasetKind, ModelKind, Plan, Strategy};
 use crate::data::{CacheOptions, Dataset, LoadOptions, LoadReport, Sampler, SamplerOptions};
 use crate::engine::MemoryForecast;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::hub::{self, ModelDir};
 use crate::model::weights::WeightFiles;
 use crate::model::{ModelConfig, foreign_layer_classes};
 use crate::optim::Schedule;
@@ -25,6 +26,8 @@ const LENGTH_SAMPLE: usize = 256;
 pub struct Inputs {
     /// The base model's directory.
     pub model_dir: PathBuf,
+    /// The hub's commit that it is a snapshot of.
+    pub model_revision: Option<String>,
     /// Its configuration.
     pub config: ModelConfig,
     /// Its weights, on disk.
@@ -53,7 +56,7 @@ impl Inputs {
     /// # Errors
     /// User errors that name the file, the line or the setting.
     pub fn load(plan: &Plan, world_size: usize) -> Result<Self> {
-        let model_dir = model_dir(plan)?;
+        let ModelDir { path: model_dir, revision: model_revision } = model_dir(plan)?;
         let config = model_config(plan, &model_dir)?;
         let weights = WeightFiles::open(&model_dir)?;
         let tokenizer = Arc::new(tokenizer(plan, &model_dir)?);
@@ -64,6 +67,7 @@ impl Inputs {
         let (validation, validation_report) = match &data.validation {
             Some(path) => {
                 let (dataset, report) = load_validation(plan, path, &tokenizer)?;
+                best::check(plan, &dataset)?;
                 (Some(Arc::new(dataset)), Some(report))
             }
             None => (None, None),
@@ -94,6 +98,7 @@ impl Inputs {
         let schedule = Schedule::new(total, training.warmup_proportion, training.stable_proportion);
         Ok(Self {
             model_dir,
+            model_revision,
             config,
             weights,
             tokenizer,
@@ -118,11 +123,17 @@ impl Inputs {
         let lengths = |dataset: &Dataset| {
             LengthReport::measure(dataset, &self.tokenizer, plan.data.max_len, LENGTH_SAMPLE)
         };
-        let mut lines = vec![
+        let mut lines = Vec::new();
+        lines.extend(
+            self.model_revision
+                .iter()
+                .map(|revision| format!("{}: revision {revision} of the hub", plan.model.path)),
+        );
+        lines.extend([
             self.train_report.to_string(),
             lengths(&self.train)?.to_string(),
             self.sampler.report().to_string(),
-        ];
+        ]);
         if let (Some(dataset), Some(report)) = (&self.validation, &self.validation_report) {
             lines.extend([report.to_string(), lengths(dataset)?.to_string()]);
         }
@@ -147,12 +158,7 @@ impl Inputs {
         if self.tokenizer.fixed_tokens() == 0 && plan.model.kind == ModelKind::BertEncoder {
             lines.push("the tokenizer has no pair template: texts are joined as they are".into());
         }
-        if output::unfinished(plan) {
-            lines.push(format!(
-                "{} holds an unfinished run, which starts anew: resuming is not supported yet",
-                plan.saving.output_dir.display()
-            ));
-        }
+        lines.extend(checkpoints::outlook(plan)?);
         lines.push(self.forecast(plan, world_size));
         if !self.initialised.is_empty() {
             lines.push(format!(
@@ -217,20 +223,12 @@ fn shortfall(place: &str, needed: usize, available: Option<usize>) -> Option<Str
     ))
 }
 
-/// The base model's directory.
-fn model_dir(plan: &Plan) -> Result<PathBuf> {
-    let path = PathBuf::from(&plan.model.path);
-    if path.is_dir() {
-        return Ok(path);
-    }
-    Err(plan.error(
-        "model_name_or_path",
-        format!(
-            "no directory {:?} here; expected one with config.json, model.safetensors and \
-             tokenizer.json",
-            plan.model.path
-        ),
-    ))
+/// The base model's directory, downloaded where it is on the hub.
+fn model_dir(plan: &Plan) -> Result<ModelDir> {
+    hub::resolve(&plan.model.path).map_err(|error| match error {
+        Error::Usage(message) => plan.error("model_name_or_path", message),
+        other => other,
+    })
 }
 
 /// The base model's configuration, which must be of the kind that the plan names.

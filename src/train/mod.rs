@@ -1,5 +1,6 @@
 //! The training job of one worker.
 
+mod best;
 mod checkpoints;
 pub mod inputs;
 mod memory;
@@ -11,18 +12,21 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rr_launch::contract::WorkerEnv;
+use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 use tracing::info;
 
+pub use checkpoints::check as check_resume;
 pub use inputs::Inputs;
 pub use output::check as check_output;
 pub use validate::Validation;
 
 use crate::checkpoint::model_dir::MAX_SHARD_BYTES;
+use crate::checkpoint::training::Progress;
 use crate::checkpoint::{SavedModel, Sidecar, save_model};
 use crate::comm::{Communicator, Gloo, Groups, Nccl, Reduction, Solo, reduce_values};
 use crate::config::{self, Plan, Precision, Strategy, ZeroStage};
-use crate::data::{Augment, StepPlan};
+use crate::data::{Augment, Dataset, StepPlan};
 use crate::engine::{Engine, EngineOptions, StepOptions, StepReport, TrainBatch};
 use crate::error::{Error, Result};
 use crate::loss;
@@ -31,6 +35,8 @@ use crate::shard::{FlatUnit, Offload, ParameterGroups, Sharding, Share};
 use crate::text::{PipelineOptions, TokenBatch, WorkItem, token_batches};
 use crate::torch_ext::{nccl, runtime};
 
+use best::{Best, Verdict};
+use checkpoints::Checkpoints;
 use memory::Memory;
 use report::Reporter;
 
@@ -50,6 +56,24 @@ pub fn run(plan: &Plan, env: &WorkerEnv) -> Result<()> {
     let inputs = Inputs::load(plan, env.world_size)?;
     let device = runtime::device(plan.parallel.device, env.local_rank)?;
     let groups = join(plan, env, device)?;
+    let outcome = train(plan, env, &inputs, device, &groups);
+    if outcome.is_err() {
+        // A rank that fails keeps its connections until its process ends: the others, who fail for
+        // want of it, must not end before it and be taken for the cause.
+        std::mem::forget(groups);
+    }
+    outcome
+}
+
+/// Trains in a group of ranks.
+fn train(
+    plan: &Plan,
+    env: &WorkerEnv,
+    inputs: &Inputs,
+    device: Device,
+    groups: &Groups,
+) -> Result<()> {
+    let lock = checkpoints::lock(plan, groups)?;
     if env.rank == 0 {
         inputs.log(plan, env.world_size)?;
     }
@@ -60,17 +84,29 @@ pub fn run(plan: &Plan, env: &WorkerEnv) -> Result<()> {
         Engine::load(&inputs.config, &inputs.weights, plan.training.seed, &rates, options)?;
     check_same_model(&engine, groups.world.as_ref())?;
     engine.prepare_training()?;
+    let (checkpoints, earlier) = Checkpoints::open(plan, inputs, &mut engine, groups, lock)?;
+    let progress = earlier.as_ref().map_or_else(Progress::default, |manifest| manifest.progress);
+    let mut best = Best::new(&plan.validation);
+    if let (Some(best), Some(manifest)) = (&mut best, &earlier) {
+        best.take_up(&manifest.job["best"]);
+    }
     let mut job = Job {
         plan,
-        inputs: &inputs,
-        groups: &groups,
-        reporter: Reporter::new(plan, env, inputs.schedule.total())?,
+        inputs,
+        groups,
+        reporter: Reporter::new(plan, env, inputs.schedule.total(), progress.step)?,
+        best,
+        checkpoints,
+        progress,
+        metrics: earlier.map_or(Value::Null, |manifest| manifest.job["metrics"].clone()),
         engine,
     };
-    let validation = job.train()?;
-    let saving = job.save(validation)?;
+    job.train()?;
+    job.checkpoints.finish(groups)?;
+    let saving = job.save(output::MODEL)?;
     let memory = Memory::gather(&job.engine, saving, groups.world.as_ref())?;
     job.reporter.finish(&memory)?;
+    job.reporter.best(plan, job.best)?;
     groups.world.leave()
 }
 
@@ -179,46 +215,86 @@ struct Job<'a> {
     inputs: &'a Inputs,
     groups: &'a Groups,
     reporter: Reporter,
+    /// Where the plan keeps the best model.
+    best: Option<Best>,
+    checkpoints: Checkpoints<'a>,
+    /// How far the run is.
+    progress: Progress,
+    /// The last validation, null before the first.
+    metrics: Value,
     engine: Engine,
 }
 
 impl Job<'_> {
-    /// All epochs; returns the last validation.
-    fn train(&mut self) -> Result<Option<Validation>> {
-        let mut batches = self.batches()?;
-        let mut step = 0;
-        let mut validation = None;
+    /// All epochs that are left, or fewer where validations stop getting better.
+    fn train(&mut self) -> Result<()> {
         self.reporter.start();
-        for epoch in 0..self.plan.training.epochs {
-            for step_plan in self.inputs.sampler.epoch(epoch) {
+        // An earlier start stopped early, and was interrupted before it ended.
+        if self.best.as_ref().is_some_and(Best::is_over) {
+            return Ok(());
+        }
+        let mut batches = self.batches()?;
+        for epoch in self.progress.epoch..self.plan.training.epochs {
+            let steps = self.inputs.sampler.epoch_from(epoch, self.progress.items);
+            let mut steps = steps.peekable();
+            while let Some(step_plan) = steps.next() {
+                let step = self.progress.step;
+                self.reporter.order(step, &step_plan);
                 let report = self.step(step, &step_plan, &mut batches)?;
                 let lr = self.plan.training.lr * self.inputs.schedule.factor(step);
-                step += 1;
+                let ends_epoch = steps.peek().is_none();
+                self.progress.advance(step_plan.items(), ends_epoch);
+                let step = self.progress.step;
                 self.reporter.step(step, epoch, lr, step_plan.pairs(), &report)?;
-            }
-            if let Some(data) = &self.inputs.validation {
-                let started = Instant::now();
-                let result = validate::validate(
-                    &self.engine,
-                    &self.inputs.tokenizer,
-                    data,
-                    self.plan,
-                    self.groups,
-                )?;
-                self.reporter.validation(step, epoch, &result, started.elapsed())?;
-                validation = Some(result);
+                let is_over = self.validate_where_due(epoch, ends_epoch)? == Verdict::Stop;
+                let kept =
+                    || json!({"best": self.best.map(Best::to_json), "metrics": self.metrics});
+                self.checkpoints.after_step(self.progress, kept, &self.engine, self.groups)?;
+                if is_over {
+                    return Ok(());
+                }
             }
         }
-        Ok(validation)
+        Ok(())
+    }
+
+    /// Validates where the plan asks for it after this step.
+    fn validate_where_due(&mut self, epoch: usize, ends_epoch: bool) -> Result<Verdict> {
+        let Some(data) = &self.inputs.validation else { return Ok(Verdict::Worse) };
+        let step = self.progress.step;
+        let is_due = match self.plan.validation.interval {
+            Some(interval) => step.is_multiple_of(interval) || step == self.inputs.schedule.total(),
+            None => ends_epoch,
+        };
+        if is_due { self.validate(data, step, epoch) } else { Ok(Verdict::Worse) }
+    }
+
+    /// Validates on all ranks, and keeps the model where it is the best so far.
+    fn validate(&mut self, data: &Arc<Dataset>, step: usize, epoch: usize) -> Result<Verdict> {
+        let started = Instant::now();
+        let (plan, groups) = (self.plan, self.groups);
+        let result = validate::validate(&self.engine, &self.inputs.tokenizer, data, plan, groups)?;
+        self.metrics = result.to_json();
+        let verdict = match &mut self.best {
+            Some(best) => best.judge(step, &result)?,
+            None => Verdict::Worse,
+        };
+        if verdict == Verdict::Best {
+            self.save(output::BEST)?;
+        }
+        let is_best = self.best.is_some().then_some(verdict == Verdict::Best);
+        self.reporter.validation(step, epoch, &result, is_best, started.elapsed())?;
+        Ok(verdict)
     }
 
     /// This rank's micro-batches of the whole run, tokenized in the background.
     fn batches(&self) -> Result<impl Iterator<Item = Result<TokenBatch>> + use<>> {
         let rank = self.groups.world.rank();
         let sampler = Arc::clone(&self.inputs.sampler);
-        let items = (0..self.plan.training.epochs).flat_map(move |epoch| {
+        let Progress { epoch: first, items: used, .. } = self.progress;
+        let items = (first..self.plan.training.epochs).flat_map(move |epoch| {
             sampler
-                .epoch(epoch)
+                .epoch_from(epoch, if epoch == first { used } else { 0 })
                 .flat_map(|step| step.micro_batches)
                 .map(move |micro| WorkItem::of_rank(&micro, rank, epoch))
         });
@@ -259,16 +335,17 @@ impl Job<'_> {
         self.engine.train_step(micro, options, self.groups)
     }
 
-    /// Returns the most bytes of parameters that this rank held meanwhile.
-    fn save(&mut self, validation: Option<Validation>) -> Result<usize> {
+    /// Saves the model as the directory `name` of the output directory, with the metrics of the last
+    /// validation; returns the most bytes of parameters that this rank held meanwhile.
+    fn save(&self, name: &str) -> Result<usize> {
         let started = Instant::now();
-        let target = self.plan.saving.output_dir.join(output::MODEL);
-        let metrics = validation.map_or(serde_json::Value::Null, |v| v.to_json());
+        let target = self.plan.saving.output_dir.join(name);
+        let metrics = self.metrics.clone();
         let model = SavedModel {
             units: self.engine.units(),
             config: &self.inputs.config,
             base: &self.inputs.model_dir,
-            sidecar: &Sidecar::of_run(self.plan, metrics),
+            sidecar: &Sidecar::of_run(self.plan, self.inputs.model_revision.clone(), metrics),
             max_shard_bytes: MAX_SHARD_BYTES,
         };
         let most_held = save_model(model, &target, self.groups)?;

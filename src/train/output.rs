@@ -9,6 +9,8 @@ use crate::error::Result;
 
 /// The final model, inside the output directory.
 pub(super) const MODEL: &str = "model";
+/// The model of the best validation, inside the output directory.
+pub(super) const BEST: &str = "best";
 /// Logs and metrics, inside the output directory.
 pub(super) const RUNS: &str = "runs";
 

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tch::Tensor;
 
 use crate::comm::{Communicator, Groups, Reduction, reduce_values};
-use crate::config::{DatasetKind, LossKind, Plan};
+use crate::config::{DatasetKind, LossKind, Metric, Plan};
 use crate::data::{Dataset, SamplerOptions, sampler};
 use crate::engine::Engine;
 use crate::error::Result;
@@ -29,6 +29,17 @@ pub struct Validation {
 }
 
 impl Validation {
+    /// The figure that `metric` names; `None` where the data does not give it.
+    #[must_use]
+    pub fn figure(&self, metric: Metric) -> Option<f64> {
+        match metric {
+            Metric::Loss => self.loss,
+            Metric::NdcgAt10 => self.ranking.map(|ranking| ranking.ndcg_at_10),
+            Metric::MrrAt10 => self.ranking.map(|ranking| ranking.mrr_at_10),
+            Metric::Map => self.ranking.map(|ranking| ranking.map),
+        }
+    }
+
     /// The figures by name, for `metrics.jsonl` and `reranker.json`.
     #[must_use]
     pub fn to_json(&self) -> Value {

@@ -13,8 +13,9 @@ use std::time::{Duration, Instant};
 /// Far beyond what anything here takes, even on a machine that is busy with other things.
 const DEADLINE: Duration = Duration::from_secs(120);
 
-/// Variables from which a worker learns its place in a job.
-const CONTRACT: [&str; 7] = ["RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "RR_", "SLURM_", "OMPI_"];
+/// Variables from which a worker learns its place in a job, and those of the Hugging Face hub.
+const FOREIGN: [&str; 9] =
+    ["RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "RR_", "SLURM_", "OMPI_", "HF_", "HUGGING"];
 
 /// How a program ended.
 #[derive(Debug)]
@@ -40,10 +41,12 @@ fn program(path: &Path, dir: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(path);
     for (name, _) in std::env::vars_os() {
         let known = name.to_string_lossy();
-        if known == "RUST_LOG" || CONTRACT.iter().any(|prefix| known.starts_with(prefix)) {
+        if known == "RUST_LOG" || FOREIGN.iter().any(|prefix| known.starts_with(prefix)) {
             command.env_remove(&name);
         }
     }
+    // No test leaves the machine.
+    command.env("HF_HOME", "hf").env("HF_HUB_OFFLINE", "1").env("NO_PROXY", "127.0.0.1,localhost");
     // Tiny models: a pool of threads costs more than it gives.
     command.env("OMP_NUM_THREADS", "1").current_dir(dir).args(args).stdin(Stdio::null());
     command

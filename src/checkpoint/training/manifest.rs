@@ -33,6 +33,18 @@ pub struct Progress {
     pub items: usize,
 }
 
+impl Progress {
+    /// A step was taken, which used `items` of the epoch, and perhaps ended it.
+    pub fn advance(&mut self, items: usize, ends_epoch: bool) {
+        self.step += 1;
+        self.items += items;
+        if ends_epoch {
+            self.epoch += 1;
+            self.items = 0;
+        }
+    }
+}
+
 /// What a run trains on and how, by name. A run goes on from its own checkpoints only.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(transparent)]

@@ -34,12 +34,16 @@ fn damaged(path: &Path, message: impl Into<String>) -> Error {
 }
 
 /// Kills the process at a place of the commit protocol, where a test asks for that: the variable
-/// `RR_FAIL_POINT` names the place, with `:N` for its N-th visit.
+/// `RR_FAIL_POINT` names the place, with `:N` for its N-th visit and `@R` for rank R alone.
 fn fail_point(place: &str) {
     use std::sync::atomic::{AtomicUsize, Ordering};
     static VISITS: AtomicUsize = AtomicUsize::new(0);
     let Some(wanted) = std::env::var("RR_FAIL_POINT").ok() else { return };
-    let (name, visit) = wanted.split_once(':').unwrap_or((&wanted, "1"));
+    let (wanted, rank) = wanted.split_once('@').map_or((&*wanted, None), |(w, r)| (w, Some(r)));
+    if rank.is_some_and(|rank| std::env::var("RANK").is_ok_and(|own| own != rank)) {
+        return;
+    }
+    let (name, visit) = wanted.split_once(':').unwrap_or((wanted, "1"));
     if name == place && VISITS.fetch_add(1, Ordering::Relaxed) + 1 == visit.parse().unwrap_or(1) {
         crate::torch_ext::runtime::kill_this_process();
     }

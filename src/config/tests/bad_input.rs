@@ -128,6 +128,36 @@ fn settings_out_of_range_are_one_line_with_a_position() {
     refused(&table);
 }
 
+#[test]
+fn what_depends_on_validation_needs_it() {
+    let table = [
+        (
+            "metric_for_best: map",
+            "training.yaml:4:18: metric_for_best: needs a val_dataset to validate on, and there is \
+             none",
+        ),
+        (
+            "eval_steps: 5",
+            "training.yaml:4:13: eval_steps: needs a val_dataset to validate on, and there is none",
+        ),
+        (
+            "eval_steps: 0\nval_dataset: v",
+            "training.yaml:4:13: eval_steps: expected an integer of at least 1, found 0",
+        ),
+        (
+            "early_stopping_patience: 2\nval_dataset: v",
+            "training.yaml:4:26: early_stopping_patience: needs metric_for_best, which says what \
+             has to get better",
+        ),
+        (
+            "metric_for_best: accuracy\nval_dataset: v",
+            "training.yaml:4:18: metric_for_best: expected loss, ndcg@10, mrr@10, map, eval_loss, \
+             eval_ndcg@10, eval_mrr@10 or eval_map, found the text \"accuracy\"",
+        ),
+    ];
+    refused(&table);
+}
+
 fn refused(table: &[(&str, &str)]) {
     for (yaml, message) in table {
         assert_eq!(&Case::new(yaml).resolve().unwrap_err(), message, "{yaml}");
@@ -395,14 +425,8 @@ fn what_the_engine_cannot_do_is_refused() {
              use 0; the final model is always saved",
         ),
         (
-            "save_steps: 5",
-            "training.yaml:4:13: save_steps: saving checkpoints is not supported yet; use null; \
-             the final model is always saved",
-        ),
-        (
-            "resume: there",
-            "training.yaml:4:9: resume: resuming a checkpoint is not supported yet; use auto or \
-             never",
+            "save_failure: ignore",
+            "training.yaml:4:15: save_failure: expected stop or continue, found the text \"ignore\"",
         ),
         (
             "log_with: wandb",

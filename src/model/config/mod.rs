@@ -86,7 +86,7 @@ impl Trunk {
         if let Some(decoder) = decoder::read(model_type, raw) {
             return decoder.map(Self::Decoder);
         }
-        let supported: Vec<_> = families
+        let supported: Vec<&str> = families
             .iter()
             .map(|family| family.model_type)
             .chain([modernbert::MODEL_TYPE])
@@ -173,8 +173,7 @@ impl ModelConfig {
     pub fn segments(&self) -> Option<usize> {
         match &self.trunk {
             Trunk::Encoder(encoder) => Some(encoder.type_vocab_size as usize),
-            Trunk::ModernBert(_) => None,
-            Trunk::Decoder(_) => None,
+            Trunk::ModernBert(_) | Trunk::Decoder(_) => None,
         }
     }
 

@@ -66,13 +66,13 @@ impl Place {
         Self { element, shape, strides, offset }
     }
 
-    /// Row `index` of a table `[rows, H]`, as `[1, H]`.
+    /// One row of a matrix of floats, `[1, H]`.
     fn row(&self, index: i64, kind: Kind) -> Self {
-        let elements = (index * self.strides[0]) as usize;
-        let offset = self.offset + (elements * kind.elt_size_in_bytes()) as u64;
-        let (mut shape, strides) = (self.shape.clone(), self.strides.clone());
-        shape[0] = 1;
-        Self { element: self.element.clone(), shape, strides, offset }
+        let before = (index * self.strides[0]) as usize * kind.elt_size_in_bytes();
+        let mut row = self.clone();
+        row.shape[0] = 1;
+        row.offset += before as u64;
+        row
     }
 
     /// Elements from the first to the last, gaps included; `None` where that is no 64-bit number.
@@ -180,38 +180,20 @@ impl WeightFiles {
     /// [`Error::File`] or [`Error::Io`] that names the tensor or the file.
     pub fn read(&self, spec: &TensorSpec) -> Result<Option<Tensor>> {
         match (self.find(spec)?, spec.init) {
-            (Some((file, place, kind)), _) => self.read_place(file, place, kind).map(Some),
+            (Some((file, place, kind)), _) => self.read_at(file, place, kind).map(Some),
             (None, Init::TokenRows { positive, negative, .. }) => {
                 let (file, table, kind) = self.token_table(spec)?;
-                let row = |row| self.read_place(file, &table.row(row, kind), kind);
-                let positive = row(positive)?;
+                let row = |token| self.read_at(file, &table.row(token, kind), kind);
                 Ok(Some(match negative {
-                    Some(negative) => positive.f_sub(&row(negative)?)?,
-                    None => positive,
+                    Some(negative) => row(positive)?.f_sub(&row(negative)?)?,
+                    None => row(positive)?,
                 }))
             }
             (None, _) => Ok(None),
         }
     }
 
-    /// The table that `spec`, of [`Init::TokenRows`], takes its rows from.
-    fn token_table(&self, spec: &TensorSpec) -> Result<(usize, &Place, Kind)> {
-        let Init::TokenRows { tables, rows, .. } = spec.init else {
-            unreachable!("only token rows come from a table")
-        };
-        let shape = [rows, spec.shape[1]];
-        let find = |name: &str| self.find(&TensorSpec::new(name, &shape).or_init(Init::Zeros));
-        match find(tables[0])? {
-            Some(found) => Ok(found),
-            None => find(tables[1])?.ok_or_else(|| Error::File {
-                path: self.dir.clone(),
-                message: format!("neither {} nor {} is in the weights", tables[0], tables[1]),
-            }),
-        }
-    }
-
-    /// A tensor as fp32 on the CPU.
-    fn read_place(&self, file: usize, place: &Place, kind: Kind) -> Result<Tensor> {
+    fn read_at(&self, file: usize, place: &Place, kind: Kind) -> Result<Tensor> {
         let (path, file) = &self.files[file];
         // Checked against the file when it was opened.
         let span = place.span().unwrap_or(0) as usize;
@@ -224,6 +206,24 @@ impl WeightFiles {
         let flat = Tensor::f_from_data_size(&bytes, &[span as i64], kind)?;
         let tensor = flat.f_as_strided(&place.shape[..], &place.strides[..], None)?;
         Ok(tensor.f_to_kind(Kind::Float)?.f_contiguous()?)
+    }
+
+    /// The table that `spec`, of [`Init::TokenRows`], takes its rows from.
+    fn token_table(&self, spec: &TensorSpec) -> Result<(usize, &Place, Kind)> {
+        let Init::TokenRows { tables, rows, .. } = spec.init else {
+            unreachable!("only token rows come from a table")
+        };
+        let shape = [rows, spec.shape[1]];
+        for table in tables {
+            let table = TensorSpec::new(table, &shape).or_init(Init::Zeros);
+            if let Some(found) = self.find(&table)? {
+                return Ok(found);
+            }
+        }
+        Err(Error::File {
+            path: self.dir.clone(),
+            message: format!("neither {} nor {} is in the weights", tables[0], tables[1]),
+        })
     }
 
     fn find(&self, spec: &TensorSpec) -> Result<Option<(usize, &Place, Kind)>> {

@@ -1,0 +1,112 @@
+//! The cache of Python's `huggingface_hub` on disk.
+//!
+//! `models--ORG--NAME/` holds `blobs/ETAG`, the contents; `snapshots/COMMIT/FILE`, links to them; and
+//! `refs/BRANCH`, the commit of a branch. A download in progress is `blobs/ETAG.incomplete`, under
+//! the lock `.locks/models--ORG--NAME/ETAG.lock`, which Python takes too.
+
+use std::fs::{self, File, OpenOptions};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+
+use super::client::{Client, Failure};
+use super::files;
+use crate::error::{Error, Result};
+
+/// The place of one model in the cache.
+pub(super) struct CachedModel {
+    dir: PathBuf,
+    locks: PathBuf,
+}
+
+impl CachedModel {
+    /// The place of `name` (`name` or `org/name`) in `cache`; nothing is created.
+    pub(super) fn new(cache: &Path, name: &str) -> Self {
+        let folder = format!("models--{}", name.replace('/', "--"));
+        Self { dir: cache.join(&folder), locks: cache.join(".locks").join(&folder) }
+    }
+
+    /// Where the files of `commit` are.
+    pub(super) fn snapshot_dir(&self, commit: &str) -> PathBuf {
+        self.dir.join("snapshots").join(commit)
+    }
+
+    /// The snapshot of `revision`, a branch, tag or commit, with its commit, where all of it is here.
+    pub(super) fn snapshot(&self, revision: &str) -> Option<(PathBuf, String)> {
+        let commit = fs::read_to_string(self.dir.join("refs").join(revision));
+        let commit = commit.map_or_else(|_| revision.to_owned(), |commit| commit.trim().to_owned());
+        let dir = self.snapshot_dir(&commit);
+        files::is_complete(&dir).then_some((dir, commit))
+    }
+
+    /// Notes that the branch or tag `revision` is at `commit`.
+    pub(super) fn write_ref(&self, revision: &str, commit: &str) -> Result<()> {
+        if revision == commit {
+            return Ok(());
+        }
+        let path = self.dir.join("refs").join(revision);
+        create_parent(&path)?;
+        fs::write(&path, commit).map_err(io(&path, "write"))
+    }
+
+    /// The file `name` of `commit`, downloaded where it is not here.
+    pub(super) fn fetch(
+        &self,
+        client: &Client,
+        commit: &str,
+        name: &str,
+    ) -> Result<PathBuf, Failure> {
+        let link = self.snapshot_dir(commit).join(name);
+        if link.exists() {
+            return Ok(link);
+        }
+        let remote = client.head(commit, name)?;
+        let _lock = self.lock(&remote.etag)?;
+        if link.exists() {
+            // Another process has fetched it while this one waited.
+            return Ok(link);
+        }
+        let blob = self.dir.join("blobs").join(&remote.etag);
+        let is_whole = fs::metadata(&blob).is_ok_and(|data| data.len() == remote.size);
+        if !is_whole {
+            create_parent(&blob)?;
+            let partial = blob.with_file_name(format!("{}.incomplete", remote.etag));
+            client.download(commit, name, remote.size, &partial)?;
+            fs::rename(&partial, &blob).map_err(io(&blob, "rename to"))?;
+        }
+        create_parent(&link)?;
+        point(&link, &blob)?;
+        Ok(link)
+    }
+
+    /// Waits until no other process fetches `etag`; the lock goes with the file that is returned.
+    fn lock(&self, etag: &str) -> Result<File> {
+        let path = self.locks.join(format!("{etag}.lock"));
+        create_parent(&path)?;
+        let file = OpenOptions::new().create(true).append(true).open(&path);
+        let file = file.map_err(io(&path, "create"))?;
+        flock(&file, FlockOperation::LockExclusive)
+            .map_err(|errno| io(&path, "lock")(errno.into()))?;
+        Ok(file)
+    }
+}
+
+/// Points `link`, a file of a snapshot, to `blob`; copies it where links cannot be made.
+fn point(link: &Path, blob: &Path) -> Result<()> {
+    // A link that leads nowhere.
+    let _ = fs::remove_file(link);
+    let target = Path::new("../../blobs").join(blob.file_name().unwrap_or_default());
+    std::os::unix::fs::symlink(target, link)
+        .or_else(|_| fs::copy(blob, link).map(drop))
+        .map_err(io(link, "link"))
+}
+
+fn create_parent(path: &Path) -> Result<()> {
+    let parent = path.parent().unwrap_or(Path::new("."));
+    fs::create_dir_all(parent).map_err(io(parent, "create the directory"))
+}
+
+fn io(path: &Path, action: &'static str) -> impl FnOnce(std::io::Error) -> Error {
+    let path = path.to_owned();
+    move |source| Error::Io { path, action, source }
+}

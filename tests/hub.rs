@@ -1,0 +1,254 @@
+//! Models by hub id: what is fetched and what is not, broken connections, refusals, and the cache
+//! that training workers, scoring and Python read.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+#[path = "common/hub_server.rs"]
+mod hub_server;
+#[path = "common/launch.rs"]
+mod launch;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use hub_server::{COMMIT, HubServer, Manner, etag};
+use launch::{copy_model, launcher, output_of, reranker, run};
+use serde_json::Value;
+use tempfile::TempDir;
+
+const PAIRS: &str = "{\"query\": \"how to boil water\", \"content\": \"heat the water\"}\n";
+
+/// A folder to work in, with data and a configuration that trains `org/name`.
+fn folder() -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let record = r#"{"query": "how to boil water", "content": "heat the water", "label": 1}"#;
+    let config = "model_name_or_path: org/name\nmodel_type: bert_encoder\n\
+                  train_dataset: train.jsonl\noutput_dir: out\nmax_len: 32\nepochs: 1\n";
+    fs::write(dir.path().join("train.jsonl"), format!("{record}\n{record}\n")).unwrap();
+    fs::write(dir.path().join("t.yaml"), config).unwrap();
+    fs::write(dir.path().join("pairs.jsonl"), PAIRS).unwrap();
+    dir
+}
+
+/// The files of a golden model, with some that nobody here needs.
+fn model(case: &str) -> BTreeMap<String, Vec<u8>> {
+    let dir = tempfile::tempdir().unwrap();
+    copy_model(case, &dir.path().join("m"));
+    let files = fs::read_dir(dir.path().join("m")).unwrap().map(|entry| {
+        let path = entry.unwrap().path();
+        (path.file_name().unwrap().to_str().unwrap().to_owned(), fs::read(path).unwrap())
+    });
+    let mut files: BTreeMap<_, _> = files.collect();
+    for extra in ["model.onnx", "onnx/model.onnx", "flax_model.msgpack", "README.md"] {
+        files.insert(extra.into(), b"not needed".to_vec());
+    }
+    files
+}
+
+fn score(dir: &Path, name: &str) -> Command {
+    reranker(dir, &["score", "--model", name, "--input", "pairs.jsonl", "--device", "cpu"])
+}
+
+/// The command with this server as its hub.
+fn online<'a>(command: &'a mut Command, server: &HubServer) -> &'a mut Command {
+    command.env_remove("HF_HUB_OFFLINE").env("HF_ENDPOINT", &server.url)
+}
+
+fn snapshot_of(dir: &Path) -> PathBuf {
+    dir.join("hf/hub/models--org--name/snapshots").join(COMMIT)
+}
+
+fn error_of(command: &mut Command) -> String {
+    let outcome = run(command);
+    assert_eq!(outcome.code, Some(2), "{}", outcome.stderr);
+    let line = outcome.stderr.lines().find(|line| line.starts_with("error: "));
+    line.unwrap_or_else(|| panic!("no error in {}", outcome.stderr)).to_owned()
+}
+
+#[test]
+fn a_launch_fetches_once_what_it_needs_and_records_the_revision() {
+    let (dir, server) = (folder(), HubServer::start(model("bert_tiny"), Manner::default()));
+    let args = ["--cpu", "--nproc", "2", "--config", "t.yaml"];
+    output_of(online(&mut launcher(dir.path(), &args), &server));
+
+    let listing = "GET /api/models/org/name/revision/main";
+    assert_eq!(server.count(listing), 1, "only the check asks: {:?}", server.seen());
+    let downloads: Vec<_> =
+        server.seen().into_iter().filter(|l| l.starts_with("GET /cdn")).collect();
+    assert_eq!(downloads, ["GET /cdn/model.safetensors"]);
+    assert_eq!(server.count("GET /org/name/resolve"), 4, "{:?}", server.seen());
+    let cached = fs::read_dir(snapshot_of(dir.path())).unwrap().count();
+    assert_eq!(cached, 4, "config.json, two of the tokenizer, model.safetensors");
+
+    let sidecar = fs::read_to_string(dir.path().join("out/model/reranker.json")).unwrap();
+    let sidecar: Value = serde_json::from_str(&sidecar).unwrap();
+    assert_eq!(
+        (&sidecar["base_model"], &sidecar["base_revision"]),
+        (&"org/name".into(), &COMMIT.into())
+    );
+
+    // From the cache, offline: the same scores as from the directory that the server serves.
+    copy_model("bert_tiny", &dir.path().join("plain"));
+    let (before, by_id) = (server.seen().len(), output_of(&mut score(dir.path(), "org/name")));
+    assert_eq!(by_id, output_of(&mut score(dir.path(), "plain")));
+    output_of(&mut score(dir.path(), &format!("org/name@{COMMIT}")));
+    output_of(online(&mut score(dir.path(), "org/name"), &server));
+    assert_eq!(server.seen().len(), before, "what is cached is not asked for");
+}
+
+#[test]
+fn the_cache_is_the_one_of_huggingface_hub() {
+    let (dir, files) = (folder(), model("bert_tiny"));
+    let server = HubServer::start(files.clone(), Manner::default());
+    output_of(online(&mut score(dir.path(), "org/name@v1"), &server));
+    let root = dir.path().join("hf/hub/models--org--name");
+    assert_eq!(fs::read_to_string(root.join("refs/v1")).unwrap(), COMMIT);
+    let link = snapshot_of(dir.path()).join("model.safetensors");
+    let bytes = &files["model.safetensors"];
+    let target = Path::new("../../blobs").join(etag(bytes));
+    assert_eq!(fs::read_link(&link).unwrap(), target);
+    assert_eq!(&fs::read(&link).unwrap(), bytes);
+    let left = fs::read_dir(root.join("blobs")).unwrap().map(|entry| entry.unwrap().file_name());
+    assert!(left.into_iter().all(|name| !name.to_str().unwrap().ends_with(".incomplete")));
+}
+
+#[test]
+fn a_broken_connection_is_taken_up_where_it_broke() {
+    for ignores_ranges in [false, true] {
+        let (dir, files) = (folder(), model("bert_tiny"));
+        let manner = Manner { cut_at: Some(3000), ignores_ranges, ..Manner::default() };
+        let server = HubServer::start(files.clone(), manner);
+        let outcome = run(online(&mut score(dir.path(), "org/name"), &server));
+        assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+        assert!(outcome.stderr.contains("broke off at 3000 of"), "{}", outcome.stderr);
+        let downloads: Vec<_> =
+            server.seen().into_iter().filter(|line| line.starts_with("GET /cdn")).collect();
+        assert_eq!(
+            downloads,
+            ["GET /cdn/model.safetensors", "GET /cdn/model.safetensors bytes=3000-"]
+        );
+        let got = fs::read(snapshot_of(dir.path()).join("model.safetensors")).unwrap();
+        assert_eq!(got, files["model.safetensors"]);
+    }
+}
+
+#[test]
+fn what_an_ended_process_left_is_completed() {
+    let files = model("bert_tiny");
+    let bytes = &files["model.safetensors"];
+    let too_long = [&bytes[..], b"x"].concat();
+    for (left, expected) in [
+        (&bytes[..1000], Some("GET /cdn/model.safetensors bytes=1000-")),
+        (&bytes[..], None),
+        (&too_long[..], Some("GET /cdn/model.safetensors")),
+    ] {
+        let (dir, server) = (folder(), HubServer::start(files.clone(), Manner::default()));
+        let blobs = dir.path().join("hf/hub/models--org--name/blobs");
+        fs::create_dir_all(&blobs).unwrap();
+        fs::write(blobs.join(format!("{}.incomplete", etag(bytes))), left).unwrap();
+        output_of(online(&mut score(dir.path(), "org/name"), &server));
+        let download = server.seen().into_iter().find(|line| line.starts_with("GET /cdn"));
+        assert_eq!(download.as_deref(), expected);
+        assert_eq!(&fs::read(snapshot_of(dir.path()).join("model.safetensors")).unwrap(), bytes);
+    }
+}
+
+#[test]
+fn processes_that_want_the_same_model_fetch_it_once() {
+    let (dir, server) = (folder(), HubServer::start(model("bert_tiny"), Manner::default()));
+    let start = || online(&mut score(dir.path(), "org/name"), &server).spawn().unwrap();
+    let children: Vec<_> = (0..3).map(|_| start()).collect();
+    for mut child in children {
+        assert!(child.wait().unwrap().success());
+    }
+    assert_eq!(server.count("GET /cdn/model.safetensors"), 1, "{:?}", server.seen());
+}
+
+#[test]
+fn shards_are_fetched_by_their_index() {
+    let (dir, server) = (folder(), HubServer::start(model("bert_odd"), Manner::default()));
+    output_of(online(&mut score(dir.path(), "org/name"), &server));
+    assert_eq!(server.count("GET /cdn/model-0000"), 3, "{:?}", server.seen());
+    // A shard that is gone is fetched again, and nothing else.
+    fs::remove_file(snapshot_of(dir.path()).join("model-00002-of-00003.safetensors")).unwrap();
+    let blobs = dir.path().join("hf/hub/models--org--name/blobs");
+    fs::remove_dir_all(blobs).unwrap();
+    output_of(online(&mut score(dir.path(), "org/name"), &server));
+    assert_eq!(server.count("GET /cdn/model-00002"), 2, "{:?}", server.seen());
+}
+
+#[test]
+fn a_token_opens_a_private_model() {
+    let manner = Manner { token: Some("hf_secret".into()), ..Manner::default() };
+    let (dir, server) = (folder(), HubServer::start(model("bert_tiny"), manner));
+    let error = error_of(online(&mut score(dir.path(), "org/name"), &server));
+    assert_eq!(
+        error,
+        format!(
+            "error: no directory \"org/name\" here, and {} has no such model, or hides it from \
+             requests without a token (HTTP 401); give a directory, check the name, or set \
+             HF_TOKEN to a token that may read it",
+            server.url
+        )
+    );
+    let error =
+        error_of(online(score(dir.path(), "org/name").env("HF_TOKEN", "hf_wrong"), &server));
+    assert!(error.contains("hides it from your token"), "{error}");
+    fs::create_dir(dir.path().join("hf")).unwrap();
+    fs::write(dir.path().join("hf/token"), "hf_secret\n").unwrap();
+    output_of(online(&mut score(dir.path(), "org/name"), &server));
+}
+
+#[test]
+fn refusals_are_told_apart() {
+    for (status, code, expected) in [
+        ("403 Forbidden", "GatedRepo", "refuses access to org/name (HTTP 403); accept its terms"),
+        ("401 Unauthorized", "GatedRepo", "refuses access to org/name (HTTP 401)"),
+        ("404 Not Found", "RepoNotFound", "has no such model"),
+        ("400 Bad Request", "", "does not hand out org/name: HTTP 400"),
+    ] {
+        let manner = Manner { refuses: Some((status, code)), ..Manner::default() };
+        let (dir, server) = (folder(), HubServer::start(model("bert_tiny"), manner));
+        let error = error_of(online(&mut score(dir.path(), "org/name"), &server));
+        assert!(error.contains(expected), "{error}");
+        assert!(!dir.path().join("hf").exists(), "nothing is written");
+    }
+    let (dir, server) = (folder(), HubServer::start(model("bert_tiny"), Manner::default()));
+    let error = error_of(online(&mut score(dir.path(), "org/name@v2"), &server));
+    assert!(error.contains("has no revision \"v2\" of org/name"), "{error}");
+    let mut files = model("bert_tiny");
+    files.remove("model.safetensors");
+    let server = HubServer::start(files, Manner::default());
+    let error = error_of(online(&mut score(dir.path(), "org/name"), &server));
+    assert!(error.contains("no weights there; expected model.safetensors or"), "{error}");
+}
+
+#[test]
+fn without_a_hub_the_message_names_the_places() {
+    let dir = folder();
+    let error = error_of(&mut score(dir.path(), "org/name"));
+    assert_eq!(
+        error,
+        "error: no directory \"org/name\" here, and the Hugging Face cache hf/hub does not hold \
+         that model in full, while HF_HUB_OFFLINE forbids fetching it; give a directory, or fetch \
+         the model once without HF_HUB_OFFLINE"
+    );
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let nobody = format!("http://{}", listener.local_addr().unwrap());
+    drop(listener);
+    let mut command = score(dir.path(), "org/name");
+    let error = error_of(command.env_remove("HF_HUB_OFFLINE").env("HF_ENDPOINT", &nobody));
+    assert!(error.contains("the Hugging Face cache hf/hub does not hold"), "{error}");
+    assert!(error.contains(&format!("fetching it from {nobody} failed: ")), "{error}");
+    let mut command = reranker(dir.path(), &["check", "--config", "t.yaml"]);
+    let error = error_of(&mut command);
+    assert!(error.starts_with("error: t.yaml:1:21: model_name_or_path: no directory"), "{error}");
+    for (name, expected) in [
+        ("./org/name", "does not read as a hub id"),
+        ("pairs.jsonl", "is a file, expected a model directory"),
+    ] {
+        let error = error_of(&mut score(dir.path(), name));
+        assert!(error.contains(expected), "{error}");
+    }
+}
