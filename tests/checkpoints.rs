@@ -262,7 +262,7 @@ fn leftovers_are_cleared_and_directories_held() {
     let path = root.path().join(".lock");
     let first = Lock::take(&path, "run 7 (host a, process 12)").unwrap();
     let message = Lock::take(&path, "run 8").unwrap_err().to_string();
-    assert!(message.contains("is in use by run 7 (host a, process 12)"), "{message}");
+    assert!(message.contains("is held by run 7 (host a, process 12)"), "{message}");
     drop(first);
     Lock::take(&path, "run 8").unwrap();
 }

@@ -16,13 +16,11 @@ struct Refusal {
     instead: &'static str,
 }
 
-const REFUSALS: &[Refusal] = &[
-    Refusal {
-        key: "num_labels",
-        asks: |plan| (plan.model.num_labels != 1).then(|| plan.model.num_labels.to_string()),
-        instead: "use 1: a reranker gives one score per pair",
-    },
-];
+const REFUSALS: &[Refusal] = &[Refusal {
+    key: "num_labels",
+    asks: |plan| (plan.model.num_labels != 1).then(|| plan.model.num_labels.to_string()),
+    instead: "use 1: a reranker gives one score per pair",
+}];
 
 /// Refuses the first thing in `plan` that the engine cannot do yet.
 ///

@@ -19,7 +19,7 @@ use crate::config::{Plan, Resume, SaveFailure};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 
-/// The lock inside the output directory.
+/// The lock inside the directory of logs and metrics.
 const LOCK: &str = ".lock";
 
 /// The base weights in an identity.
@@ -59,8 +59,8 @@ pub(super) fn lock(plan: &Plan, groups: &Groups) -> Result<Option<Lock>> {
     if groups.world.rank() != 0 {
         return Ok(None);
     }
-    let dir = &plan.saving.output_dir;
-    crate::atomic::create_dir(dir)?;
+    let dir = plan.saving.output_dir.join(output::RUNS);
+    crate::atomic::create_dir(&dir)?;
     let run = std::env::var(rr_launch::contract::vars::RR_RUN_ID).unwrap_or_default();
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let holder = format!(

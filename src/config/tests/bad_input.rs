@@ -420,11 +420,6 @@ fn what_the_engine_cannot_do_is_refused() {
              score per pair",
         ),
         (
-            "save_on_epoch_end: 1",
-            "training.yaml:4:20: save_on_epoch_end: a checkpoint per epoch is not supported yet; \
-             use 0; the final model is always saved",
-        ),
-        (
             "save_failure: ignore",
             "training.yaml:4:15: save_failure: expected stop or continue, found the text \"ignore\"",
         ),
