@@ -8,9 +8,10 @@ batched=True)` with the same fast tokenizer, without its start-up, by one proces
 tokenizer's own threads and by a process a core; the faster one of the two counts. Both take turns.
 
 With `--large` it also shows what memory ours takes at one and at ten million pairs, no peer: the
-most that `reranker check` holds while it builds the cache and when it finds it, and the most that a
-worker holds that trains a tiny model from it, for some steps. Memory is told apart into anonymous,
-which the process alone holds, and all resident pages, with those of mapped files among them.
+most that `reranker check` holds while it builds the cache and when it finds it, and the most that
+any process of a launch holds that trains a tiny model for some steps, after its own check has built
+the cache for that model's tokenizer. Memory is told apart into anonymous, which the process alone
+holds, and all resident pages, with those of mapped files among them.
 
 usage: load_tokenize.py [--model DIR] [--pairs 50000] [--rounds 3] [--large] [--result FILE]
 """
