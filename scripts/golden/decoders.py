@@ -85,7 +85,7 @@ CASES = {
                 "high_freq_factor": 4.0,
                 "original_max_position_embeddings": 32,
             },
-            initializer_range=0.2,
+            initializer_range=0.12,
         ),
         template=TEMPLATE,
         max_len=POSITIONS,
