@@ -84,6 +84,7 @@ fn check(args: &CheckArgs) -> Result<()> {
     }
     let inputs = train::Inputs::load(&plan, workers)?;
     train::check_resume(&plan, &inputs, workers)?;
+    train::check_trackers(&plan)?;
     if args.for_launch {
         let launch = LaunchPlan {
             processes: plan.parallel.processes,

@@ -22,11 +22,6 @@ const REFUSALS: &[Refusal] = &[
         asks: |plan| (plan.model.num_labels != 1).then(|| plan.model.num_labels.to_string()),
         instead: "use 1: a reranker gives one score per pair",
     },
-    Refusal {
-        key: "log_with",
-        asks: |plan| (!plan.logging.trackers.is_empty()).then(|| "a tracker".into()),
-        instead: "use null; metrics.jsonl is always written",
-    },
 ];
 
 /// Refuses the first thing in `plan` that the engine cannot do yet.

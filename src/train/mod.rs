@@ -6,6 +6,7 @@ pub mod inputs;
 mod memory;
 mod output;
 mod report;
+mod trackers;
 mod validate;
 
 use std::sync::Arc;
@@ -19,6 +20,7 @@ use tracing::info;
 pub use checkpoints::check as check_resume;
 pub use inputs::Inputs;
 pub use output::check as check_output;
+pub use trackers::check as check_trackers;
 pub use validate::Validation;
 
 use crate::checkpoint::model_dir::MAX_SHARD_BYTES;

@@ -428,11 +428,6 @@ fn what_the_engine_cannot_do_is_refused() {
             "save_failure: ignore",
             "training.yaml:4:15: save_failure: expected stop or continue, found the text \"ignore\"",
         ),
-        (
-            "log_with: wandb",
-            "training.yaml:4:11: log_with: a tracker is not supported yet; use null; \
-             metrics.jsonl is always written",
-        ),
     ];
     for (yaml, message) in training {
         assert_eq!(Case::new(yaml).load().unwrap_err(), message, "{yaml}");
