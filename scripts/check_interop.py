@@ -25,6 +25,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils import logging
 
@@ -67,7 +68,8 @@ def joined_logits(
     directory: Path, texts: dict, pairs: list[tuple[str, str]]
 ) -> list[float]:
     """One logit a pair by a decoder, in batches of eight that transformers pads at the right."""
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    # As tokenizer.json says: AutoTokenizer would build the tokenizer that the family usually has.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
     template = [texts[key] for key in ("query_format", "seq", "document_format", "special_token")]
     model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32)
     model.eval()
