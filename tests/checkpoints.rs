@@ -29,7 +29,7 @@ fn identity() -> Identity {
     Identity(BTreeMap::from([("lr".to_owned(), json!(1e-3))]))
 }
 
-fn saver(root: &Path, keep: usize, groups: &Groups) -> Saver {
+fn saver_into(root: &Path, keep: usize, groups: &Groups) -> Saver {
     let base = golden_dir("bert_odd");
     let config = ModelConfig::from_dir(&base).unwrap();
     let sidecar: Sidecar = serde_json::from_value(json!({
@@ -64,7 +64,7 @@ fn train_and_save(case: Case, root: &Path, saves: &'static [usize]) -> Parameter
     let root = root.to_owned();
     let outcomes = on_ranks(case, None, move |groups| {
         let mut trainer = Trainer::new(case, groups);
-        let mut saver = saver(&root, 5, groups);
+        let mut saver = saver_into(&root, 5, groups);
         let mut done = 0;
         for &step in saves {
             trainer.steps(done, step, groups);
@@ -229,7 +229,7 @@ fn old_checkpoints_go_and_what_is_no_checkpoint_stays() {
     let dir = root.path().to_owned();
     on_ranks(case, None, move |groups| {
         let mut trainer = Trainer::new(case, groups);
-        let mut saver = saver(&dir, 2, groups);
+        let mut saver = saver_into(&dir, 2, groups);
         for step in 2..6 {
             trainer.steps(step, step + 1, groups);
             save(&mut saver, step, json!(null), &trainer, groups);
@@ -244,7 +244,7 @@ fn old_checkpoints_go_and_what_is_no_checkpoint_stays() {
     let dir = root.path().to_owned();
     on_ranks(Case { ranks: 1, ..case }, None, move |groups| {
         let trainer = Trainer::new(Case { ranks: 1, ..case }, groups);
-        let mut saver = saver(&dir, 2, groups);
+        let mut saver = saver_into(&dir, 2, groups);
         save(&mut saver, 3, json!(null), &trainer, groups);
         saver.finish(groups).unwrap();
     });

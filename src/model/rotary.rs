@@ -105,7 +105,7 @@ impl Rotary {
                 Ok(plain.map(|frequency| frequency / factor as f32))
             }
             "llama3" => raw.llama3(key, plain, original),
-            "yarn" => raw.yarn(key, plain, theta, original, max_positions as f64),
+            "yarn" => raw.yarn(key, &plain, theta, original, max_positions as f64),
             other => Err(format!(
                 "{key}: rope_type {other:?} is not supported, expected default, linear, dynamic, \
                  llama3 or yarn"
@@ -184,7 +184,7 @@ impl RawRope {
     fn yarn(
         &self,
         key: &str,
-        plain: Rotary,
+        plain: &Rotary,
         theta: f64,
         original: f64,
         max_positions: f64,
@@ -205,7 +205,7 @@ impl RawRope {
             (low, high) = (low.floor(), high.ceil());
         }
         let (low, high) = (low.max(0.0), high.min(dim - 1.0));
-        let width = if high > low || high < low { high - low } else { 0.001 };
+        let width = if high == low { 0.001 } else { high - low };
         let frequencies = plain.frequencies.iter().enumerate().map(|(pair, &frequency)| {
             let ramp = ((pair as f64 - low) / width).clamp(0.0, 1.0) as f32;
             (frequency / factor as f32) * ramp + frequency * (1.0 - ramp)

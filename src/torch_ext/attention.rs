@@ -22,12 +22,11 @@ impl CuSeqlens {
     /// # Errors
     /// [`Error::Torch`] when the device has no room.
     pub fn new(boundaries: &[i64], device: Device) -> Result<Self> {
-        let on_device = match device {
-            Device::Cpu => None,
-            _ => {
-                let narrow = Tensor::f_from_slice(boundaries)?.f_to_kind(Kind::Int)?;
-                Some(narrow.f_to_device(device)?)
-            }
+        let on_device = if device == Device::Cpu {
+            None
+        } else {
+            let narrow = Tensor::f_from_slice(boundaries)?.f_to_kind(Kind::Int)?;
+            Some(narrow.f_to_device(device)?)
         };
         let longest = boundaries.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or(0);
         Ok(Self { host: boundaries.to_vec(), device: on_device, longest })
@@ -349,9 +348,8 @@ fn cpu_kernel(
             [Some(fp32(query)?), Some(fp32(key)?), Some(fp32(value)?)]
         }
     };
-    let [q, k, v] = parts
-        .each_ref()
-        .map(|part| part.as_ref().map_or(std::ptr::null(), |tensor| tensor.as_ptr()));
+    let [q, k, v] =
+        parts.each_ref().map(|part| part.as_ref().map_or(std::ptr::null(), Tensor::as_ptr));
     let raw = options.raw();
     let mut out = std::ptr::null_mut();
     // SAFETY: `raw` points to a slice that outlives the call; the C++ side copies it. The tensors

@@ -110,7 +110,7 @@ impl Reporter {
             let direct = std::io::stderr().is_terminal();
             let status = (direct || env.progress).then(|| Status { drawn: Instant::now(), direct });
             let trackers = Trackers::start(plan, &dir, done)?;
-            Some(Sink { path, file, status, trackers })
+            Some(Sink { path, file, trackers, status })
         } else {
             None
         };

@@ -9,6 +9,7 @@ use crate::model::stage::NO_PADDING;
 use crate::torch_ext::attention::Window;
 
 /// The hyper-parameters of a decoder.
+#[allow(clippy::struct_excessive_bools, reason = "each is an option of config.json")]
 #[derive(Debug, Clone, PartialEq)]
 pub struct DecoderConfig {
     /// The class of transformers that loads the saved model.
@@ -198,11 +199,13 @@ struct RawDecoder {
     use_sliding_window: Option<bool>,
     /// Absent and null differ.
     #[serde(default, deserialize_with = "present")]
+    #[expect(clippy::option_option, reason = "outside: present; inside: not null")]
     sliding_window: Option<Option<i64>>,
     max_window_layers: Option<i64>,
     layer_types: Option<Vec<String>>,
     use_bidirectional_attention: Option<bool>,
     #[serde(default, deserialize_with = "present")]
+    #[expect(clippy::option_option, reason = "outside: present; inside: not null")]
     pad_token_id: Option<Option<i64>>,
 }
 
@@ -332,14 +335,12 @@ impl RawDecoder {
             (Sliding::SomeLayers, types) => {
                 let window =
                     if self.use_sliding_window == Some(true) { window } else { Window::CAUSAL };
-                match types {
-                    Some(types) => of_layer_types(types, layers, window),
-                    None => {
-                        let first = self.max_window_layers.unwrap_or(28);
-                        let of = |layer| if layer >= first { window } else { Window::CAUSAL };
-                        Ok((0..layers).map(of).collect())
-                    }
+                if let Some(types) = types {
+                    return of_layer_types(types, layers, window);
                 }
+                let first = self.max_window_layers.unwrap_or(28);
+                let of = |layer| if layer >= first { window } else { Window::CAUSAL };
+                Ok((0..layers).map(of).collect())
             }
         }
     }
