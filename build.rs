@@ -3,7 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
-const SOURCES: [&str; 4] = ["autograd.cpp", "attention.cpp", "gloo.cpp", "stream.cpp"];
+const SOURCES: [&str; 5] =
+    ["autograd.cpp", "attention.cpp", "attention_cuda.cpp", "gloo.cpp", "stream.cpp"];
 
 fn main() {
     let lib = PathBuf::from(

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Scores pairs with a model of ours through transformers and sentence-transformers, and compares.
+"""Scores pairs with models of ours through transformers and sentence-transformers, and compares.
 
 Proof that `<output_dir>/model` is an ordinary Hugging Face directory: both libraries load it, and
 give the scores that `reranker score` gave, within 1e-5. Exit code 1 where they do not.
 
-usage: check_interop.py MODEL_DIR PAIRS.jsonl SCORES.jsonl
-       PAIRS    {"query", "content"} a line; at most 200 are compared
-       SCORES   {"index", "logit", "score"} a line, in the order of PAIRS, by `reranker score`
+usage: check_interop.py PAIRS.jsonl OUTPUT_DIR...
+       PAIRS        {"query", "content"} a line; of the first 200 those are compared whose query
+                    leaves room for a document, at least 16
+       OUTPUT_DIR   of a run, with `model/`, and with `scores.jsonl` by `reranker score` of PAIRS
 """
 
 import argparse
@@ -20,17 +21,31 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from sentence_transformers import CrossEncoder
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging
+
+from golden.text import encode_joined
 
 TOLERANCE = 1e-5
 MOST_PAIRS = 200
+LEAST_PAIRS = 16
 
 
 def read_jsonl(path: Path) -> list[dict]:
     """The first MOST_PAIRS records."""
     with path.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in islice(lines, MOST_PAIRS)]
+
+
+def leaves_room(tokenizer: PreTrainedTokenizerBase, query: str, max_len: int) -> bool:
+    """Whether a token of a document fits behind the query; transformers refuses what does not."""
+    query_length = len(tokenizer(query, add_special_tokens=False)["input_ids"])
+    return query_length + tokenizer.num_special_tokens_to_add(pair=True) < max_len
 
 
 def transformers_logits(directory: Path, pairs: list[tuple[str, str]], max_len: int) -> list[float]:
@@ -49,6 +64,27 @@ def transformers_logits(directory: Path, pairs: list[tuple[str, str]], max_len: 
     return logits
 
 
+def joined_logits(
+    directory: Path, texts: dict, pairs: list[tuple[str, str]]
+) -> list[float]:
+    """One logit a pair by a decoder, in batches of eight that transformers pads at the right."""
+    # As tokenizer.json says: AutoTokenizer would build the tokenizer that the family usually has.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+    template = [texts[key] for key in ("query_format", "seq", "document_format", "special_token")]
+    model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32)
+    model.eval()
+    encoded = [
+        encode_joined(tokenizer, template, query.strip(), document.strip(), texts["max_len"])
+        for query, document in pairs
+    ]
+    logits = []
+    for first in range(0, len(encoded), 8):
+        inputs = tokenizer.pad(encoded[first : first + 8], return_tensors="pt")
+        with torch.no_grad():
+            logits += model(**inputs).logits.squeeze(-1).tolist()
+    return logits
+
+
 def cross_encoder_scores(
     directory: Path, pairs: list[tuple[str, str]], max_len: int
 ) -> list[float]:
@@ -62,36 +98,54 @@ def compare(library: str, field: str, theirs: list[float], ours: list[float]) ->
     """Prints the largest difference; true when it is within the tolerance."""
     gaps = [abs(a - b) for a, b in zip(theirs, ours, strict=True)]
     largest = max(gaps)
-    print(f"{library}: largest difference in {field} {largest:.2e} (pair {gaps.index(largest)})")
+    print(f"  {library}: largest difference in {field} {largest:.2e} (pair {gaps.index(largest)})")
     # Written so that NaN fails.
     return largest <= TOLERANCE
+
+
+def check(run: Path, pairs: list[tuple[str, str]]) -> bool:
+    """Whether both libraries give the scores of this run's model."""
+    model = run / "model"
+    texts = json.loads((model / "reranker.json").read_text("utf-8"))
+    max_len = texts["max_len"]
+    family = json.loads((model / "config.json").read_text("utf-8"))["model_type"]
+    scores = read_jsonl(run / "scores.jsonl")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if [r["index"] for r in scores] != list(range(len(pairs))):
+        print(
+            f"{run}/scores.jsonl: {len(scores)} scores out of order or of other pairs;"
+            f" expected index 0 to {len(pairs) - 1}"
+        )
+        return False
+    if texts["model_type"] == "llm_decoder":
+        print(f"{run} ({family}): {len(pairs)} pairs, joined as text")
+        logits = joined_logits(model, texts, pairs)
+        return compare("transformers", "logit", logits, [r["logit"] for r in scores])
+    fit = [i for i, (query, _) in enumerate(pairs) if leaves_room(tokenizer, query, max_len)]
+    print(f"{run} ({family}): {len(fit)} of {len(pairs)} pairs leave room for a document")
+    pairs, scores = [pairs[i] for i in fit], [scores[i] for i in fit]
+    logits = transformers_logits(model, pairs, max_len)
+    sigmoids = cross_encoder_scores(model, pairs, max_len)
+    return len(fit) >= LEAST_PAIRS and all(
+        [
+            compare("transformers", "logit", logits, [r["logit"] for r in scores]),
+            compare("sentence-transformers", "score", sigmoids, [r["score"] for r in scores]),
+        ]
+    )
 
 
 def main() -> int:
     """Parses the arguments, scores with both libraries, compares."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    for name in ("model_dir", "pairs", "scores"):
-        parser.add_argument(name, type=Path)
+    parser.add_argument("pairs", type=Path)
+    parser.add_argument("output_dir", type=Path, nargs="+")
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 
-    max_len = json.loads((arguments.model_dir / "reranker.json").read_text("utf-8"))["max_len"]
     pairs = [(r["query"], r["content"]) for r in read_jsonl(arguments.pairs)]
-    scores = read_jsonl(arguments.scores)
-    if not pairs or [r["index"] for r in scores] != list(range(len(pairs))):
-        print(
-            f"{arguments.scores}: {len(scores)} scores out of order or of other pairs;"
-            f" expected index 0 to {len(pairs) - 1}"
-        )
-        return 1
-    logits = transformers_logits(arguments.model_dir, pairs, max_len)
-    sigmoids = cross_encoder_scores(arguments.model_dir, pairs, max_len)
-    agree = [
-        compare("transformers", "logit", logits, [r["logit"] for r in scores]),
-        compare("sentence-transformers", "score", sigmoids, [r["score"] for r in scores]),
-    ]
-    print(f"{len(pairs)} pairs: {'same scores' if all(agree) else f'more than {TOLERANCE} apart'}")
+    agree = [check(run, pairs) for run in arguments.output_dir]
+    print(f"{sum(agree)} of {len(agree)} models: same scores within {TOLERANCE}")
     return 0 if all(agree) else 1
 
 

@@ -21,10 +21,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from golden import curve, models, tables, text
+from golden import checkpoints, curve, decoders, models, prompts, tables, text
 
+CASES = models.CASES | decoders.CASES
 ROOT = Path(__file__).resolve().parent.parent / "tests" / "golden"
 MADE_WITH = {
     "command": "python scripts/make_golden.py",
@@ -36,17 +37,17 @@ TOLERANCE = 1e-6
 CURVE_TOLERANCE = 1e-4
 
 
-def case_description(case: str) -> dict:
+def case_description(case: models.Case) -> dict:
     """golden.json: the inputs and settings behind golden.safetensors."""
     description = {
         "made_with": MADE_WITH,
-        "max_len": text.MAX_LEN,
-        "pairs": [{"query": q, "content": d} for q, d in text.PAIRS],
-        "labels": text.LABELS,
+        "max_len": case.max_len,
+        "pairs": [{"query": q, "content": d} for q, d in case.pairs],
+        "labels": case.labels,
         "reference": "fp64 arithmetic on the fp32 weights, one pair at a time, evaluation mode, "
         "stored as fp32",
     }
-    if case == "bert_tiny":
+    if case.curves:
         description["curves"] = {
             c.name: {
                 "steps": curve.STEPS,
@@ -54,7 +55,7 @@ def case_description(case: str) -> dict:
                 "gradient_accumulation_steps": c.accumulation,
                 "max_grad_norm": c.max_grad_norm,
             }
-            for c in curve.CURVES
+            for c in (curve.CURVES[name] for name in case.curves)
         }
         description["optimizer"] = {
             "name": "AdamW",
@@ -62,7 +63,7 @@ def case_description(case: str) -> dict:
             "betas": [0.9, 0.999],
             "eps": 1e-8,
             "weight_decay": curve.WEIGHT_DECAY,
-            "not_decayed": list(curve.NOT_DECAYED),
+            "not_decayed": "biases and normalisation weights",
             "warmup_steps": curve.WARMUP_STEPS,
             "stable_steps": curve.STABLE_STEPS,
             "schedule": "t is the 0-based optimizer step, w = warmup_steps, s = stable_steps; "
@@ -74,17 +75,23 @@ def case_description(case: str) -> dict:
     return description
 
 
-def case_tensors(case: str, directory: Path) -> dict[str, torch.Tensor]:
+def case_tensors(case: models.Case, directory: Path) -> dict[str, torch.Tensor]:
     """golden.safetensors, computed from the saved model in `directory`."""
-    encoded = models.encode_pairs(AutoTokenizer.from_pretrained(directory))
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    if case.prompt is not None:
+        model = models.load_model(case, directory, torch.float64)
+        return prompts.tensors(case.prompt, model, tokenizer, case.pairs, case.max_len)
+    encoded = models.encode_pairs(case, tokenizer)
     tensors = models.input_tensors(encoded)
+    if case.auto_class is not AutoModelForSequenceClassification:
+        return tensors
     exact = models.load_model(case, directory, torch.float64)
-    if case == "bert_nohead":
-        return tensors | models.trunk_tensors(exact, encoded)
-    tensors |= models.loss_tensors(exact, encoded)
-    if case == "bert_tiny":
-        for run in curve.CURVES:
-            tensors |= curve.train(models.load_model(case, directory, torch.float32), encoded, run)
+    tensors |= models.loss_tensors(case, exact, encoded)
+    for name in case.curves:
+        model, run = models.load_model(case, directory, torch.float32), curve.CURVES[name]
+        tensors |= curve.train(model, encoded, run)
+        if case.final:
+            tensors |= curve.final_tensors(model, run)
     return tensors
 
 
@@ -95,7 +102,6 @@ def write_json(path: Path, value: object) -> None:
 
 def table_files() -> dict[str, object]:
     """The golden files that need no model, by name."""
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "bert_tiny")
     metric_definitions = {
         "ndcg@10": "gain 2^label - 1, discount log2(rank + 1), ideal over all hits; 0 without gain",
         "mrr@10": "1 / rank of the first hit with label > 0, 0 below rank 10",
@@ -116,23 +122,29 @@ def table_files() -> dict[str, object]:
         },
         "truncation.json": {
             "made_with": MADE_WITH,
-            "tokenizer": "bert_tiny",
             "rules": {
                 "only_second": "transformers, truncation='only_second'",
                 "long_query": "no room for the document (transformers refuses): it becomes empty, "
                 "and the query is cut at its end so that the pair has max_len tokens",
             },
-            "cases": text.truncation_cases(tokenizer),
+            "tokenizers": {
+                case: text.truncation_cases(AutoTokenizer.from_pretrained(ROOT / case))
+                for case in ("bert_tiny", "roberta_tiny", "xlm_roberta_odd")
+            },
         },
     }
 
 
 def write_golden(output: Path) -> None:
     """Computes every golden file from the models in tests/golden, into `output`."""
-    for case in models.CASES:
-        (output / case).mkdir(parents=True, exist_ok=True)
-        save_file(case_tensors(case, ROOT / case), output / case / "golden.safetensors")
-        write_json(output / case / "golden.json", case_description(case))
+    for name, case in CASES.items():
+        (output / name).mkdir(parents=True, exist_ok=True)
+        save_file(case_tensors(case, ROOT / name), output / name / "golden.safetensors")
+        write_json(output / name / "golden.json", case_description(case))
+    (output / "torch_files").mkdir(exist_ok=True)
+    for name in ("archive", "older"):
+        tensors = checkpoints.expected_tensors(ROOT / "torch_files" / f"{name}.bin")
+        save_file(tensors, output / "torch_files" / f"{name}.safetensors")
     for name, content in table_files().items():
         write_json(output / name, content)
 
@@ -158,8 +170,7 @@ def tensor_differences(fresh: Path, stored: Path, where: str) -> list[str]:
         trained = "curve" in name or name.startswith("final.")
         tolerance = CURVE_TOLERANCE if trained else TOLERANCE
         same_shape = new[name].shape == old[name].shape
-        # Written so that NaN is a difference.
-        if not (same_shape and (new[name] - old[name]).abs().max() <= tolerance):
+        if not (same_shape and torch.allclose(new[name], old[name], rtol=0.0, atol=tolerance)):
             found.append(f"{where}: {name}")
     return found
 
@@ -195,8 +206,9 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     if arguments.check:
         return check()
-    for seed, case in enumerate(models.CASES, start=1):
-        models.write_model(case, ROOT / case, seed)
+    for seed, (name, case) in enumerate(CASES.items(), start=1):
+        models.write_model(case, ROOT / name, seed)
+    checkpoints.write_torch_files(ROOT / "torch_files")
     write_golden(ROOT)
     size = sum(p.stat().st_size for p in ROOT.rglob("*") if p.is_file())
     print(f"{ROOT}: {size / 1e6:.2f} MB")

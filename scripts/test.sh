@@ -11,6 +11,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly STEPS=(fmt clippy doc build test linkage golden training quickstart interop gpu torchrun)
 readonly BIN=${CARGO_TARGET_DIR:-target}/release
+# The model in tests/golden that stands for its family.
+readonly FAMILIES=(roberta_tiny xlm_roberta_odd modernbert_tiny modernbert_odd)
+readonly DECODERS=(qwen2_tiny qwen3_odd llama_odd mistral_tiny gemma_tiny)
 export QUICKSTART_OUTPUT=output/test-quickstart
 
 current=""
@@ -88,15 +91,31 @@ step_training() {
 
 step_quickstart() { scripts/quickstart.sh --short; }
 
-# On the model that the quick start trained, with documents that have to be truncated among the pairs.
+# On the model that the quick start trained, and on one of each family, tiny and trained for a few
+# steps; with documents that have to be truncated among the pairs.
 step_interop() {
-    local files=$QUICKSTART_OUTPUT.files model=$QUICKSTART_OUTPUT/model
-    [[ -f $model/reranker.json ]] || step_quickstart
+    local files=$QUICKSTART_OUTPUT.files case run kind runs=("$QUICKSTART_OUTPUT")
+    [[ -f $QUICKSTART_OUTPUT/model/reranker.json ]] || step_quickstart
     head -n 64 example_data/eval_pointwise.jsonl >"$files/interop_pairs.jsonl"
-    "$BIN/reranker" score --model "$model" --input "$files/interop_pairs.jsonl" \
-        >"$files/interop_scores.jsonl"
-    "$python" scripts/check_interop.py "$model" "$files"/interop_{pairs,scores}.jsonl
-    "$python" scripts/check_hub_cache.py "$BIN/reranker" "$model"
+    head -n 64 example_data/train_pointwise.jsonl >"$files/interop_train.jsonl"
+    for case in "${FAMILIES[@]}" "${DECODERS[@]}"; do
+        run=$files/$case
+        kind=(model_type=bert_encoder)
+        if [[ " ${DECODERS[*]} " == *" $case "* ]]; then
+            kind=(model_type=llm_decoder special_token="'[SEP]'" seq="' : '")
+        fi
+        "$BIN/reranker" train --device cpu --overwrite --config config/quickstart.yaml \
+            --set model_name_or_path="tests/golden/$case" --set output_dir="$run" \
+            --set train_dataset="$files/interop_train.jsonl" --set max_len=48 --set epochs=1 \
+            "${kind[@]/#/--set=}"
+        runs+=("$run")
+    done
+    for run in "${runs[@]}"; do
+        "$BIN/reranker" score --model "$run/model" --input "$files/interop_pairs.jsonl" \
+            >"$run/scores.jsonl"
+    done
+    "$python" scripts/check_interop.py "$files/interop_pairs.jsonl" "${runs[@]}"
+    "$python" scripts/check_hub_cache.py "$BIN/reranker" "$QUICKSTART_OUTPUT/model"
 }
 
 step_gpu() {

@@ -4,7 +4,9 @@
 mod common;
 
 use common::{floats, relative, worst};
-use reranker::torch_ext::attention::{AttentionOptions, packed_attention, per_sequence};
+use reranker::torch_ext::attention::{
+    AttentionOptions, CuSeqlens, Projections, Window, packed_attention, per_sequence,
+};
 use tch::{Device, Kind, Tensor};
 
 const DROPOUT: f64 = 0.3;
@@ -14,7 +16,9 @@ const DROPOUT: f64 = 0.3;
 struct Case {
     cu_seqlens: Vec<i64>,
     heads: i64,
+    kv_heads: i64,
     dim: i64,
+    window: Window,
 }
 
 impl Case {
@@ -23,7 +27,11 @@ impl Case {
         for length in lengths {
             cu_seqlens.push(cu_seqlens[cu_seqlens.len() - 1] + length);
         }
-        Self { cu_seqlens, heads, dim }
+        Self { cu_seqlens, heads, kv_heads: heads, dim, window: Window::FULL }
+    }
+
+    fn with(self, kv_heads: i64, window: Window) -> Self {
+        Self { kv_heads, window, ..self }
     }
 
     fn tokens(&self) -> i64 {
@@ -34,15 +42,40 @@ impl Case {
         self.heads * self.dim
     }
 
-    /// Normal values `[T, 3 * heads * dim]`, the same for the same seed.
+    /// Normal values `[T, (heads + 2 * kv_heads) * dim]`, the same for the same seed.
     fn qkv(&self, seed: i64) -> Tensor {
-        random(&[self.tokens(), 3 * self.width()], seed)
+        random(&[self.tokens(), (self.heads + 2 * self.kv_heads) * self.dim], seed)
+    }
+
+    /// Calls `attend` with this case's options.
+    fn options<R>(&self, dropout: f64, seed: i64, attend: impl Fn(AttentionOptions<'_>) -> R) -> R {
+        let cu_seqlens = CuSeqlens::new(&self.cu_seqlens, Device::Cpu).unwrap();
+        attend(AttentionOptions {
+            cu_seqlens: &cu_seqlens,
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            window: self.window,
+            scale: 1.0 / (self.dim as f64).sqrt(),
+            dropout,
+            seed,
+        })
     }
 
     fn ours(&self, qkv: &Tensor, dropout: f64, seed: i64) -> Tensor {
-        let options =
-            AttentionOptions { cu_seqlens: &self.cu_seqlens, heads: self.heads, dropout, seed };
-        packed_attention(qkv, options).unwrap()
+        self.options(dropout, seed, |o| packed_attention(Projections::Fused(qkv), o).unwrap())
+    }
+
+    /// Queries, keys and values by themselves: views whose rows stand apart.
+    fn ours_split(&self, qkv: &Tensor, dropout: f64, seed: i64) -> Tensor {
+        let [query, key, value] = self.split(qkv);
+        let split = Projections::Split { query: &query, key: &key, value: &value };
+        self.options(dropout, seed, |o| packed_attention(split, o).unwrap())
+    }
+
+    fn split(&self, qkv: &Tensor) -> [Tensor; 3] {
+        let heads = [self.heads, self.kv_heads, self.kv_heads];
+        let all = qkv.view([self.tokens(), heads.iter().sum(), self.dim]);
+        all.split_with_sizes(heads, 1).try_into().unwrap()
     }
 
     /// softmax(q kᵀ / √d) v of every sequence in the precision of `qkv`; where given, `keep` holds
@@ -54,13 +87,13 @@ impl Case {
             if length == 0 {
                 continue;
             }
-            // [L, 3, heads, dim] -> three of [heads, L, dim]
-            let split = qkv
-                .narrow(0, bounds[0], length)
-                .view([length, 3, self.heads, self.dim])
-                .permute([1, 2, 0, 3]);
-            let (q, k, v) = (split.get(0), split.get(1), split.get(2));
+            // [L, heads, dim] -> [heads, L, dim], keys and values repeated for their group
+            let [q, k, v] = self.split(qkv).map(|x| {
+                let x = x.narrow(0, bounds[0], length).transpose(0, 1);
+                x.repeat_interleave_self_int(self.heads / x.size()[0], 0, None)
+            });
             let scores = q.matmul(&k.transpose(1, 2)) / (self.dim as f64).sqrt();
+            let scores = scores.masked_fill(&self.hidden(length), f64::NEG_INFINITY);
             let softmax = scores.softmax(-1, None::<Kind>);
             let weights = keep.map_or_else(|| softmax.shallow_clone(), |keep| &softmax * &keep[i]);
             parts.push(weights.matmul(&v).permute([1, 0, 2]).reshape([length, self.width()]));
@@ -68,17 +101,27 @@ impl Case {
         Tensor::cat(&parts, 0)
     }
 
+    /// `[L, L]`: the keys that the query of a row does not see.
+    fn hidden(&self, length: i64) -> Tensor {
+        let Window { left, right } = self.window;
+        let see = |i, j| left.is_none_or(|left| i - j <= left) && right.is_none_or(|r| j - i <= r);
+        let all: Vec<bool> = (0..length * length).map(|n| !see(n / length, n % length)).collect();
+        Tensor::from_slice(&all).view([length, length])
+    }
+
     /// What dropout multiplies every probability by, `[heads, L, L]` for every sequence. With the
     /// unit vectors as values, the output of a row is its probabilities; the pattern depends on
     /// seed, head and position alone, so that it holds for other queries, keys and values too.
     fn pattern(&self, seed: i64) -> Vec<Tensor> {
         let longest = self.cu_seqlens.windows(2).map(|b| b[1] - b[0]).max().unwrap();
-        let wide = Self { dim: longest, ..self.clone() };
-        let qkv = Tensor::zeros([wide.tokens(), 3 * wide.width()], (Kind::Float, Device::Cpu));
+        let wide = Self { dim: longest, window: Window::FULL, ..self.clone() };
+        let width = wide.qkv(0).size()[1];
+        let qkv = Tensor::zeros([wide.tokens(), width], (Kind::Float, Device::Cpu));
         for bounds in self.cu_seqlens.windows(2) {
             for token in bounds[0]..bounds[1] {
-                for head in 0..self.heads {
-                    let at = 2 * wide.width() + head * longest + (token - bounds[0]);
+                for head in 0..self.kv_heads {
+                    let values = (self.heads + self.kv_heads) * longest;
+                    let at = values + head * longest + (token - bounds[0]);
                     let _ = qkv.get(token).get(at).fill_(1.0);
                 }
             }
@@ -134,20 +177,54 @@ fn lengths() -> [(&'static str, Vec<i64>); 6] {
     ]
 }
 
+/// Windows of every kind, smaller and larger than a block of query rows.
+fn windows() -> [Window; 9] {
+    [
+        Window::FULL,
+        Window::CAUSAL,
+        Window::causal(1),
+        Window::causal(7),
+        Window::causal(130),
+        Window::local(0),
+        Window::local(5),
+        Window::local(150),
+        Window { left: Some(3), right: None },
+    ]
+}
+
+/// Outputs and gradients of both layouts of the projections against fp64.
+fn check_against_plain(name: &str, case: &Case) {
+    let (qkv, weights) = (case.qkv(1), random(&[case.tokens(), case.width()], 2));
+    let fused = with_gradient(&qkv, &weights, |x| case.ours(x, 0.0, 0));
+    let split = with_gradient(&qkv, &weights, |x| case.ours_split(x, 0.0, 0));
+    let (qkv, weights) = (qkv.to_kind(Kind::Double), weights.to_kind(Kind::Double));
+    let (plain, plain_grad) = with_gradient(&qkv, &weights, |x| case.plain(x, None));
+    let name =
+        format!("{name}, {}/{} x {}, {:?}", case.heads, case.kv_heads, case.dim, case.window);
+    for (out, grad) in [fused, split] {
+        let largest = out.iter().zip(&plain).map(|(a, b)| (a - b).abs()).fold(0.0_f64, f64::max);
+        assert!(largest <= 1e-5, "{name}: outputs differ by {largest}");
+        let difference = relative(&grad, &plain_grad);
+        assert!(difference <= 1e-5, "{name}: gradients by {difference}");
+    }
+}
+
 #[test]
 fn outputs_and_gradients_equal_plain_attention() {
     for (name, lengths) in lengths() {
         for (heads, dim) in [(1, 8), (3, 5), (4, 32)] {
-            let case = Case::new(&lengths, heads, dim);
-            let (qkv, weights) = (case.qkv(1), random(&[case.tokens(), case.width()], 2));
-            let (out, grad) = with_gradient(&qkv, &weights, |x| case.ours(x, 0.0, 0));
-            let (qkv, weights) = (qkv.to_kind(Kind::Double), weights.to_kind(Kind::Double));
-            let (plain, plain_grad) = with_gradient(&qkv, &weights, |x| case.plain(x, None));
-            let largest =
-                out.iter().zip(&plain).map(|(a, b)| (a - b).abs()).fold(0.0_f64, f64::max);
-            assert!(largest <= 1e-5, "{name}, {heads} x {dim}: outputs differ by {largest}");
-            let difference = relative(&grad, &plain_grad);
-            assert!(difference <= 1e-5, "{name}, {heads} x {dim}: gradients by {difference}");
+            check_against_plain(name, &Case::new(&lengths, heads, dim));
+        }
+    }
+}
+
+#[test]
+fn windows_and_grouped_heads_equal_plain_attention() {
+    for (name, lengths) in lengths() {
+        for window in windows() {
+            for (heads, kv_heads, dim) in [(3, 3, 5), (4, 2, 8), (3, 1, 7)] {
+                check_against_plain(name, &Case::new(&lengths, heads, dim).with(kv_heads, window));
+            }
         }
     }
 }
@@ -156,15 +233,17 @@ fn outputs_and_gradients_equal_plain_attention() {
 #[test]
 fn attention_by_sequence_equals_plain_attention() {
     for (name, lengths) in lengths() {
-        let case = Case::new(&lengths, 3, 5);
-        let qkv = case.qkv(1).to_kind(Kind::Double);
-        let weights = random(&[case.tokens(), case.width()], 2).to_kind(Kind::Double);
-        let options =
-            AttentionOptions { cu_seqlens: &case.cu_seqlens, heads: 3, dropout: 0.0, seed: 0 };
-        let (out, grad) = with_gradient(&qkv, &weights, |x| per_sequence(x, options).unwrap());
-        let (plain, plain_grad) = with_gradient(&qkv, &weights, |x| case.plain(x, None));
-        assert!(worst(&out, &plain) <= 1e-10, "{name}: outputs");
-        assert!(relative(&grad, &plain_grad) <= 1e-10, "{name}: gradients");
+        for window in windows() {
+            let case = Case::new(&lengths, 4, 5).with(2, window);
+            let qkv = case.qkv(1).to_kind(Kind::Double);
+            let weights = random(&[case.tokens(), case.width()], 2).to_kind(Kind::Double);
+            let (out, grad) = with_gradient(&qkv, &weights, |x| {
+                case.options(0.0, 0, |o| per_sequence(Projections::Fused(x), o).unwrap())
+            });
+            let (plain, plain_grad) = with_gradient(&qkv, &weights, |x| case.plain(x, None));
+            assert!(worst(&out, &plain) <= 1e-10, "{name}, {window:?}: outputs");
+            assert!(relative(&grad, &plain_grad) <= 1e-10, "{name}, {window:?}: gradients");
+        }
     }
 }
 
@@ -194,16 +273,21 @@ fn an_empty_batch_is_empty() {
 fn what_does_not_fit_is_an_error() {
     let case = Case::new(&[4, 3], 2, 4);
     let qkv = case.qkv(1);
-    let attend = |qkv: &Tensor, cu_seqlens: &[i64], heads, dropout| {
-        packed_attention(qkv, AttentionOptions { cu_seqlens, heads, dropout, seed: 0 }).is_err()
+    let fails = |case: &Case, qkv: &Tensor, dropout| {
+        case.options(dropout, 0, |o| packed_attention(Projections::Fused(qkv), o).is_err())
     };
-    assert!(!attend(&qkv, &case.cu_seqlens, 2, 0.0));
-    assert!(attend(&qkv, &[0, 4], 2, 0.0), "boundaries end early");
-    assert!(attend(&qkv, &[0, 5, 4, 7], 2, 0.0), "boundaries fall");
-    assert!(attend(&qkv, &[], 2, 0.0), "no boundaries");
-    assert!(attend(&qkv, &case.cu_seqlens, 5, 0.0), "heads do not divide the width");
-    assert!(attend(&qkv, &case.cu_seqlens, 2, 1.0), "nothing is kept");
-    assert!(attend(&qkv.view([-1]), &case.cu_seqlens, 2, 0.0), "no rows");
+    let cut_at = |cu_seqlens: &[i64]| Case { cu_seqlens: cu_seqlens.to_vec(), ..case.clone() };
+    assert!(!fails(&case, &qkv, 0.0));
+    assert!(fails(&cut_at(&[0, 4]), &qkv, 0.0), "boundaries end early");
+    assert!(fails(&cut_at(&[0, 5, 4, 7]), &qkv, 0.0), "boundaries fall");
+    assert!(fails(&cut_at(&[]), &qkv, 0.0), "no boundaries");
+    assert!(fails(&Case { heads: 5, kv_heads: 5, ..case.clone() }, &qkv, 0.0), "the width");
+    assert!(fails(&Case { heads: 3, kv_heads: 2, ..case.clone() }, &qkv, 0.0), "uneven groups");
+    assert!(fails(&case, &qkv, 1.0), "nothing is kept");
+    assert!(fails(&case, &qkv.view([-1]), 0.0), "no rows");
+    let [query, key, value] = case.split(&qkv);
+    let split = Projections::Split { query: &query, key: &key.narrow(0, 0, 6), value: &value };
+    assert!(case.options(0.0, 0, |o| packed_attention(split, o).is_err()), "keys are missing");
 }
 
 #[test]
@@ -279,7 +363,12 @@ fn the_mean_over_seeds_is_the_output_without_dropout() {
 
 #[test]
 fn dropout_uses_one_pattern_forward_and_backward() {
-    let case = Case::new(&[5, 130, 1, 128], 2, 6);
+    for (kv_heads, window) in [(2, Window::FULL), (1, Window::CAUSAL), (2, Window::local(70))] {
+        check_dropout(&Case::new(&[5, 130, 1, 128], 2, 6).with(kv_heads, window));
+    }
+}
+
+fn check_dropout(case: &Case) {
     let keep: Vec<Tensor> = case.pattern(11).iter().map(|k| k.to_kind(Kind::Double)).collect();
     let (qkv, weights) = (case.qkv(7), random(&[case.tokens(), case.width()], 8));
     let (out, grad) = with_gradient(&qkv, &weights, |x| case.ours(x, DROPOUT, 11));

@@ -233,7 +233,8 @@ fn model_directory() {
         .remove("model/config.json")
         .refused("model/config.json: cannot read: No such file or directory (os error 2)");
     Case::new().remove("model/model.safetensors").refused(
-        "model: no weights here; expected model.safetensors or model.safetensors.index.json",
+        "model: no weights here; expected one of model.safetensors, model.safetensors.index.json, \
+         pytorch_model.bin, pytorch_model.bin.index.json",
     );
     Case::new().remove("model/tokenizer.json").refused(
         "model: no tokenizer: expected tokenizer.json (or vocab.txt, for BERT) beside the model; \
@@ -242,9 +243,10 @@ fn model_directory() {
     Case::new().write("model/tokenizer.json", "{}").refused_with(|error| {
         assert!(error.starts_with("model/tokenizer.json: not a tokenizer: "), "{error}");
     });
-    Case::new()
-        .replace("model/config.json", "\"bert\"", "\"t5\"")
-        .refused("model/config.json: unknown architecture: model_type is \"t5\", supported: bert");
+    Case::new().replace("model/config.json", "\"bert\"", "\"t5\"").refused(
+        "model/config.json: unknown architecture: model_type is \"t5\", supported: bert, roberta, \
+         xlm-roberta, modernbert",
+    );
     Case::new().write("model/config.json", "{\"model_type\": \"bert\"").refused(
         "model/config.json: not valid JSON: EOF while parsing an object at line 1 column 21",
     );

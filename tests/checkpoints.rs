@@ -55,6 +55,7 @@ fn progress(step: usize) -> Progress {
 fn save(saver: &mut Saver, step: usize, job: Value, trainer: &Trainer, groups: &Groups) {
     let loss_scale = trainer.engine.loss_scale().copied();
     let now = Moment { progress: progress(step), loss_scale, job };
+    saver.finish(groups).unwrap();
     saver.save(now, trainer.engine.units(), groups).unwrap();
 }
 
@@ -261,7 +262,7 @@ fn leftovers_are_cleared_and_directories_held() {
     let path = root.path().join(".lock");
     let first = Lock::take(&path, "run 7 (host a, process 12)").unwrap();
     let message = Lock::take(&path, "run 8").unwrap_err().to_string();
-    assert!(message.contains("is in use by run 7 (host a, process 12)"), "{message}");
+    assert!(message.contains("is held by run 7 (host a, process 12)"), "{message}");
     drop(first);
     Lock::take(&path, "run 8").unwrap();
 }

@@ -1,4 +1,5 @@
-//! Token ids and segment ids of pairs against those of transformers' tokenizers.
+//! Token ids and segment ids of pairs against those of transformers' tokenizers: WordPiece with two
+//! segments, byte-level BPE and Unigram with RoBERTa's four special tokens and one segment.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
@@ -21,7 +22,7 @@ fn widened(type_ids: &[u8]) -> Vec<u32> {
 
 #[test]
 fn pairs_become_the_tokens_of_transformers() {
-    for case in ["bert_tiny", "bert_odd"] {
+    for case in ["bert_tiny", "bert_odd", "roberta_tiny", "xlm_roberta_odd"] {
         let golden = Golden::load(case);
         let tokenizer = PairTokenizer::from_dir(&golden.dir).unwrap();
         let max_len = golden.info["max_len"].as_u64().unwrap() as usize;
@@ -29,7 +30,10 @@ fn pairs_become_the_tokens_of_transformers() {
         for (i, pair) in golden.info["pairs"].as_array().unwrap().iter().enumerate() {
             let ours =
                 tokenizer.encode_pair(text(pair, "query"), text(pair, "content"), max_len).unwrap();
-            let types = ids(golden.tensor(&format!("token_type_ids.{i}")));
+            let types = match golden.tensors.get(&format!("token_type_ids.{i}")) {
+                Some(types) => ids(types),
+                None => vec![0; ours.input_ids.len()],
+            };
             assert_eq!(ours.input_ids, ids(golden.tensor(&format!("input_ids.{i}"))), "{case} {i}");
             assert_eq!(widened(&ours.type_ids), types, "{case} {i}");
             assert_eq!(ours.truncated == Truncation::None, ours.full_len <= max_len, "{case} {i}");
@@ -43,23 +47,31 @@ fn pairs_become_the_tokens_of_transformers() {
 fn truncation_follows_the_rules_at_every_edge() {
     let table = std::fs::read_to_string(golden_dir("truncation.json")).unwrap();
     let table: Value = serde_json::from_str(&table).unwrap();
-    let tokenizer = PairTokenizer::from_dir(&golden_dir(text(&table, "tokenizer"))).unwrap();
-    let cases = table["cases"].as_array().unwrap();
+    for (case, cases) in table["tokenizers"].as_object().unwrap() {
+        check_truncation(case, cases.as_array().unwrap());
+    }
+}
+
+fn check_truncation(name: &str, cases: &[Value]) {
+    let tokenizer = PairTokenizer::from_dir(&golden_dir(name)).unwrap();
     let mut seen = [false; 3];
     for (i, case) in cases.iter().enumerate() {
         let max_len = case["max_len"].as_u64().unwrap() as usize;
         let ours =
             tokenizer.encode_pair(text(case, "query"), text(case, "document"), max_len).unwrap();
-        let list = |key: &str| -> Vec<u32> { serde_json::from_value(case[key].clone()).unwrap() };
-        assert_eq!(ours.input_ids, list("input_ids"), "case {i}");
-        assert_eq!(widened(&ours.type_ids), list("token_type_ids"), "case {i}");
+        let list = |key: &str| -> Option<Vec<u32>> {
+            case.get(key).map(|ids| serde_json::from_value(ids.clone()).unwrap())
+        };
+        assert_eq!(Some(ours.input_ids), list("input_ids"), "{name} {i}");
+        let types = list("token_type_ids").unwrap_or(vec![0; ours.type_ids.len()]);
+        assert_eq!(widened(&ours.type_ids), types, "{name} {i}");
         seen[match ours.truncated {
             Truncation::None => 0,
             Truncation::Document => 1,
             Truncation::Query => 2,
         }] = true;
     }
-    assert_eq!(seen, [true; 3], "none, the document and the query are each cut somewhere");
+    assert_eq!(seen, [true; 3], "{name}: none, the document and the query are each cut somewhere");
 }
 
 /// Query and document are stripped first, so space around them changes nothing.

@@ -293,5 +293,5 @@ fn one_run_at_a_time_in_a_directory() {
     kill(first.id());
     first.wait().unwrap();
     assert_eq!(code, 2, "{said}");
-    assert!(said.contains("run is in use by run "), "{said}");
+    assert!(said.contains("run/runs/.lock is held by run "), "{said}");
 }

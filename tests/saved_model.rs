@@ -263,36 +263,69 @@ fn a_score_depends_on_its_pair_alone() {
     assert!(model.compute_score::<&str, &str>(&[], &raw(4)).unwrap().is_empty());
 }
 
-#[test]
-fn shards_load_to_the_same_scores() {
-    let golden = Golden::load("bert_tiny");
+/// Saves the golden model `case` as it is into `target`, in shards of at most so many bytes.
+fn save_golden(case: &str, target: &Path, max_shard_bytes: usize) {
+    let golden = Golden::load(case);
     let config = ModelConfig::from_dir(&golden.dir).unwrap();
-    let trained = Trained::new("epochs: 1");
-    let sidecar = Sidecar::from_dir(&trained.model()).unwrap().unwrap();
+    let sidecar = json!({
+        "format_version": 1, "model_type": "bert_encoder", "query_format": "{}",
+        "document_format": "{}", "seq": "", "special_token": "", "max_len": 40, "min_label": 0.0,
+        "max_label": 1.0, "base_model": case, "run": {}, "metrics": null,
+    });
+    let sidecar: Sidecar = serde_json::from_value(sidecar).unwrap();
     let engine = golden.engine(1e-3);
-    let dir = tempfile::tempdir().unwrap();
     let model = SavedModel {
         units: engine.units(),
         config: &config,
         base: &golden.dir,
         sidecar: &sidecar,
-        max_shard_bytes: 20_000,
+        max_shard_bytes,
     };
-    save_model(model, dir.path().join("model").as_path(), &common::solo()).unwrap();
+    save_model(model, target, &common::solo()).unwrap();
+}
+
+fn scores_of(dir: &Path) -> Vec<f32> {
+    let model = CrossEncoder::from_pretrained(dir).unwrap();
+    model.compute_score(&pairs(), &ScoreOptions { max_len: Some(40), ..raw(4) }).unwrap()
+}
+
+/// Half precision and files of `torch.save` included.
+#[test]
+fn every_family_is_saved_as_safetensors_and_scores_the_same() {
+    for (case, architecture) in [
+        ("bert_odd", "BertForSequenceClassification"),
+        ("roberta_tiny", "RobertaForSequenceClassification"),
+        ("xlm_roberta_odd", "XLMRobertaForSequenceClassification"),
+        ("modernbert_tiny", "ModernBertForSequenceClassification"),
+        ("modernbert_odd", "ModernBertForSequenceClassification"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let saved = dir.path().join("model");
+        save_golden(case, &saved, 1_000_000);
+        let files = ["config.json", "model.safetensors", "reranker.json", "tokenizer.json"];
+        assert_eq!(names_in(&saved), [&files[..], &["tokenizer_config.json"]].concat(), "{case}");
+        let config = fs::read_to_string(saved.join("config.json")).unwrap();
+        let config: Value = serde_json::from_str(&config).unwrap();
+        assert_eq!(config["architectures"], json!([architecture]), "{case}");
+        assert_eq!(config["dtype"], "float32", "{case}");
+        assert_eq!(scores_of(&saved), scores_of(&common::golden_dir(case)), "{case}");
+    }
+}
+
+#[test]
+fn shards_load_to_the_same_scores() {
+    let base = common::golden_dir("bert_tiny");
+    let dir = tempfile::tempdir().unwrap();
     let saved = dir.path().join("model");
+    save_golden("bert_tiny", &saved, 20_000);
     let shards: Vec<String> =
         names_in(&saved).into_iter().filter(|name| name.ends_with(".safetensors")).collect();
     assert!(shards.len() >= 3 && !saved.join("model.safetensors").exists(), "{shards:?}");
     for (i, shard) in shards.iter().enumerate() {
         assert_eq!(*shard, format!("model-{:05}-of-{:05}.safetensors", i + 1, shards.len()));
     }
-    check_index(&saved, &golden.dir, &shards);
-    let pairs = pairs();
-    let options = ScoreOptions { max_len: Some(40), ..raw(4) };
-    let score = |dir: &Path| {
-        CrossEncoder::from_pretrained(dir).unwrap().compute_score(&pairs, &options).unwrap()
-    };
-    assert_eq!(score(&saved), score(&golden.dir));
+    check_index(&saved, &base, &shards);
+    assert_eq!(scores_of(&saved), scores_of(&base));
 }
 
 /// The index names every tensor of the base model once, in the shard that holds it, and their

@@ -56,11 +56,11 @@ const FLAGS: &[(&str, &str)] = &[
     ),
     (
         "reranker score",
-        "--batch-size --device --echo --format --help --input --max-len --model --output",
+        "--batch-size --device --echo --format --help --input --max-len --model --output --prompt",
     ),
     (
         "reranker eval",
-        "--batch-size --bm25 --data --device --help --json --label-key --max-len --model",
+        "--batch-size --bm25 --data --device --help --json --label-key --max-len --model --prompt",
     ),
     (
         "reranker convert",

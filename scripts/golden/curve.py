@@ -14,7 +14,6 @@ LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.01
 WARMUP_STEPS = int(0.1 * STEPS)
 STABLE_STEPS = 0
-NOT_DECAYED = ("bias", "LayerNorm")
 
 
 @dataclass
@@ -26,7 +25,10 @@ class Curve:
     max_grad_norm: float | None = None
 
 
-CURVES = [Curve("curve"), Curve("curve_clip", accumulation=2, max_grad_norm=0.5)]
+CURVES = {
+    curve.name: curve
+    for curve in [Curve("curve"), Curve("curve_clip", accumulation=2, max_grad_norm=0.5)]
+}
 
 
 def batches(curve: Curve) -> list[list[int]]:
@@ -48,10 +50,10 @@ def learning_rate(step: int) -> float:
 
 
 def build_optimizer(model: torch.nn.Module) -> torch.optim.AdamW:
-    """AdamW with decay on everything but biases and normalisation weights."""
+    """AdamW with decay on everything but biases and normalisation weights, which are vectors."""
     decayed, rest = [], []
-    for name, parameter in model.named_parameters():
-        (rest if any(word in name for word in NOT_DECAYED) else decayed).append(parameter)
+    for parameter in model.parameters():
+        (rest if parameter.dim() == 1 else decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": WEIGHT_DECAY},
         {"params": rest, "weight_decay": 0.0},
@@ -60,7 +62,7 @@ def build_optimizer(model: torch.nn.Module) -> torch.optim.AdamW:
 
 
 def train(model: torch.nn.Module, encoded: Encoded, curve: Curve) -> dict[str, torch.Tensor]:
-    """Trains `model` in place; returns `{curve}.loss`, `.lr`, `.grad_norm` [20] and `.final.*`.
+    """Trains `model` in place; returns `{curve}.loss`, `.lr` and `.grad_norm` [20].
 
     The loss of a step is the mean over all its pairs; the norm is the one before clipping.
     """
@@ -84,15 +86,20 @@ def train(model: torch.nn.Module, encoded: Encoded, curve: Curve) -> dict[str, t
         optimizer.step()
         losses.append(total)
         rates.append(learning_rate(step))
-    tensors = {
+    return {
         f"{curve.name}.loss": torch.tensor(losses),
         f"{curve.name}.lr": torch.tensor(rates),
         f"{curve.name}.grad_norm": torch.tensor(norms),
     }
+
+
+def final_tensors(model: torch.nn.Module, curve: Curve) -> dict[str, torch.Tensor]:
+    """`final.{name}` after `curve`, `{curve}.final.{name}` after another one."""
     prefix = "final" if curve.name == "curve" else f"{curve.name}.final"
-    for name, parameter in model.named_parameters():
-        # A key bias adds the same to all scores of a softmax row: its true gradient is 0, and
-        # AdamW turns what rounding leaves of it into steps of full size. Nothing to compare.
-        if not name.endswith("key.bias"):
-            tensors[f"{prefix}.{name}"] = parameter.detach().float().clone()
-    return tensors
+    # A key bias adds the same to all scores of a softmax row: its true gradient is 0, and AdamW
+    # turns what rounding leaves of it into steps of full size. Nothing to compare.
+    return {
+        f"{prefix}.{name}": parameter.detach().float().clone()
+        for name, parameter in model.named_parameters()
+        if not name.endswith("key.bias")
+    }

@@ -1,21 +1,10 @@
-"""The texts, labels and the tiny WordPiece tokenizer that all model cases share."""
+"""The texts and labels that all model cases share, and how pairs are truncated."""
 
-from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
-from tokenizers.models import WordPiece
-from transformers import PreTrainedTokenizerFast
+Inputs = dict[str, list[int]]
+"""`input_ids`, and `token_type_ids` where the tokenizer gives them."""
 
 MAX_LEN = 48
 """Tokens of a pair, special tokens included. Below the models' 64 positions."""
-
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-WORDS = (
-    "the a of to in is and for how what when why do does can not with water tea coffee boil cup "
-    "leaf river bank money loan rate cat dog train station ticket price light sun moon winter "
-    "summer garden soil plant grow seed rain bread oven heat time day year old new fast slow"
-).split()
-PIECES = ["##s", "##ed", "##ing", "##er", "##est", "##ly", "##ness", "##ful", "##un"]
-CHINESE = list("茶水怎么煮河银行利率火车站票价格冬天夏天花园土面包猫狗的是在不了多少")
-PUNCTUATION = list(".,?!:;-'()，。？！")
 
 LONG_ENGLISH = (
     "boil the water in a new cup and heat the leaf slowly , for the old tea is not as fast . " * 6
@@ -48,81 +37,74 @@ that leaves two tokens for the document, accents and capitals, unknown character
 LABELS = [1.0, 0.0, 1.0, 0.5, 0.75, 1.0, 0.5, 0.0, 0.25, 0.0, 0.25, 0.0, 0.0, 0.5]
 
 
-def build_tokenizer(model_max_length: int) -> PreTrainedTokenizerFast:
-    """A lower-casing BERT tokenizer with a vocabulary of about 200 entries."""
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    digits = [str(d) for d in range(10)]
-    entries = SPECIAL + letters + digits + PUNCTUATION + WORDS + PIECES + CHINESE
-    entries += ["##" + c for c in letters + digits]
-    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(entries))}
-    tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece(prefix="##")
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[(t, vocabulary[t]) for t in ("[CLS]", "[SEP]")],
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        model_max_length=model_max_length,
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-    )
-
-
-def encode_pair(tokenizer, query: str, document: str, max_len: int) -> tuple[list[int], list[int]]:
-    """(input_ids, token_type_ids) as transformers gives them, only the document truncated.
+def encode_only_second(tokenizer, query: str, document: str, max_len: int) -> Inputs:
+    """What transformers gives, with only the document truncated.
 
     As a batch of one, the way rerankers call it: on two plain strings transformers 5 takes an empty
-    document for an absent one, and drops the last [SEP].
+    document for an absent one, and drops the last separator.
     """
     encoded = tokenizer([query], [document], truncation="only_second", max_length=max_len)
-    return encoded["input_ids"][0], encoded["token_type_ids"][0]
+    return {name: values[0] for name, values in encoded.items() if name != "attention_mask"}
 
 
-def encode_long_query(tokenizer, query: str, max_len: int) -> tuple[list[int], list[int]]:
+def encode_long_query(tokenizer, query: str, max_len: int) -> Inputs:
     """The rule where transformers refuses: no document, the query cut at its end to fit."""
-    query_ids = tokenizer(query, add_special_tokens=False)["input_ids"][: max_len - 3]
-    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
-    return [cls, *query_ids, sep, sep], [0] * (len(query_ids) + 2) + [1]
+    fixed = encode_only_second(tokenizer, "", "", max_len)
+    query_ids = token_ids(tokenizer, query)[: max_len - len(fixed["input_ids"])]
+    cut = {"input_ids": query_ids, "token_type_ids": [0] * len(query_ids)}
+    # The query stands behind the first special token.
+    return {name: values[:1] + cut[name] + values[1:] for name, values in fixed.items()}
+
+
+def token_ids(tokenizer, text: str) -> list[int]:
+    """Without special tokens."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def fixed_tokens(tokenizer) -> int:
+    """Special tokens of a pair."""
+    return len(encode_only_second(tokenizer, "", "", MAX_LEN)["input_ids"])
+
+
+def encode_pair(tokenizer, query: str, document: str, max_len: int) -> tuple[str, Inputs]:
+    """The rule that applies, and what the model is given."""
+    if fixed_tokens(tokenizer) + len(token_ids(tokenizer, query)) >= max_len:
+        return "long_query", encode_long_query(tokenizer, query, max_len)
+    return "only_second", encode_only_second(tokenizer, query, document, max_len)
+
+
+def encode_joined(
+    tokenizer, template: tuple[str, str, str, str], query: str, document: str, max_len: int
+) -> Inputs:
+    """A decoder's input: parts tokenized by themselves, the document truncated first."""
+    query_format, seq, document_format, special_token = template
+    parts = [query_format.format(query), seq, document_format.format(document), special_token]
+    query_ids, seq_ids, document_ids, last_ids = (token_ids(tokenizer, part) for part in parts)
+    query_ids = query_ids[: max_len - len(seq_ids) - len(last_ids)]
+    room = max_len - len(query_ids) - len(seq_ids) - len(last_ids)
+    return {"input_ids": query_ids + seq_ids + document_ids[:room] + last_ids}
 
 
 def truncation_cases(tokenizer) -> list[dict]:
     """Pairs around every edge of the truncation rules."""
-    document = "tea is a leaf in water"
+    short, document = "how to boil tea", "tea is a leaf in water"
+    fixed, room = fixed_tokens(tokenizer), len(token_ids(tokenizer, document))
+    whole = fixed + len(token_ids(tokenizer, short)) + room
     cases = []
     for query, max_len in [
-        ("how to boil tea", 13),  # everything fits exactly
-        ("how to boil tea", 12),  # the document loses one token
-        ("how to boil tea", 8),  # one token of the document is left
-        ("how to boil tea", 7),  # nothing of the document is left
-        ("how to boil tea", 6),  # the query loses one token
-        ("how to boil tea", 4),  # one token of the query is left
+        (short, whole),  # everything fits exactly
+        (short, whole - 1),  # the document loses one token
+        (short, whole - room + 1),  # one token of the document is left
+        (short, whole - room),  # nothing of the document is left
+        (short, whole - room - 1),  # the query loses one token
+        (short, fixed + 1),  # one token of the query is left
         ("怎么煮茶？" * 12, 32),
         (NEARLY_MAX_LEN, 16),
     ]:
-        query_length = len(tokenizer(query, add_special_tokens=False)["input_ids"])
-        too_long = query_length + 3 >= max_len
-        ids, types = (
-            encode_long_query(tokenizer, query, max_len)
-            if too_long
-            else encode_pair(tokenizer, query, document, max_len)
-        )
-        assert len(ids) == min(max_len, len(tokenizer(query, document)["input_ids"]))
+        rule, inputs = encode_pair(tokenizer, query, document, max_len)
+        full = len(tokenizer(query, document)["input_ids"])
+        assert len(inputs["input_ids"]) == min(max_len, full)
         cases.append(
-            {
-                "query": query,
-                "document": document,
-                "max_len": max_len,
-                "rule": "long_query" if too_long else "only_second",
-                "input_ids": ids,
-                "token_type_ids": types,
-            }
+            {"query": query, "document": document, "max_len": max_len, "rule": rule, **inputs}
         )
     return cases

@@ -10,10 +10,11 @@ use super::sidecar::Sidecar;
 use super::weight_writer::WeightWriter;
 use crate::atomic::{StagedDir, write_synced};
 use crate::comm::Groups;
+use crate::config::ModelKind;
 use crate::error::{Error, Result};
 use crate::model::ModelConfig;
 use crate::shard::FlatUnit;
-use crate::text::TOKENIZER_FILES;
+use crate::text::{TOKENIZER_FILES, pad_token_id};
 use crate::torch_ext::storage;
 
 /// Weight files are split above this many bytes, as transformers does.
@@ -56,7 +57,7 @@ impl ModelFiles {
         sidecar: Sidecar,
         max_shard_bytes: usize,
     ) -> Result<Self> {
-        let text = serde_json::to_string_pretty(&saved_config(config)).unwrap_or_default();
+        let text = serde_json::to_string_pretty(&saved_config(config, base)?).unwrap_or_default();
         let mut files = vec![("config.json".to_owned(), (text + "\n").into_bytes())];
         for name in TOKENIZER_FILES {
             let from = base.join(name);
@@ -141,16 +142,25 @@ fn collect(
     Ok(most_held)
 }
 
-/// The base model's `config.json` as a one-label sequence classifier in fp32.
-fn saved_config(config: &ModelConfig) -> Value {
+/// The base model's `config.json` as a one-label sequence classifier in fp32. transformers finds a
+/// decoder's last token by its padding token, so that one is taken from the tokenizer in `base` where
+/// the configuration has none.
+fn saved_config(config: &ModelConfig, base: &Path) -> Result<Value> {
     let mut raw: Map<String, Value> = config.raw.as_object().cloned().unwrap_or_default();
     // Left over from the base model; wrong for what is saved here.
     for stale in ["_name_or_path", "torch_dtype", "num_labels", "auto_map"] {
         raw.remove(stale);
     }
-    raw.insert("architectures".into(), json!(["BertForSequenceClassification"]));
+    raw.insert("architectures".into(), json!([config.architecture()]));
     raw.insert("dtype".into(), json!("float32"));
     raw.insert("id2label".into(), json!({"0": "LABEL_0"}));
     raw.insert("label2id".into(), json!({"LABEL_0": 0}));
-    Value::Object(raw)
+    let has_padding = raw.get("pad_token_id").is_some_and(|id| !id.is_null());
+    if config.kind() == ModelKind::LlmDecoder
+        && !has_padding
+        && let Some(id) = pad_token_id(base)?
+    {
+        raw.insert("pad_token_id".into(), json!(id));
+    }
+    Ok(Value::Object(raw))
 }

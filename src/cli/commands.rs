@@ -84,6 +84,7 @@ fn check(args: &CheckArgs) -> Result<()> {
     }
     let inputs = train::Inputs::load(&plan, workers)?;
     train::check_resume(&plan, &inputs, workers)?;
+    train::check_trackers(&plan)?;
     if args.for_launch {
         let launch = LaunchPlan {
             processes: plan.parallel.processes,
@@ -105,8 +106,15 @@ fn load_model(dir: &Path, args: &ModelArgs) -> Result<CrossEncoder> {
         return Err(Error::Usage("--batch-size is 0, expected at least 1".into()));
     }
     let device = runtime::device(args.device.map(Into::into), 0)?;
-    let model = CrossEncoder::on_device(dir, device)?;
+    let model = CrossEncoder::with_prompt(dir, device, args.prompt.as_deref())?;
     model.checked_max_len(args.max_len)?;
+    if let Some(prompt) = model.assumed_prompt() {
+        eprintln!(
+            "note: {} is a language model without a score head; asked by the prompt {} (--prompt)",
+            dir.display(),
+            prompt.name
+        );
+    }
     if !model.initialised().is_empty() {
         eprintln!(
             "note: {} has no {}; random values stand in, so its scores mean nothing yet",

@@ -178,6 +178,9 @@ pub struct ModelArgs {
     /// The most tokens of a pair; by default what the model was trained with
     #[arg(long, value_name = "N")]
     max_len: Option<usize>,
+    /// How to ask a language model without a score head: qwen3-reranker or bge-reranker-gemma
+    #[arg(long, value_name = "NAME")]
+    prompt: Option<String>,
     /// Kind of device; by default a GPU where there is one
     #[arg(long, value_enum)]
     device: Option<DeviceArg>,

@@ -88,7 +88,12 @@ impl Gloo {
     fn failed(&self, name: &str) -> impl Fn(String) -> Error + Send + use<> {
         let rank = self.rank;
         let operation = operation(name, self.place.borrow().as_ref());
-        move |message| Error::Comm { rank, operation: operation.clone(), message }
+        move |message| {
+            // Gloo begins with the place in its own source, which tells a user nothing.
+            let place = message.strip_prefix('[').and_then(|rest| rest.split_once("] "));
+            let plain = place.map_or(message.as_str(), |(_, plain)| plain).to_owned();
+            Error::Comm { rank, operation: operation.clone(), message: plain }
+        }
     }
 
     /// The group of `ranks`, of which this is one; none where it is alone.

@@ -124,6 +124,16 @@ pub enum ModelKind {
     LlmDecoder,
 }
 
+impl fmt::Display for ModelKind {
+    /// The value of `model_type`.
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(match self {
+            Self::BertEncoder => "bert_encoder",
+            Self::LlmDecoder => "llm_decoder",
+        })
+    }
+}
+
 /// The data sets and how labels are read.
 #[derive(Clone, Debug, Serialize)]
 pub struct DataPlan {

@@ -39,15 +39,16 @@ impl Plan {
             Resolver { file: &sources.training, notices: log.notices, origins: log.origins };
         let (parallel, shared) = resolver.parallel(&raw_parallel, sources)?;
         resolver.note_flags(sources);
+        let model = resolver.model(&raw_training)?;
         let plan = Self {
-            model: resolver.model(&raw_training)?,
             data: resolver.data(&raw_training, sources)?,
             loss: raw_training
                 .loss_type
                 .as_ref()
                 .map_or(LossKind::PointwiseBce, |setting| setting.value),
-            training: resolver.training(&raw_training, &shared)?,
+            training: resolver.training(&raw_training, &shared, model.kind)?,
             validation: validation(&raw_training)?,
+            model,
             saving: saving(&raw_training, sources)?,
             logging: logging(&raw_training)?,
             parallel,
@@ -207,7 +208,12 @@ impl Resolver<'_> {
         })
     }
 
-    fn training(&mut self, raw: &RawTraining, shared: &Shared) -> Result<TrainingPlan> {
+    fn training(
+        &mut self,
+        raw: &RawTraining,
+        shared: &Shared,
+        kind: ModelKind,
+    ) -> Result<TrainingPlan> {
         let accumulation = self.prefer(
             "gradient_accumulation_steps",
             raw.gradient_accumulation_steps.as_ref(),
@@ -231,7 +237,14 @@ impl Resolver<'_> {
                  add up to more than 1"
             )));
         }
-        let groups = raw.special_lr_groups.as_ref().map_or(&[][..], |setting| &setting.value);
+        let special_lr_groups = match &raw.special_lr_groups {
+            Some(setting) => setting.value.iter().map(LrGroup::from_raw).collect::<Result<_>>()?,
+            // A language model's head is new.
+            None if kind == ModelKind::LlmDecoder => {
+                vec![LrGroup { keywords: vec!["score.weight".into()], lr: 1e-4 }]
+            }
+            None => Vec::new(),
+        };
         Ok(TrainingPlan {
             epochs: count(raw.epochs.as_ref(), 2, 1)?,
             lr: above_zero(raw.lr.as_ref(), 5e-5)?,
@@ -243,7 +256,7 @@ impl Resolver<'_> {
             precision,
             max_grad_norm: self.max_grad_norm(raw, shared)?,
             weight_decay: within(raw.weight_decay.as_ref(), 0.01, |v| v >= 0.0, "0 or more")?,
-            special_lr_groups: groups.iter().map(LrGroup::from_raw).collect::<Result<_>>()?,
+            special_lr_groups,
             gradient_checkpointing: flag(raw.gradient_checkpointing.as_ref()),
             reduce_in_fp32: self.reduce_in_fp32(raw, shared, precision)?,
         })

@@ -3,7 +3,7 @@
 //! A setting that is legal but not built must never be ignored in silence: the run would report
 //! numbers for something else than was asked. A row leaves the table when its feature lands.
 
-use super::plan::{ModelKind, Plan};
+use super::plan::Plan;
 use crate::error::Result;
 
 /// One thing that is refused.
@@ -16,23 +16,11 @@ struct Refusal {
     instead: &'static str,
 }
 
-const REFUSALS: &[Refusal] = &[
-    Refusal {
-        key: "model_type",
-        asks: |plan| (plan.model.kind == ModelKind::LlmDecoder).then(|| "llm_decoder".into()),
-        instead: "use bert_encoder",
-    },
-    Refusal {
-        key: "num_labels",
-        asks: |plan| (plan.model.num_labels != 1).then(|| plan.model.num_labels.to_string()),
-        instead: "use 1: a reranker gives one score per pair",
-    },
-    Refusal {
-        key: "log_with",
-        asks: |plan| (!plan.logging.trackers.is_empty()).then(|| "a tracker".into()),
-        instead: "use null; metrics.jsonl is always written",
-    },
-];
+const REFUSALS: &[Refusal] = &[Refusal {
+    key: "num_labels",
+    asks: |plan| (plan.model.num_labels != 1).then(|| plan.model.num_labels.to_string()),
+    instead: "use 1: a reranker gives one score per pair",
+}];
 
 /// Refuses the first thing in `plan` that the engine cannot do yet.
 ///

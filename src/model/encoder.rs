@@ -1,14 +1,16 @@
-//! The encoder trunk: post-norm transformer layers as in BERT (Devlin et al., 2019), with
-//! transformers' sequence-classification head. Families differ only in [`EncoderConfig`].
+//! The encoder trunk: post-norm transformer layers as in BERT (Devlin et al., 2019) and RoBERTa (Liu
+//! et al., 2019), with transformers' sequence-classification head. Families differ only in
+//! [`EncoderConfig`].
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
-use super::config::EncoderConfig;
+use super::config::{EncoderConfig, PositionIds};
 use super::stage::{
-    ForwardContext, Init, Parameter, Stage, TensorSpec, dropout, inner, layer_norm, linear, to_fp32,
+    ForwardContext, Init, NO_PADDING, PackedBatch, Parameter, Stage, TensorSpec, dropout,
+    embedding, inner, layer_norm, linear, to_fp32,
 };
 use crate::error::Result;
-use crate::torch_ext::attention::{AttentionOptions, packed_attention};
+use crate::torch_ext::attention::{AttentionOptions, Projections, Window, packed_attention};
 
 /// The stages of an encoder with its head: embeddings, layers, head.
 #[must_use]
@@ -47,14 +49,15 @@ impl Stage for Embeddings {
 
     fn parameters(&self) -> Vec<Parameter> {
         let c = &self.0;
-        let table =
-            |kind: &str, rows| weight(format!("bert.embeddings.{kind}_embeddings.weight"), rows);
+        let table = |kind: &str, rows| {
+            weight(format!("{}.embeddings.{kind}_embeddings.weight", c.prefix), rows)
+        };
         let mut all = vec![
             table("word", &[c.vocab_size, c.hidden]),
             table("position", &[c.max_positions, c.hidden]),
             table("token_type", &[c.type_vocab_size, c.hidden]),
         ];
-        all.extend(norm(c, "bert.embeddings.LayerNorm"));
+        all.extend(norm(c, &format!("{}.embeddings.LayerNorm", c.prefix)));
         all
     }
 
@@ -74,15 +77,29 @@ impl Stage for Embeddings {
             unreachable!("embeddings have five parameters")
         };
         let batch = context.batch;
-        let look_up = |table: &Tensor, ids: &Tensor| -> Result<Tensor> {
-            Ok(Tensor::f_embedding(table, ids, -1, false, false)?)
+        let padding = self.0.padding_id.unwrap_or(NO_PADDING);
+        let (positions, position_padding) = match self.0.positions {
+            PositionIds::FromZero => (batch.position_ids.shallow_clone(), NO_PADDING),
+            PositionIds::AfterPadding => (positions_after(padding, batch)?, padding),
         };
-        let sum = look_up(word, &batch.input_ids)?
-            .f_add(&look_up(position, &batch.position_ids)?)?
-            .f_add(&look_up(token_type, &batch.type_ids)?)?;
+        let sum = embedding(word, &batch.input_ids, padding)?
+            .f_add(&embedding(token_type, &batch.type_ids, NO_PADDING)?)?
+            .f_add(&embedding(position, &positions, position_padding)?)?;
         let normed = layer_norm(&sum, gamma, beta, self.0.layer_norm_eps)?;
         dropout(normed, self.0.hidden_dropout, context.dropout_seed.is_some())
     }
+}
+
+/// Positions `[T]` as RoBERTa counts them: `padding + n` for the `n`-th token of a sequence that is
+/// not `padding`, and `padding` for one that is.
+fn positions_after(padding: i64, batch: &PackedBatch) -> Result<Tensor> {
+    let ids = &batch.input_ids;
+    let counted = ids.f_not_equal(padding)?.f_to_kind(Kind::Int64)?;
+    let so_far = counted.f_cumsum(0, Kind::Int64)?;
+    let first_row =
+        Tensor::f_arange(ids.size1()?, (Kind::Int64, ids.device()))?.f_sub(&batch.position_ids)?;
+    let before = so_far.f_sub(&counted)?.f_index_select(0, &first_row)?;
+    Ok(so_far.f_sub(&before)?.f_mul(&counted)?.f_add_scalar(padding)?)
 }
 
 #[derive(Debug)]
@@ -104,7 +121,7 @@ impl Stage for Layer {
 
     fn parameters(&self) -> Vec<Parameter> {
         let c = &self.config;
-        let at = |rest: &str| format!("bert.encoder.layer.{}.{rest}", self.index);
+        let at = |rest: &str| format!("{}.encoder.layer.{}.{rest}", self.config.prefix, self.index);
         let projections = |what: &str, shape: &[i64]| {
             ["query", "key", "value"]
                 .map(|p| TensorSpec::new(at(&format!("attention.self.{p}.{what}")), shape))
@@ -152,10 +169,13 @@ impl Stage for Layer {
         let options = AttentionOptions {
             cu_seqlens: &context.batch.cu_seqlens,
             heads: c.heads,
+            kv_heads: c.heads,
+            window: Window::FULL,
+            scale: ((c.hidden / c.heads) as f64).sqrt().recip(),
             dropout: if train { c.attention_dropout } else { 0.0 },
             seed: context.dropout_seed.unwrap_or(0),
         };
-        let attended = packed_attention(&qkv, options)?;
+        let attended = packed_attention(Projections::Fused(&qkv), options)?;
         // The head reads one row of each sequence, and nothing after attention mixes rows: the last
         // layer computes only those.
         let (attended, residual) = if self.is_last() {
@@ -182,16 +202,16 @@ impl Stage for Head {
 
     fn parameters(&self) -> Vec<Parameter> {
         let c = &self.0;
-        let init = Init::Normal(c.initializer_range);
-        let make = |name: &str, shape: &[i64], init, decayed| {
-            Parameter::one(TensorSpec::new(name, shape).or_init(init), decayed)
+        let dense = |name: &str, out: i64| {
+            let normal = Init::Normal(c.initializer_range);
+            let weight = TensorSpec::new(format!("{name}.weight"), &[out, c.hidden]);
+            let bias = TensorSpec::new(format!("{name}.bias"), &[out]);
+            [
+                Parameter::one(weight.or_init(normal), true),
+                Parameter::one(bias.or_init(Init::Zeros), false),
+            ]
         };
-        vec![
-            make("bert.pooler.dense.weight", &[c.hidden, c.hidden], init, true),
-            make("bert.pooler.dense.bias", &[c.hidden], Init::Zeros, false),
-            make("classifier.weight", &[1, c.hidden], init, true),
-            make("classifier.bias", &[1], Init::Zeros, false),
-        ]
+        [dense(c.head.dense, c.hidden), dense(c.head.projection, 1)].concat()
     }
 
     fn saved_bytes_per_token(&self, _width: usize) -> usize {
@@ -205,11 +225,15 @@ impl Stage for Head {
         input: Option<&Tensor>,
         context: ForwardContext<'_>,
     ) -> Result<Tensor> {
-        let [pool_w, pool_b, class_w, class_b] = parameters else {
+        let [dense_w, dense_b, score_w, score_b] = parameters else {
             unreachable!("the head has four parameters")
         };
-        let pooled = linear(inner(input), pool_w, pool_b)?.f_tanh()?;
-        let pooled = dropout(pooled, self.0.classifier_dropout, context.dropout_seed.is_some())?;
-        to_fp32(&linear(&pooled, class_w, class_b)?.f_squeeze_dim(1)?)
+        let (p, train) = (self.0.classifier_dropout, context.dropout_seed.is_some());
+        let mut first = inner(input).shallow_clone();
+        if self.0.head.dropout_first {
+            first = dropout(first, p, train)?;
+        }
+        let dense = dropout(linear(&first, dense_w, dense_b)?.f_tanh()?, p, train)?;
+        to_fp32(&linear(&dense, score_w, score_b)?.f_squeeze_dim(1)?)
     }
 }

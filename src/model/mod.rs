@@ -1,8 +1,11 @@
 //! Models as lists of stages, their configuration, and their weights on disk.
 
 pub mod config;
+pub mod decoder;
 pub mod encoder;
 mod layer_class;
+pub mod modernbert;
+pub mod rotary;
 pub mod stage;
 pub mod weights;
 
@@ -15,5 +18,7 @@ pub use stage::{ForwardContext, PackedBatch, Parameter, Stage};
 pub fn stages(config: &ModelConfig) -> Vec<Box<dyn Stage>> {
     match &config.trunk {
         Trunk::Encoder(encoder) => encoder::stages(encoder),
+        Trunk::Decoder(decoder) => decoder::stages(decoder),
+        Trunk::ModernBert(modernbert) => modernbert::stages(modernbert),
     }
 }

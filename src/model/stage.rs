@@ -6,15 +6,37 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::torch_ext::attention::CuSeqlens;
 
 /// How a parameter that no checkpoint holds is initialised.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Init {
     /// Normal with mean 0 and this standard deviation.
     Normal(f64),
+    /// The same, drawn again beyond `cutoff` standard deviations on either side.
+    TruncatedNormal {
+        /// Standard deviation before truncation.
+        std: f64,
+        /// Where it is truncated, in standard deviations.
+        cutoff: f64,
+    },
+    /// All ones.
+    Ones,
     /// All zeros.
     Zeros,
+    /// One row `[1, H]`: that of one token in a table `[rows, H]`, less that of another. The
+    /// checkpoint must hold one of the tables, which are tried in order.
+    TokenRows {
+        /// Names of the tables.
+        tables: [&'static str; 2],
+        /// Rows of the table.
+        rows: i64,
+        /// The row that counts.
+        positive: i64,
+        /// The row that is taken away.
+        negative: Option<i64>,
+    },
     /// Must come from a checkpoint.
     FromCheckpoint,
 }
@@ -97,17 +119,20 @@ pub struct PackedBatch {
     pub position_ids: Tensor,
     /// Segment ids `[T]`, int64.
     pub type_ids: Tensor,
-    /// Sequence boundaries `[B + 1]` on the host, rising from 0 to `T`.
-    pub cu_seqlens: Vec<i64>,
+    /// Sequence boundaries `[B + 1]`, rising from 0 to `T`.
+    pub cu_seqlens: CuSeqlens,
     /// Row of each sequence's first token `[B]`, int64.
     pub first_rows: Tensor,
+    /// Row of each sequence's last token `[B]`, int64.
+    pub last_rows: Tensor,
 }
 
 impl PackedBatch {
     /// Moves packed token lists to `device`.
     ///
     /// # Errors
-    /// [`crate::Error::Torch`] when the device has no room.
+    /// [`Error::Usage`] for a sequence without tokens, which has no score; [`Error::Torch`] when the
+    /// device has no room.
     pub fn new(
         input_ids: &[i64],
         position_ids: &[i64],
@@ -118,26 +143,34 @@ impl PackedBatch {
         let put = |values: &[i64]| -> Result<Tensor> {
             Ok(Tensor::f_from_slice(values)?.f_to_device(device)?)
         };
-        let sequences = cu_seqlens.len().saturating_sub(1);
+        if let Some(empty) = cu_seqlens.windows(2).position(|bounds| bounds[0] == bounds[1]) {
+            return Err(Error::Usage(format!(
+                "pair {empty} of a batch has no tokens: its query and document are empty; put text \
+                 into query_format or special_token, or leave the record out"
+            )));
+        }
+        let first_rows: Vec<i64> = cu_seqlens.windows(2).map(|bounds| bounds[0]).collect();
+        let last_rows: Vec<i64> = cu_seqlens.windows(2).map(|bounds| bounds[1] - 1).collect();
         Ok(Self {
             input_ids: put(input_ids)?,
             position_ids: put(position_ids)?,
             type_ids: put(type_ids)?,
-            first_rows: put(&cu_seqlens[..sequences])?,
-            cu_seqlens: cu_seqlens.to_vec(),
+            first_rows: put(&first_rows)?,
+            last_rows: put(&last_rows)?,
+            cu_seqlens: CuSeqlens::new(cu_seqlens, device)?,
         })
     }
 
     /// Number of tokens.
     #[must_use]
     pub fn tokens(&self) -> usize {
-        self.cu_seqlens.last().copied().unwrap_or(0) as usize
+        self.cu_seqlens.tokens()
     }
 
     /// Number of sequences.
     #[must_use]
     pub fn sequences(&self) -> usize {
-        self.cu_seqlens.len() - 1
+        self.cu_seqlens.sequences()
     }
 }
 
@@ -176,6 +209,17 @@ pub trait Stage: std::fmt::Debug {
     ) -> Result<Tensor>;
 }
 
+/// The padding index of an embedding table without one.
+pub const NO_PADDING: i64 = -1;
+
+/// Rows `ids` of `table`. The row `padding` gets no gradient, as in `torch.nn.Embedding`.
+///
+/// # Errors
+/// [`crate::Error::Torch`] from libtorch.
+pub fn embedding(table: &Tensor, ids: &Tensor, padding: i64) -> Result<Tensor> {
+    Ok(Tensor::f_embedding(table, ids, padding, false, false)?)
+}
+
 /// `x W^T + b`.
 ///
 /// # Errors
@@ -191,6 +235,22 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
     let width = weight.size();
     Ok(x.f_layer_norm(&width, Some(weight), Some(bias), eps, false)?)
+}
+
+/// Root-mean-square normalisation over the last dimension (Zhang & Sennrich, 2019), computed in
+/// fp32. The result is multiplied by `weight` after it was rounded to the dtype of `x`, as Llama
+/// does it, or by `1 + weight` before, as Gemma does.
+///
+/// # Errors
+/// [`crate::Error::Torch`] from libtorch.
+pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64, adds_one: bool) -> Result<Tensor> {
+    let (kind, width) = (x.f_kind()?, weight.size());
+    let normed = to_fp32(x)?.f_rms_norm(&width, None::<&Tensor>, eps)?;
+    if adds_one {
+        let factor = to_fp32(weight)?.f_add_scalar(1.0)?;
+        return Ok(normed.f_mul(&factor)?.f_to_kind(kind)?);
+    }
+    Ok(normed.f_to_kind(kind)?.f_mul(weight)?)
 }
 
 /// Dropout with probability `p` while `train`; the identity otherwise.

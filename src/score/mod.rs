@@ -10,6 +10,7 @@
 //! # Ok(()) }
 //! ```
 
+mod form;
 mod stream;
 
 use std::path::Path;
@@ -17,9 +18,9 @@ use std::sync::Arc;
 
 use tch::{Device, Kind};
 
+pub use form::PairTexts;
 pub use stream::{Scored, score_stream};
 
-use crate::checkpoint::Sidecar;
 use crate::comm::{Groups, Solo};
 use crate::engine::{Engine, EngineOptions};
 use crate::error::{Error, Result};
@@ -27,7 +28,8 @@ use crate::hub;
 use crate::model::weights::WeightFiles;
 use crate::model::{ModelConfig, PackedBatch};
 use crate::shard::ParameterGroups;
-use crate::text::{EncodedPair, PairTokenizer, TextFormat, TokenBatch};
+use crate::text::{EncodedPair, PairTokenizer, TokenBatch, TokenPrompt};
+use form::Form;
 
 /// The head that a checkpoint lacks is drawn from this seed when scoring without training.
 const UNTRAINED_HEAD_SEED: u64 = 666;
@@ -49,7 +51,8 @@ impl Default for ScoreOptions {
     }
 }
 
-/// An encoder with a one-score head: reads query and document together.
+/// A model that reads query and document together and gives one score: an encoder with a head on
+/// its first token, or a decoder ([`LlmDecoder`]).
 #[derive(Debug)]
 pub struct CrossEncoder {
     engine: Engine,
@@ -58,7 +61,12 @@ pub struct CrossEncoder {
     max_len: usize,
     positions: usize,
     initialised: Vec<String>,
+    assumed: Option<&'static TokenPrompt>,
 }
+
+/// A decoder that reads query and document together, and scores at the last token: by a head, or by
+/// the logit of a token.
+pub type LlmDecoder = CrossEncoder;
 
 impl CrossEncoder {
     /// Loads a Hugging Face model, a directory or a hub id ([`hub::resolve`]), on the CPU.
@@ -75,28 +83,34 @@ impl CrossEncoder {
     /// # Errors
     /// As [`CrossEncoder::from_pretrained`]; [`Error::Torch`] when the device has no room.
     pub fn on_device(dir: impl AsRef<Path>, device: Device) -> Result<Self> {
+        Self::with_prompt(dir, device, None)
+    }
+
+    /// As [`CrossEncoder::on_device`], for a language model without a score head that is asked by
+    /// the [`TokenPrompt`] called `prompt`.
+    ///
+    /// # Errors
+    /// As [`CrossEncoder::on_device`]; [`Error::Usage`] for a prompt that is not known or not needed.
+    pub fn with_prompt(
+        dir: impl AsRef<Path>,
+        device: Device,
+        prompt: Option<&str>,
+    ) -> Result<Self> {
         let dir = hub::resolve(&dir.as_ref().to_string_lossy())?.path;
         let dir = dir.as_path();
-        let config = ModelConfig::from_dir(dir)?;
+        let mut config = ModelConfig::from_dir(dir)?;
         let weights = WeightFiles::open(dir)?;
-        let sidecar = Sidecar::from_dir(dir)?;
-        let mut tokenizer = PairTokenizer::from_dir(dir)?;
-        if let Some(sidecar) = &sidecar {
-            tokenizer = tokenizer.with_formats(
-                TextFormat::parse(&sidecar.query_format, "query_format")?,
-                TextFormat::parse(&sidecar.document_format, "document_format")?,
-            );
-        }
+        let Form { tokenizer, max_len, assumed } =
+            Form::of_dir(dir, &mut config, &weights, prompt)?;
         let tokenizer = Arc::new(tokenizer);
         let initialised = check_model(dir, &config, &weights, &tokenizer)?;
         let rates = ParameterGroups { lr: 0.0, weight_decay: 0.0, special: Vec::new() };
         let options = EngineOptions::whole(device);
         let engine = Engine::load(&config, &weights, UNTRAINED_HEAD_SEED, &rates, options)?;
         let positions = config.max_positions();
-        let trained_len = sidecar.map(|sidecar| sidecar.max_len);
-        let max_len = trained_len.unwrap_or(positions).min(positions);
+        let max_len = max_len.unwrap_or(positions).min(positions);
         let groups = Groups::flat(Box::new(Solo));
-        Ok(Self { engine, groups, tokenizer, max_len, positions, initialised })
+        Ok(Self { engine, groups, tokenizer, max_len, positions, initialised, assumed })
     }
 
     /// The most tokens of a pair that the model takes when nothing else is asked for.
@@ -110,6 +124,12 @@ impl CrossEncoder {
     #[must_use]
     pub fn initialised(&self) -> &[String] {
         &self.initialised
+    }
+
+    /// The prompt of a language model, where nothing but its `model_type` asked for it.
+    #[must_use]
+    pub fn assumed_prompt(&self) -> Option<&'static TokenPrompt> {
+        self.assumed
     }
 
     /// One score per `(query, document)` pair, in the order of the input: a sigmoid in `(0, 1)`

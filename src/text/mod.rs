@@ -6,13 +6,15 @@
 mod format;
 mod lengths;
 mod pipeline;
+mod prompt;
 mod tokenizer;
 mod vocab;
 
 pub use format::TextFormat;
 pub use lengths::LengthReport;
 pub use pipeline::{PipelineOptions, TokenBatch, WorkItem, token_batches};
-pub use tokenizer::{DecoderTemplate, EncodedPair, PairTokenizer, Truncation};
+pub use prompt::TokenPrompt;
+pub use tokenizer::{DecoderTemplate, EncodedPair, PairTokenizer, Truncation, pad_token_id};
 
 /// Files that belong to the tokenizer of a model directory, as far as it has them.
 pub const TOKENIZER_FILES: [&str; 9] = [

@@ -6,6 +6,7 @@ use std::path::Path;
 use tokenizers::{Encoding, Token, Tokenizer};
 
 use super::format::TextFormat;
+use super::prompt::TokenPrompt;
 use super::vocab;
 use crate::data::Encode;
 use crate::error::{Error, Result};
@@ -56,6 +57,16 @@ enum Piece {
     Document { type_id: u8 },
 }
 
+impl Piece {
+    fn type_id(self) -> u8 {
+        match self {
+            Self::Fixed { type_id, .. } | Self::Query { type_id } | Self::Document { type_id } => {
+                type_id
+            }
+        }
+    }
+}
+
 /// A tokenizer together with the form of its pairs: an encoder's own pair template, or a
 /// [`DecoderTemplate`].
 ///
@@ -67,6 +78,9 @@ pub struct PairTokenizer {
     pieces: Vec<Piece>,
     query_format: Option<TextFormat>,
     document_format: Option<TextFormat>,
+    /// What stands between query and document where both are tokenized as one text, which then
+    /// takes the document's place.
+    joint: Option<&'static str>,
 }
 
 impl PairTokenizer {
@@ -77,9 +91,17 @@ impl PairTokenizer {
     /// [`Error::File`] or [`Error::Io`] when there is none, or it cannot be used.
     pub fn from_dir(dir: &Path) -> Result<Self> {
         let tokenizer = load(dir)?;
-        let pieces = pair_template(&tokenizer)
+        let mut pieces = pair_template(&tokenizer)
             .map_err(|message| Error::File { path: dir.to_owned(), message })?;
-        Ok(Self { tokenizer, pieces, query_format: None, document_format: None })
+        if !vocab::gives_type_ids(dir)? {
+            for piece in &mut pieces {
+                let (Piece::Fixed { type_id, .. }
+                | Piece::Query { type_id }
+                | Piece::Document { type_id }) = piece;
+                *type_id = 0;
+            }
+        }
+        Ok(Self { tokenizer, pieces, query_format: None, document_format: None, joint: None })
     }
 
     /// The same with texts around every query and document.
@@ -109,7 +131,53 @@ impl PairTokenizer {
             pieces,
             query_format: Some(template.query_format.clone()),
             document_format: Some(template.document_format.clone()),
+            joint: None,
         })
+    }
+
+    /// The tokenizer of a language model that is asked by `prompt`, with the ids of its positive and
+    /// negative answers.
+    ///
+    /// # Errors
+    /// As [`PairTokenizer::from_dir`]; [`Error::File`] when the vocabulary lacks a token of the prompt.
+    pub fn from_dir_for_prompt(
+        dir: &Path,
+        prompt: &TokenPrompt,
+    ) -> Result<(Self, u32, Option<u32>)> {
+        let tokenizer = load(dir)?;
+        let id = |token: &str| {
+            tokenizer.token_to_id(token).ok_or_else(|| Error::File {
+                path: dir.to_owned(),
+                message: format!(
+                    "the vocabulary has no token {token:?}, which the prompt {} needs",
+                    prompt.name
+                ),
+            })
+        };
+        let fixed = |texts: &[&str]| -> Result<Vec<Piece>> {
+            let mut all = Vec::new();
+            for text in texts {
+                all.extend(ids(&tokenizer, text)?);
+            }
+            Ok(all.into_iter().map(|id| Piece::Fixed { id, type_id: 0 }).collect())
+        };
+        let mut pieces = Vec::new();
+        if let Some(first) = prompt.first_token {
+            pieces.push(Piece::Fixed { id: id(first)?, type_id: 0 });
+        }
+        pieces.extend(fixed(prompt.before)?);
+        if !prompt.joint {
+            pieces.push(Piece::Query { type_id: 0 });
+            pieces.extend(fixed(&[prompt.between])?);
+        }
+        pieces.push(Piece::Document { type_id: 0 });
+        pieces.extend(fixed(prompt.after)?);
+        let format = |text| TextFormat::parse(text, "prompt").map(Some);
+        let (positive, negative) = (id(prompt.positive)?, prompt.negative.map(id).transpose()?);
+        let (query_format, document_format) = (format(prompt.query)?, format(prompt.document)?);
+        let joint = prompt.joint.then_some(prompt.between);
+        let this = Self { tokenizer, pieces, query_format, document_format, joint };
+        Ok((this, positive, negative))
     }
 
     /// The input for a pair; query and document are stripped first.
@@ -117,6 +185,12 @@ impl PairTokenizer {
     /// # Errors
     /// [`Error::Training`] when the tokenizer refuses a text.
     pub fn encode_pair(&self, query: &str, document: &str, max_len: usize) -> Result<EncodedPair> {
+        if let (Some(between), Some(first), Some(second)) =
+            (self.joint, &self.query_format, &self.document_format)
+        {
+            let text = [&first.apply(query.trim()), between, &second.apply(document.trim())];
+            return Ok(self.join(&[], &ids(&self.tokenizer, &text.concat())?, max_len));
+        }
         let query = self.query_ids(query)?;
         let document = self.document_ids(document)?;
         Ok(self.join(&query, &document, max_len))
@@ -164,21 +238,12 @@ impl PairTokenizer {
         let mut input_ids = Vec::with_capacity(full_len.min(max_len));
         let mut type_ids = Vec::with_capacity(full_len.min(max_len));
         for &piece in &self.pieces {
-            let type_id = match piece {
-                Piece::Fixed { id, type_id } => {
-                    input_ids.push(id);
-                    type_id
-                }
-                Piece::Query { type_id } => {
-                    input_ids.extend_from_slice(kept_query);
-                    type_id
-                }
-                Piece::Document { type_id } => {
-                    input_ids.extend_from_slice(kept_document);
-                    type_id
-                }
-            };
-            type_ids.resize(input_ids.len(), type_id);
+            match piece {
+                Piece::Fixed { id, .. } => input_ids.push(id),
+                Piece::Query { .. } => input_ids.extend_from_slice(kept_query),
+                Piece::Document { .. } => input_ids.extend_from_slice(kept_document),
+            }
+            type_ids.resize(input_ids.len(), piece.type_id());
         }
         EncodedPair { input_ids, type_ids, truncated, full_len }
     }
@@ -208,12 +273,7 @@ impl PairTokenizer {
     /// The largest segment id it can give; the model's segment table must be larger.
     #[must_use]
     pub fn max_type_id(&self) -> u8 {
-        let type_id = |piece: &Piece| match *piece {
-            Piece::Fixed { type_id, .. }
-            | Piece::Query { type_id }
-            | Piece::Document { type_id } => type_id,
-        };
-        self.pieces.iter().map(type_id).max().unwrap_or(0)
+        self.pieces.iter().map(|&piece| piece.type_id()).max().unwrap_or(0)
     }
 
     /// The largest token id it can give; the model's vocabulary must be larger.
@@ -243,6 +303,20 @@ impl Encode for PairTokenizer {
         (&self.query_format, &self.document_format).hash(&mut hasher);
         hasher.finish()
     }
+}
+
+/// The id of the padding token that `tokenizer_config.json` in `dir` names, where it names one.
+///
+/// # Errors
+/// [`Error::File`] or [`Error::Io`] when the tokenizer cannot be read.
+pub fn pad_token_id(dir: &Path) -> Result<Option<u32>> {
+    let Ok(text) = std::fs::read_to_string(dir.join("tokenizer_config.json")) else {
+        return Ok(None);
+    };
+    let config: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+    // Older files give the token with its properties.
+    let token = config["pad_token"].as_str().or_else(|| config["pad_token"]["content"].as_str());
+    token.map_or(Ok(None), |token| Ok(load(dir)?.token_to_id(token)))
 }
 
 fn ids(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {

@@ -69,6 +69,22 @@ fn a_bert_pair_has_segments_and_special_tokens() {
     assert_eq!((tokenizer.fixed_tokens(), tokenizer.max_token_id()), (3, 14));
 }
 
+/// As in transformers, which then gives the model none.
+#[test]
+fn segments_that_the_model_is_not_given_are_zero() {
+    let dir = bert_dir();
+    for (names, expected) in [
+        (json!(["input_ids", "token_type_ids", "attention_mask"]), [0, 0, 0, 1, 1]),
+        (json!(["input_ids", "attention_mask"]), [0; 5]),
+    ] {
+        let config = json!({ "model_input_names": names }).to_string();
+        fs::write(dir.path().join("tokenizer_config.json"), config).unwrap();
+        let tokenizer = PairTokenizer::from_dir(dir.path()).unwrap();
+        assert_eq!(tokenizer.encode_pair("how", "bread", 64).unwrap().type_ids, expected);
+        assert_eq!(tokenizer.max_type_id(), *expected.last().unwrap());
+    }
+}
+
 /// (`max_len`, ids, what is cut) for the query "how to" (5 6) and the document "bake bread" (7 8).
 #[test]
 fn the_document_is_cut_before_the_query() {

@@ -1,4 +1,5 @@
-//! A tokenizer for BERT directories that hold a `vocab.txt` and no `tokenizer.json`.
+//! What a directory says of its tokenizer outside `tokenizer.json`: a BERT `vocab.txt`, and
+//! `tokenizer_config.json`.
 
 use std::collections::HashMap;
 use std::fs;
@@ -68,6 +69,17 @@ pub(super) fn bert_tokenizer(dir: &Path) -> Result<Tokenizer> {
     });
     serde_json::from_value(tokenizer)
         .map_err(|error| file_error(format!("gives no BERT tokenizer: {error}")))
+}
+
+/// Whether transformers hands the segment ids of the tokenizer in `dir` to the model: not where
+/// `model_input_names` in `tokenizer_config.json` leaves them out.
+///
+/// # Errors
+/// [`Error::File`] or [`Error::Io`] when that file cannot be read.
+pub(super) fn gives_type_ids(dir: &Path) -> Result<bool> {
+    let config = read_config(&dir.join("tokenizer_config.json"))?;
+    let names = config.get("model_input_names").and_then(Value::as_array);
+    Ok(names.is_none_or(|names| names.iter().any(|name| name == "token_type_ids")))
 }
 
 /// One token a line, numbered from 0; of a token that occurs twice the later number counts.

@@ -44,6 +44,10 @@ pub(super) struct Attention {
     pub cu_seqlens: *const i64,
     pub boundaries: usize,
     pub heads: i64,
+    pub kv_heads: i64,
+    pub left: i64,
+    pub right: i64,
+    pub scale: f64,
     pub dropout: f64,
     pub seed: i64,
 }
@@ -83,7 +87,27 @@ unsafe extern "C" {
     ) -> *mut c_char;
 
     pub(super) fn rr_packed_attention(
-        qkv: *const C_tensor,
+        q: *const C_tensor,
+        k: *const C_tensor,
+        v: *const C_tensor,
+        options: *const Attention,
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    pub(super) fn rr_flash_attention(
+        q: *const C_tensor,
+        k: *const C_tensor,
+        v: *const C_tensor,
+        cu_seqlens: *const C_tensor,
+        longest: i64,
+        options: *const Attention,
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    pub(super) fn rr_efficient_attention(
+        q: *const C_tensor,
+        k: *const C_tensor,
+        v: *const C_tensor,
+        cu_seqlens: *const C_tensor,
+        longest: i64,
         options: *const Attention,
         out: *mut *mut C_tensor,
     ) -> *mut c_char;

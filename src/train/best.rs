@@ -53,6 +53,11 @@ impl Best {
         }
     }
 
+    /// Whether patience has run out.
+    pub(super) fn is_over(&self) -> bool {
+        self.patience.is_some_and(|patience| self.waited >= patience)
+    }
+
     /// Judges the validation after `step` optimizer steps.
     ///
     /// # Errors
@@ -73,8 +78,7 @@ impl Best {
             return Ok(Verdict::Best);
         }
         self.waited += 1;
-        let is_over = self.patience.is_some_and(|patience| self.waited >= patience);
-        Ok(if is_over { Verdict::Stop } else { Verdict::Worse })
+        Ok(if self.is_over() { Verdict::Stop } else { Verdict::Worse })
     }
 }
 

@@ -19,7 +19,7 @@ use crate::config::{Plan, Resume, SaveFailure};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 
-/// The lock inside the output directory.
+/// The lock inside the directory of logs and metrics.
 const LOCK: &str = ".lock";
 
 /// The base weights in an identity.
@@ -59,8 +59,8 @@ pub(super) fn lock(plan: &Plan, groups: &Groups) -> Result<Option<Lock>> {
     if groups.world.rank() != 0 {
         return Ok(None);
     }
-    let dir = &plan.saving.output_dir;
-    crate::atomic::create_dir(dir)?;
+    let dir = plan.saving.output_dir.join(output::RUNS);
+    crate::atomic::create_dir(&dir)?;
     let run = std::env::var(rr_launch::contract::vars::RR_RUN_ID).unwrap_or_default();
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let holder = format!(
@@ -363,6 +363,8 @@ impl<'a> Checkpoints<'a> {
         let is_due = saving.save_steps.is_some_and(|every| progress.step.is_multiple_of(every))
             || (saving.save_on_epoch_end && last_of_epoch);
         if is_due {
+            let earlier = self.saver.finish(groups);
+            self.judge(earlier)?;
             let outcome = {
                 let loss_scale = engine.loss_scale().copied();
                 let now = Moment { progress, loss_scale, job: job() };

@@ -14,8 +14,8 @@ use crate::hub::{self, ModelDir};
 use crate::model::weights::WeightFiles;
 use crate::model::{ModelConfig, foreign_layer_classes};
 use crate::optim::Schedule;
-use crate::score::check_model;
-use crate::text::{LengthReport, PairTokenizer, TextFormat};
+use crate::score::{PairTexts, check_model};
+use crate::text::{LengthReport, PairTokenizer};
 use crate::torch_ext::runtime;
 
 /// Pairs whose token lengths are measured for the report.
@@ -57,14 +57,7 @@ impl Inputs {
     /// User errors that name the file, the line or the setting.
     pub fn load(plan: &Plan, world_size: usize) -> Result<Self> {
         let ModelDir { path: model_dir, revision: model_revision } = model_dir(plan)?;
-        let config = ModelConfig::from_dir(&model_dir)?;
-        let positions = config.max_positions();
-        if plan.data.max_len > positions {
-            return Err(plan.error(
-                "max_len",
-                format!("{} is more than the model's {positions} positions", plan.data.max_len),
-            ));
-        }
+        let config = model_config(plan, &model_dir)?;
         let weights = WeightFiles::open(&model_dir)?;
         let tokenizer = Arc::new(tokenizer(plan, &model_dir)?);
         let initialised = check_model(&model_dir, &config, &weights, &tokenizer)?;
@@ -162,7 +155,7 @@ impl Inputs {
         for line in foreign_layer_classes(classes, &self.config.model_type) {
             lines.push(plan.warning("layer_classes", line));
         }
-        if self.tokenizer.fixed_tokens() == 0 {
+        if self.tokenizer.fixed_tokens() == 0 && plan.model.kind == ModelKind::BertEncoder {
             lines.push("the tokenizer has no pair template: texts are joined as they are".into());
         }
         lines.extend(checkpoints::outlook(plan)?);
@@ -232,21 +225,46 @@ fn shortfall(place: &str, needed: usize, available: Option<usize>) -> Option<Str
 
 /// The base model's directory, downloaded where it is on the hub.
 fn model_dir(plan: &Plan) -> Result<ModelDir> {
-    if plan.model.kind != ModelKind::BertEncoder {
-        return Err(plan.error("model_type", "expected bert_encoder"));
-    }
     hub::resolve(&plan.model.path).map_err(|error| match error {
         Error::Usage(message) => plan.error("model_name_or_path", message),
         other => other,
     })
 }
 
-/// The base model's tokenizer with the run's formats around query and document.
+/// The base model's configuration, which must be of the kind that the plan names.
+fn model_config(plan: &Plan, dir: &Path) -> Result<ModelConfig> {
+    let config = ModelConfig::from_dir(dir)?;
+    if config.kind() != plan.model.kind {
+        return Err(plan.error(
+            "model_type",
+            format!(
+                "{} does not fit {}, whose config.json says {}; use {}",
+                plan.model.kind,
+                dir.display(),
+                config.model_type,
+                config.kind()
+            ),
+        ));
+    }
+    let positions = config.max_positions();
+    if plan.data.max_len > positions {
+        return Err(plan.error(
+            "max_len",
+            format!("{} is more than the model's {positions} positions", plan.data.max_len),
+        ));
+    }
+    Ok(config)
+}
+
+/// The base model's tokenizer with the run's texts around query and document.
 fn tokenizer(plan: &Plan, dir: &Path) -> Result<PairTokenizer> {
-    let tokenizer = PairTokenizer::from_dir(dir)?.with_formats(
-        TextFormat::parse(&plan.model.query_format, "query_format")?,
-        TextFormat::parse(&plan.model.document_format, "document_format")?,
-    );
+    let tokenizer = PairTexts {
+        query_format: &plan.model.query_format,
+        document_format: &plan.model.document_format,
+        seq: &plan.model.seq,
+        special_token: &plan.model.special_token,
+    }
+    .tokenizer(dir, plan.model.kind)?;
     tokenizer.check_max_len(plan.data.max_len).map_err(|error| plan.error("max_len", error))?;
     Ok(tokenizer)
 }

@@ -6,6 +6,7 @@ pub mod inputs;
 mod memory;
 mod output;
 mod report;
+mod trackers;
 mod validate;
 
 use std::sync::Arc;
@@ -19,6 +20,7 @@ use tracing::info;
 pub use checkpoints::check as check_resume;
 pub use inputs::Inputs;
 pub use output::check as check_output;
+pub use trackers::check as check_trackers;
 pub use validate::Validation;
 
 use crate::checkpoint::model_dir::MAX_SHARD_BYTES;
@@ -56,7 +58,24 @@ pub fn run(plan: &Plan, env: &WorkerEnv) -> Result<()> {
     let inputs = Inputs::load(plan, env.world_size)?;
     let device = runtime::device(plan.parallel.device, env.local_rank)?;
     let groups = join(plan, env, device)?;
-    let lock = checkpoints::lock(plan, &groups)?;
+    let outcome = train(plan, env, &inputs, device, &groups);
+    if outcome.is_err() {
+        // A rank that fails keeps its connections until its process ends: the others, who fail for
+        // want of it, must not end before it and be taken for the cause.
+        std::mem::forget(groups);
+    }
+    outcome
+}
+
+/// Trains in a group of ranks.
+fn train(
+    plan: &Plan,
+    env: &WorkerEnv,
+    inputs: &Inputs,
+    device: Device,
+    groups: &Groups,
+) -> Result<()> {
+    let lock = checkpoints::lock(plan, groups)?;
     if env.rank == 0 {
         inputs.log(plan, env.world_size)?;
     }
@@ -67,7 +86,7 @@ pub fn run(plan: &Plan, env: &WorkerEnv) -> Result<()> {
         Engine::load(&inputs.config, &inputs.weights, plan.training.seed, &rates, options)?;
     check_same_model(&engine, groups.world.as_ref())?;
     engine.prepare_training()?;
-    let (checkpoints, earlier) = Checkpoints::open(plan, &inputs, &mut engine, &groups, lock)?;
+    let (checkpoints, earlier) = Checkpoints::open(plan, inputs, &mut engine, groups, lock)?;
     let progress = earlier.as_ref().map_or_else(Progress::default, |manifest| manifest.progress);
     let mut best = Best::new(&plan.validation);
     if let (Some(best), Some(manifest)) = (&mut best, &earlier) {
@@ -75,8 +94,8 @@ pub fn run(plan: &Plan, env: &WorkerEnv) -> Result<()> {
     }
     let mut job = Job {
         plan,
-        inputs: &inputs,
-        groups: &groups,
+        inputs,
+        groups,
         reporter: Reporter::new(plan, env, inputs.schedule.total(), progress.step)?,
         best,
         checkpoints,
@@ -85,7 +104,7 @@ pub fn run(plan: &Plan, env: &WorkerEnv) -> Result<()> {
         engine,
     };
     job.train()?;
-    job.checkpoints.finish(&groups)?;
+    job.checkpoints.finish(groups)?;
     let saving = job.save(output::MODEL)?;
     let memory = Memory::gather(&job.engine, saving, groups.world.as_ref())?;
     job.reporter.finish(&memory)?;
@@ -211,8 +230,12 @@ struct Job<'a> {
 impl Job<'_> {
     /// All epochs that are left, or fewer where validations stop getting better.
     fn train(&mut self) -> Result<()> {
-        let mut batches = self.batches()?;
         self.reporter.start();
+        // An earlier start stopped early, and was interrupted before it ended.
+        if self.best.as_ref().is_some_and(Best::is_over) {
+            return Ok(());
+        }
+        let mut batches = self.batches()?;
         for epoch in self.progress.epoch..self.plan.training.epochs {
             let steps = self.inputs.sampler.epoch_from(epoch, self.progress.items);
             let mut steps = steps.peekable();
@@ -315,8 +338,7 @@ impl Job<'_> {
     }
 
     /// Saves the model as the directory `name` of the output directory, with the metrics of the last
-    /// validation; returns
-    /// the most bytes of parameters that this rank held meanwhile.
+    /// validation; returns the most bytes of parameters that this rank held meanwhile.
     fn save(&self, name: &str) -> Result<usize> {
         let started = Instant::now();
         let target = self.plan.saving.output_dir.join(name);

@@ -12,6 +12,7 @@ use tracing::{Level, debug, enabled, info};
 use super::best::Best;
 use super::memory::Memory;
 use super::output::{BEST, RUNS};
+use super::trackers::Trackers;
 use super::validate::Validation;
 use crate::atomic::{create_dir, remove_dir};
 use crate::config::Plan;
@@ -43,6 +44,7 @@ pub(super) struct Reporter {
 struct Sink {
     path: PathBuf,
     file: File,
+    trackers: Trackers,
     status: Option<Status>,
 }
 
@@ -107,7 +109,8 @@ impl Reporter {
             file.write_all(earlier.as_bytes()).map_err(create)?;
             let direct = std::io::stderr().is_terminal();
             let status = (direct || env.progress).then(|| Status { drawn: Instant::now(), direct });
-            Some(Sink { path, file, status })
+            let trackers = Trackers::start(plan, &dir, done)?;
+            Some(Sink { path, file, status, trackers })
         } else {
             None
         };
@@ -118,7 +121,7 @@ impl Reporter {
             done,
             started: Instant::now(),
             paused: Duration::ZERO,
-            last_step: 0,
+            last_step: done,
             pairs: 0,
             tokens: 0,
             window: Window::default(),
@@ -249,7 +252,11 @@ impl Reporter {
             info!("trained {} pairs ({} tokens) in {seconds:.1} s", self.pairs, self.tokens);
             info!("{memory}");
         }
-        self.write(&memory.to_json())
+        self.write(&memory.to_json())?;
+        if let Some(sink) = &mut self.sink {
+            sink.trackers.finish();
+        }
+        Ok(())
     }
 
     /// Names the best model, once the final one is saved; without one, what an earlier run that
@@ -274,6 +281,7 @@ impl Reporter {
 
     fn write(&mut self, line: &Value) -> Result<()> {
         let Some(sink) = &mut self.sink else { return Ok(()) };
+        sink.trackers.log(line);
         writeln!(sink.file, "{line}").map_err(|source| Error::Io {
             path: sink.path.clone(),
             action: "write",

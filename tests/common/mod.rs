@@ -60,7 +60,11 @@ impl Golden {
             positions.extend(0..input.len() as i64);
             cu.push(cu[cu.len() - 1] + input.len() as i64);
             ids.extend(input);
-            types.extend(ints(self.tensor(&format!("token_type_ids.{pair}"))));
+            // Tokenizers without segments give none.
+            match self.tensors.get(&format!("token_type_ids.{pair}")) {
+                Some(segments) => types.extend(ints(segments)),
+                None => types.resize(ids.len(), 0),
+            }
             labels.push(self.info["labels"][pair].as_f64().unwrap() as f32);
         }
         TrainBatch {
@@ -71,13 +75,18 @@ impl Golden {
         }
     }
 
-    /// The model without dropout, with room for training.
+    /// The model without dropout, in fp32, with room for training.
     pub fn engine(&self, lr: f64) -> Engine {
+        self.engine_of(lr, Kind::Float)
+    }
+
+    /// The same in another precision.
+    pub fn engine_of(&self, lr: f64, kind: Kind) -> Engine {
         let config = ModelConfig::from_dir(&self.dir).unwrap().without_dropout();
         let weights = WeightFiles::open(&self.dir).unwrap();
         let groups = ParameterGroups { lr, weight_decay: 0.01, special: vec![] };
-        let mut engine =
-            Engine::load(&config, &weights, 1, &groups, EngineOptions::whole(Device::Cpu)).unwrap();
+        let options = EngineOptions { kind, ..EngineOptions::whole(Device::Cpu) };
+        let mut engine = Engine::load(&config, &weights, 1, &groups, options).unwrap();
         engine.prepare_training().unwrap();
         engine
     }

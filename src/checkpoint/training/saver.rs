@@ -102,14 +102,17 @@ impl Saver {
         })
     }
 
-    /// Copies the states of `units`, and starts writing them as the checkpoint of `now`. An earlier
-    /// save is finished first. All ranks call it together.
+    /// Copies the states of `units`, and starts writing them as the checkpoint of `now`.
+    /// [`Saver::finish`] has ended an earlier save. All ranks call it together.
     ///
     /// # Errors
-    /// What an earlier save, or this one so far, failed with, on this rank or another;
-    /// [`Error::Comm`] when a peer went away.
+    /// What the save failed with so far, on this rank or another; [`Error::Comm`] when a peer went
+    /// away.
+    ///
+    /// # Panics
+    /// When an earlier save has not been finished.
     pub fn save(&mut self, now: Moment, units: &[FlatUnit], groups: &Groups) -> Result<()> {
-        self.finish(groups)?;
+        assert!(self.writing.is_none(), "finish() comes between two saves");
         // One rank holds what its replicas hold as well.
         let writes = groups.replicas().is_none_or(|replicas| replicas.rank() == 0);
         let room = if writes { self.check_room(units, groups) } else { Ok(()) };

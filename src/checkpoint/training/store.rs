@@ -159,19 +159,18 @@ impl Lock {
             .open(path)
             .map_err(io(path, "create"))?;
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
             Err(Errno::WOULDBLOCK) => {
                 let mut holder = String::new();
                 // Only for the message.
                 let _ = file.read_to_string(&mut holder);
                 return Err(Error::Usage(format!(
-                    "{} is in use by {}; wait for it, end it, or choose another output_dir",
-                    path.parent().unwrap_or(path).display(),
+                    "{} is held by {}; wait for it, end it, or choose another output_dir",
+                    path.display(),
                     if holder.trim().is_empty() { "another run" } else { holder.trim() }
                 )));
             }
             // A file system without locks cannot say; the run goes on as before there were any.
-            Err(Errno::NOSYS | Errno::NOTSUP | Errno::NOLCK) => {}
+            Ok(()) | Err(Errno::NOSYS | Errno::NOTSUP | Errno::NOLCK) => {}
             Err(error) => return Err(io(path, "lock")(error.into())),
         }
         file.set_len(0).and_then(|()| writeln!(file, "{holder}")).map_err(io(path, "write"))?;

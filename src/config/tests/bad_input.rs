@@ -420,28 +420,13 @@ fn what_the_engine_cannot_do_is_refused() {
              score per pair",
         ),
         (
-            "save_on_epoch_end: 1",
-            "training.yaml:4:20: save_on_epoch_end: a checkpoint per epoch is not supported yet; \
-             use 0; the final model is always saved",
-        ),
-        (
             "save_failure: ignore",
             "training.yaml:4:15: save_failure: expected stop or continue, found the text \"ignore\"",
-        ),
-        (
-            "log_with: wandb",
-            "training.yaml:4:11: log_with: a tracker is not supported yet; use null; \
-             metrics.jsonl is always written",
         ),
     ];
     for (yaml, message) in training {
         assert_eq!(Case::new(yaml).load().unwrap_err(), message, "{yaml}");
     }
-    let decoder = Case::whole(LEAST.replace("bert_encoder", "llm_decoder"));
-    assert_eq!(
-        decoder.load().unwrap_err(),
-        "training.yaml:2:13: model_type: llm_decoder is not supported yet; use bert_encoder"
-    );
 }
 
 /// A file that is cut off, or whose bytes are damaged, is read or refused in one line.

@@ -1,14 +1,21 @@
 //! `config.json` of a Hugging Face model directory, as far as the model's mathematics needs it.
 
+mod decoder;
 mod encoder;
+mod modernbert;
+#[cfg(test)]
+mod tests;
 
 use std::path::Path;
 
 use serde_json::Value;
 use tch::Tensor;
 
-pub use encoder::EncoderConfig;
+pub use decoder::{DecoderConfig, ScoreHead};
+pub use encoder::{EncoderConfig, HeadForm, PositionIds};
+pub use modernbert::{LayerAttention, ModernBertConfig, Pooling};
 
+use crate::config::ModelKind;
 use crate::error::{Error, Result};
 
 /// The non-linearity between the two feed-forward products.
@@ -58,16 +65,36 @@ impl Activation {
 pub enum Trunk {
     /// Every token sees every other; the head reads the first.
     Encoder(EncoderConfig),
+    /// The same with rotary positions and windows.
+    ModernBert(ModernBertConfig),
+    /// Every token sees those before it; the head reads the last.
+    Decoder(DecoderConfig),
 }
 
 impl Trunk {
     fn read(model_type: &str, raw: &Value) -> Result<Self, String> {
-        if encoder::MODEL_TYPES.contains(&model_type) {
-            return encoder::read(model_type, raw).map(Self::Encoder);
+        if raw.get("quantization_config").is_some_and(|value| !value.is_null()) {
+            return Err("quantization_config is not supported, expected plain weights".into());
         }
+        let families = encoder::FAMILIES;
+        if let Some(family) = families.iter().find(|family| family.model_type == model_type) {
+            return encoder::read(family, raw).map(Self::Encoder);
+        }
+        if model_type == modernbert::MODEL_TYPE {
+            return modernbert::read(raw).map(Self::ModernBert);
+        }
+        if let Some(decoder) = decoder::read(model_type, raw) {
+            return decoder.map(Self::Decoder);
+        }
+        let supported: Vec<_> = families
+            .iter()
+            .map(|family| family.model_type)
+            .chain([modernbert::MODEL_TYPE])
+            .chain(decoder::model_types())
+            .collect();
         Err(format!(
             "unknown architecture: model_type is {model_type:?}, supported: {}",
-            encoder::MODEL_TYPES.join(", ")
+            supported.join(", ")
         ))
     }
 }
@@ -112,11 +139,22 @@ impl ModelConfig {
         Ok(Self { model_type, trunk, raw })
     }
 
+    /// The family of models it belongs to, as a configuration names it.
+    #[must_use]
+    pub fn kind(&self) -> ModelKind {
+        match &self.trunk {
+            Trunk::Encoder(_) | Trunk::ModernBert(_) => ModelKind::BertEncoder,
+            Trunk::Decoder(_) => ModelKind::LlmDecoder,
+        }
+    }
+
     /// Width of the residual stream.
     #[must_use]
     pub fn hidden(&self) -> usize {
         match &self.trunk {
             Trunk::Encoder(encoder) => encoder.hidden as usize,
+            Trunk::ModernBert(modernbert) => modernbert.hidden as usize,
+            Trunk::Decoder(decoder) => decoder.hidden as usize,
         }
     }
 
@@ -125,6 +163,8 @@ impl ModelConfig {
     pub fn vocab_size(&self) -> usize {
         match &self.trunk {
             Trunk::Encoder(encoder) => encoder.vocab_size as usize,
+            Trunk::ModernBert(modernbert) => modernbert.vocab_size as usize,
+            Trunk::Decoder(decoder) => decoder.vocab_size as usize,
         }
     }
 
@@ -133,6 +173,7 @@ impl ModelConfig {
     pub fn segments(&self) -> Option<usize> {
         match &self.trunk {
             Trunk::Encoder(encoder) => Some(encoder.type_vocab_size as usize),
+            Trunk::ModernBert(_) | Trunk::Decoder(_) => None,
         }
     }
 
@@ -140,7 +181,19 @@ impl ModelConfig {
     #[must_use]
     pub fn max_positions(&self) -> usize {
         match &self.trunk {
-            Trunk::Encoder(encoder) => encoder.max_positions as usize,
+            Trunk::Encoder(encoder) => encoder.longest_input() as usize,
+            Trunk::ModernBert(modernbert) => modernbert.max_positions as usize,
+            Trunk::Decoder(decoder) => decoder.max_positions as usize,
+        }
+    }
+
+    /// The class of transformers that loads a saved model.
+    #[must_use]
+    pub fn architecture(&self) -> &'static str {
+        match &self.trunk {
+            Trunk::Encoder(encoder) => encoder.architecture,
+            Trunk::ModernBert(_) => "ModernBertForSequenceClassification",
+            Trunk::Decoder(decoder) => decoder.architecture,
         }
     }
 
@@ -153,7 +206,45 @@ impl ModelConfig {
                 encoder.attention_dropout = 0.0;
                 encoder.classifier_dropout = 0.0;
             }
+            Trunk::ModernBert(modernbert) => {
+                modernbert.embedding_dropout = 0.0;
+                modernbert.attention_dropout = 0.0;
+                modernbert.mlp_dropout = 0.0;
+                modernbert.classifier_dropout = 0.0;
+            }
+            Trunk::Decoder(decoder) => decoder.attention_dropout = 0.0,
         }
         self
     }
+}
+
+/// Refuses the first size that is not at least 1.
+fn check_sizes(sizes: &[(&str, i64)]) -> Result<(), String> {
+    match sizes.iter().find(|(_, value)| *value < 1) {
+        Some((name, value)) => Err(format!("{name} is {value}, expected at least 1")),
+        None => Ok(()),
+    }
+}
+
+/// Refuses the first dropout that is no probability below 1.
+fn check_dropouts(dropouts: &[(&str, f64)]) -> Result<(), String> {
+    match dropouts.iter().find(|(_, p)| !(0.0..1.0).contains(p)) {
+        Some((name, value)) => Err(format!("{name} is {value}, expected a probability below 1")),
+        None => Ok(()),
+    }
+}
+
+/// `pad_token_id` of `raw`: `default` where it is absent, none where it is null.
+fn padding_id(raw: &Value, default: i64, vocab_size: i64) -> Result<Option<i64>, String> {
+    let id = match raw.get("pad_token_id") {
+        None => default,
+        Some(Value::Null) => return Ok(None),
+        Some(id) => {
+            id.as_i64().ok_or_else(|| format!("pad_token_id is {id}, expected a number"))?
+        }
+    };
+    if (0..vocab_size).contains(&id) {
+        return Ok(Some(id));
+    }
+    Err(format!("pad_token_id {id} does not fit the vocabulary of {vocab_size}"))
 }

@@ -17,6 +17,7 @@
 #include <limits>
 #include <vector>
 
+#include "attention.h"
 #include "shim.h"
 
 // Fortran BLAS, column-major; libtorch's CPU library exports it.
@@ -123,11 +124,13 @@ RR_CLONES void probabilities_row(float* row, int64_t n, float lse) {
   for (int64_t i = 0; i < n; ++i) row[i] = exp_approx(row[i] - lse);
 }
 
-RR_CLONES void drop_row(float* row, int64_t n, uint32_t key, uint32_t threshold, float scale) {
+// `first` is the column of row[0] in its sequence.
+RR_CLONES void drop_row(float* row, int64_t n, uint32_t first, uint32_t key, uint32_t threshold,
+                        float scale) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const float keep = random_bits(key, static_cast<uint32_t>(i)) >= threshold ? scale : 0.0f;
-    row[i] *= keep;
+    const uint32_t column = first + static_cast<uint32_t>(i);
+    row[i] *= random_bits(key, column) >= threshold ? scale : 0.0f;
   }
 }
 
@@ -144,20 +147,20 @@ RR_CLONES float dot(const float* a, const float* b, int64_t n) {
   return sum;
 }
 
-// The packed projections qkv[T, 3, heads, dim] and what the kernels need to walk them.
-struct Packed {
-  const float* qkv;
+// What every pass over a batch needs to know; kept for the backward pass.
+struct Settings : torch::CustomClassHolder {
   std::vector<int64_t> cu_seqlens;
-  int64_t tokens;
   int heads;
+  int kv_heads;
   int dim;
+  int64_t left;   // keys before the own position that a query sees
+  int64_t right;  // keys after it
   float scale;
+  Dropout dropout{0.0, 0};
 
-  int stride() const { return 3 * heads * dim; }
-  const float* at(int which, int64_t token, int head) const {
-    return qkv + token * stride() + (which * heads + head) * dim;
-  }
+  int64_t tokens() const { return cu_seqlens.back(); }
   int64_t sequences() const { return static_cast<int64_t>(cu_seqlens.size()) - 1; }
+  int group() const { return heads / kv_heads; }
   int64_t longest() const {
     int64_t longest = 0;
     for (int64_t s = 0; s < sequences(); ++s)
@@ -166,139 +169,223 @@ struct Packed {
   }
 };
 
-// Calls body(first token, length, head, scratch) for every sequence and head, in parallel;
-// scratch holds `blocks` score blocks.
+// [T, heads, dim] of which the rows may stand apart.
+template <typename Float>
+struct Rows {
+  Float* data;
+  int stride;
+  int dim;
+
+  Float* at(int64_t token, int head) const { return data + token * stride + head * dim; }
+};
+
+template <typename Float>
+struct Projections {
+  Rows<Float> q, k, v;
+};
+
+// One head of one sequence.
+struct Head {
+  int64_t first;   // its first token
+  int64_t length;  // its number of tokens
+  int query;       // number of the query head
+  int key;         // number of the key and value head
+};
+
+// A block of query rows with the keys that at least one of them sees; positions in the sequence.
+struct Block {
+  int64_t row;
+  int rows;
+  int64_t key;
+  int keys;
+
+  Block(const Settings& s, int64_t length, int64_t first_row)
+      : row(first_row),
+        rows(static_cast<int>(std::min(kRows, length - first_row))),
+        key(std::max<int64_t>(0, first_row - s.left)),
+        keys(static_cast<int>(std::min(length, first_row + rows + s.right) - key)) {}
+
+  // The keys that row `r` of the block sees, as columns of the block.
+  int64_t begin(const Settings& s, int r) const {
+    return std::max<int64_t>(0, row + r - s.left - key);
+  }
+  int64_t end(const Settings& s, int r) const {
+    return std::min<int64_t>(keys, row + r + s.right + 1 - key);
+  }
+};
+
+// Calls body(sequence's first token, its length, head, scratch) for every sequence and every one of
+// `heads` heads, in parallel; scratch holds `blocks` score blocks.
 template <typename Body>
-void for_each_head(const Packed& in, int64_t blocks, const Body& body) {
-  const int64_t longest = in.longest();
+void for_each_head(const Settings& s, int heads, int64_t blocks, const Body& body) {
+  const int64_t longest = s.longest();
   const int64_t block = std::min(kRows, longest) * longest;
-  at::parallel_for(0, in.sequences() * in.heads, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, s.sequences() * heads, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(static_cast<size_t>(blocks * block));
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t s = i / in.heads;
-      const int64_t first = in.cu_seqlens[s];
-      const int64_t length = in.cu_seqlens[s + 1] - first;
-      if (length > 0) body(first, length, static_cast<int>(i % in.heads), scratch.data());
+      const int64_t first = s.cu_seqlens[i / heads];
+      const int64_t length = s.cu_seqlens[i / heads + 1] - first;
+      if (length > 0) body(first, length, static_cast<int>(i % heads), scratch.data());
     }
   });
 }
 
-void forward_head(const Packed& in, const Dropout& dropout, int64_t first, int64_t length, int head,
-                  float* scores, float* out, float* lse) {
-  const int n = static_cast<int>(length);
-  for (int64_t row = 0; row < length; row += kRows) {
-    const int m = static_cast<int>(std::min(kRows, length - row));
-    gemm(Trans::no, Trans::yes, m, n, in.dim, in.scale, in.at(0, first + row, head), in.stride(),
-         in.at(1, first, head), in.stride(), 0.0f, scores, n);
-    for (int r = 0; r < m; ++r) {
-      const int64_t token = first + row + r;
-      lse[head * in.tokens + token] = softmax_row(scores + int64_t{r} * n, n);
-      if (dropout.on)
-        drop_row(scores + int64_t{r} * n, n, row_key(dropout.seed, head, token), dropout.threshold,
-                 dropout.scale);
+void forward_head(const Settings& s, const Projections<const float>& in, const Head& head,
+                  float* scores, const Rows<float>& out, float* lse) {
+  for (int64_t row = 0; row < head.length; row += kRows) {
+    const Block block(s, head.length, row);
+    const int64_t token = head.first + row;
+    const int64_t key = head.first + block.key;
+    gemm(Trans::no, Trans::yes, block.rows, block.keys, s.dim, s.scale, in.q.at(token, head.query),
+         in.q.stride, in.k.at(key, head.key), in.k.stride, 0.0f, scores, block.keys);
+    for (int r = 0; r < block.rows; ++r) {
+      float* const line = scores + int64_t{r} * block.keys;
+      const int64_t begin = block.begin(s, r), end = block.end(s, r);
+      std::fill(line, line + begin, 0.0f);
+      std::fill(line + end, line + block.keys, 0.0f);
+      lse[head.query * s.tokens() + token + r] = softmax_row(line + begin, end - begin);
+      if (s.dropout.on)
+        drop_row(line + begin, end - begin, static_cast<uint32_t>(block.key + begin),
+                 row_key(s.dropout.seed, head.query, token + r), s.dropout.threshold,
+                 s.dropout.scale);
     }
-    const int width = in.heads * in.dim;
-    gemm(Trans::no, Trans::no, m, in.dim, n, 1.0f, scores, n, in.at(2, first, head), in.stride(),
-         0.0f, out + (first + row) * width + head * in.dim, width);
+    gemm(Trans::no, Trans::no, block.rows, s.dim, block.keys, 1.0f, scores, block.keys,
+         in.v.at(key, head.key), in.v.stride, 0.0f, out.at(token, head.query), out.stride);
   }
 }
 
-struct Gradients {
-  const float* out;
-  const float* grad_out;
+struct Saved {
+  Rows<const float> out;
+  Rows<const float> grad_out;
   const float* lse;
-  float* grad_qkv;
 };
 
-void backward_head(const Packed& in, const Dropout& dropout, const Gradients& g, int64_t first,
-                   int64_t length, int head, float* scratch) {
-  const int n = static_cast<int>(length);
-  const int width = in.heads * in.dim;
-  const int stride = in.stride();
-  float* const p = scratch;
-  float* const dp = scratch + std::min(kRows, length) * length;
-  auto grad_at = [&](int which, int64_t token) {
-    return g.grad_qkv + token * stride + (which * in.heads + head) * in.dim;
-  };
-  for (int64_t row = 0; row < length; row += kRows) {
-    const int m = static_cast<int>(std::min(kRows, length - row));
-    const float accumulate = row == 0 ? 0.0f : 1.0f;
-    const float* d_out = g.grad_out + (first + row) * width + head * in.dim;
-    const float* query = in.at(0, first + row, head);
-    gemm(Trans::no, Trans::yes, m, n, in.dim, in.scale, query, stride, in.at(1, first, head),
-         stride, 0.0f, p, n);
-    gemm(Trans::no, Trans::yes, m, n, in.dim, 1.0f, d_out, width, in.at(2, first, head), stride,
-         0.0f, dp, n);
-    for (int r = 0; r < m; ++r) {
-      const int64_t token = first + row + r;
-      float* const p_row = p + int64_t{r} * n;
-      float* const dp_row = dp + int64_t{r} * n;
-      const float* out = g.out + token * width + head * in.dim;
-      const float delta = dot(out, d_out + int64_t{r} * width, in.dim);
-      const uint32_t key = row_key(dropout.seed, head, token);
-      probabilities_row(p_row, n, g.lse[head * in.tokens + token]);
-      if (dropout.on) drop_row(dp_row, n, key, dropout.threshold, dropout.scale);
-      softmax_backward_row(dp_row, p_row, n, delta);
-      if (dropout.on) drop_row(p_row, n, key, dropout.threshold, dropout.scale);
+// Probabilities and the gradient of the scores of a block, computed again: p after dropout, and dS
+// in place of dp.
+void backward_rows(const Settings& s, const Saved& saved, const Head& head, const Block& block,
+                   float* p, float* dp) {
+  for (int r = 0; r < block.rows; ++r) {
+    const int64_t token = head.first + block.row + r;
+    const int64_t begin = block.begin(s, r), end = block.end(s, r), seen = end - begin;
+    for (float* line : {p + int64_t{r} * block.keys, dp + int64_t{r} * block.keys}) {
+      std::fill(line, line + begin, 0.0f);
+      std::fill(line + end, line + block.keys, 0.0f);
     }
-    gemm(Trans::yes, Trans::no, n, in.dim, m, 1.0f, p, n, d_out, width, accumulate,
-         grad_at(2, first), stride);
-    gemm(Trans::no, Trans::no, m, in.dim, n, in.scale, dp, n, in.at(1, first, head), stride, 0.0f,
-         grad_at(0, first + row), stride);
-    gemm(Trans::yes, Trans::no, n, in.dim, m, in.scale, dp, n, query, stride, accumulate,
-         grad_at(1, first), stride);
+    float* const p_row = p + int64_t{r} * block.keys + begin;
+    float* const dp_row = dp + int64_t{r} * block.keys + begin;
+    const float delta =
+        dot(saved.out.at(token, head.query), saved.grad_out.at(token, head.query), s.dim);
+    const uint32_t row = row_key(s.dropout.seed, head.query, token);
+    const uint32_t column = static_cast<uint32_t>(block.key + begin);
+    probabilities_row(p_row, seen, saved.lse[head.query * s.tokens() + token]);
+    if (s.dropout.on) drop_row(dp_row, seen, column, row, s.dropout.threshold, s.dropout.scale);
+    softmax_backward_row(dp_row, p_row, seen, delta);
+    if (s.dropout.on) drop_row(p_row, seen, column, row, s.dropout.threshold, s.dropout.scale);
   }
 }
 
+// `written`: rows of this head's key and value gradients that hold something already.
+void backward_head(const Settings& s, const Projections<const float>& in, const Saved& saved,
+                   const Projections<float>& grad, const Head& head, int64_t& written,
+                   float* scratch) {
+  float* const p = scratch;
+  float* const dp = scratch + std::min(kRows, head.length) * head.length;
+  for (int64_t row = 0; row < head.length; row += kRows) {
+    const Block block(s, head.length, row);
+    const int64_t token = head.first + row;
+    const int64_t key = head.first + block.key;
+    const int m = block.rows, n = block.keys;
+    const float* const query = in.q.at(token, head.query);
+    const float* const d_out = saved.grad_out.at(token, head.query);
+    gemm(Trans::no, Trans::yes, m, n, s.dim, s.scale, query, in.q.stride, in.k.at(key, head.key),
+         in.k.stride, 0.0f, p, n);
+    gemm(Trans::no, Trans::yes, m, n, s.dim, 1.0f, d_out, saved.grad_out.stride,
+         in.v.at(key, head.key), in.v.stride, 0.0f, dp, n);
+    backward_rows(s, saved, head, block, p, dp);
+    // The products below add to all rows of the block or to none: a row that is new begins at 0.
+    const float accumulate = block.key < written ? 1.0f : 0.0f;
+    for (; accumulate > 0.0f && written < block.key + n; ++written)
+      for (const Rows<float>& rows : {grad.k, grad.v})
+        std::fill_n(rows.at(head.first + written, head.key), s.dim, 0.0f);
+    written = std::max(written, block.key + n);
+    gemm(Trans::yes, Trans::no, n, s.dim, m, 1.0f, p, n, d_out, saved.grad_out.stride, accumulate,
+         grad.v.at(key, head.key), grad.v.stride);
+    gemm(Trans::no, Trans::no, m, s.dim, n, s.scale, dp, n, in.k.at(key, head.key), in.k.stride,
+         0.0f, grad.q.at(token, head.query), grad.q.stride);
+    gemm(Trans::yes, Trans::no, n, s.dim, m, s.scale, dp, n, query, in.q.stride, accumulate,
+         grad.k.at(key, head.key), grad.k.stride);
+  }
+}
+
+// A tensor whose rows the kernels can walk: elements of a row side by side, rows apart by no less.
+at::Tensor walkable(const at::Tensor& x) {
+  const bool dense = x.dim() == 2 ? x.stride(1) == 1 : x[0].is_contiguous();
+  return dense && x.stride(0) >= x[0].numel() ? x : x.contiguous();
+}
+
+template <typename Float>
+Rows<Float> rows_of(const at::Tensor& x, int64_t dim, int64_t skipped_heads = 0) {
+  const int64_t width = x.numel() / std::max<int64_t>(1, x.size(0));
+  return {x.data_ptr<float>() + skipped_heads * dim,
+          static_cast<int>(std::max(x.stride(0), width)), static_cast<int>(dim)};
+}
+
+// Of one fused tensor, or of three.
+template <typename Float>
+Projections<Float> projections_of(const Settings& s, const at::Tensor& q, const at::Tensor& k,
+                                  const at::Tensor& v) {
+  if (k.defined())
+    return {rows_of<Float>(q, s.dim), rows_of<Float>(k, s.dim), rows_of<Float>(v, s.dim)};
+  return {rows_of<Float>(q, s.dim), rows_of<Float>(q, s.dim, s.heads),
+          rows_of<Float>(q, s.dim, s.heads + s.kv_heads)};
+}
+
+// q, k and v, or everything in q, without k and v.
 struct PackedAttention : torch::autograd::Function<PackedAttention> {
-  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& qkv_in,
-                            std::vector<int64_t> cu_seqlens, int64_t heads, double dropout_p,
-                            int64_t seed) {
-    const at::Tensor qkv = qkv_in.contiguous();
-    const int64_t tokens = qkv.size(0);
-    const int64_t width = qkv.size(1) / 3;
-    const Packed in = view(qkv, cu_seqlens, heads);
-    at::Tensor out = at::empty({tokens, width}, qkv.options());
-    at::Tensor lse = at::empty({heads, tokens}, qkv.options());
-    const Dropout dropout(dropout_p, seed);
-    for_each_head(in, 1, [&](int64_t first, int64_t length, int head, float* scratch) {
-      forward_head(in, dropout, first, length, head, scratch, out.data_ptr<float>(),
-                   lse.data_ptr<float>());
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& q_in,
+                            const std::optional<at::Tensor>& k_in,
+                            const std::optional<at::Tensor>& v_in,
+                            c10::intrusive_ptr<Settings> settings) {
+    const Settings& s = *settings;
+    at::Tensor out = at::empty({s.tokens(), int64_t{s.heads} * s.dim}, q_in.options());
+    at::Tensor lse = at::empty({s.heads, s.tokens()}, q_in.options());
+    auto ready = [&](const std::optional<at::Tensor>& x) {
+      return x.has_value() && s.tokens() > 0 ? walkable(*x) : x.value_or(at::Tensor());
+    };
+    const at::Tensor q = ready(q_in), k = ready(k_in), v = ready(v_in);
+    const auto in = projections_of<const float>(s, q, k, v);
+    const auto out_rows = rows_of<float>(out, s.dim);
+    float* const sums = lse.data_ptr<float>();
+    for_each_head(s, s.heads, 1, [&](int64_t first, int64_t length, int head, float* scratch) {
+      forward_head(s, in, {first, length, head, head / s.group()}, scratch, out_rows, sums);
     });
-    ctx->save_for_backward({qkv, out, lse});
-    ctx->saved_data["cu_seqlens"] = std::move(cu_seqlens);
-    ctx->saved_data["heads"] = heads;
-    ctx->saved_data["dropout_p"] = dropout_p;
-    ctx->saved_data["seed"] = seed;
+    ctx->save_for_backward({q, k, v, out, lse});
+    ctx->saved_data["settings"] = c10::IValue::make_capsule(std::move(settings));
     return out;
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grads) {
-    const auto saved = ctx->get_saved_variables();
+    const auto capsule = ctx->saved_data["settings"].toCapsule();
+    const Settings& s = static_cast<const Settings&>(*capsule);
+    const auto tensors = ctx->get_saved_variables();
+    const at::Tensor &q = tensors[0], &k = tensors[1], &v = tensors[2];
     const at::Tensor grad_out = grads[0].contiguous();
-    const Packed in = view(saved[0], ctx->saved_data["cu_seqlens"].toIntVector(),
-                           ctx->saved_data["heads"].toInt());
-    const Dropout dropout(ctx->saved_data["dropout_p"].toDouble(),
-                          ctx->saved_data["seed"].toInt());
-    at::Tensor grad_qkv = at::empty_like(saved[0]);
-    const Gradients g{saved[1].data_ptr<float>(), grad_out.data_ptr<float>(),
-                      saved[2].data_ptr<float>(), grad_qkv.data_ptr<float>()};
-    for_each_head(in, 2, [&](int64_t first, int64_t length, int head, float* scratch) {
-      backward_head(in, dropout, g, first, length, head, scratch);
+    auto make = [](const at::Tensor& x) {
+      return x.defined() ? at::empty(x.sizes(), x.options()) : at::Tensor();
+    };
+    const at::Tensor grad_q = make(q), grad_k = make(k), grad_v = make(v);
+    const auto in = projections_of<const float>(s, q, k, v);
+    const auto grad = projections_of<float>(s, grad_q, grad_k, grad_v);
+    const Saved saved{rows_of<const float>(tensors[3], s.dim), rows_of<const float>(grad_out, s.dim),
+                      tensors[4].data_ptr<float>()};
+    // Query heads that share a key head add to the same gradients: one thread takes them all.
+    for_each_head(s, s.kv_heads, 2, [&](int64_t first, int64_t length, int head, float* scratch) {
+      int64_t written = 0;
+      for (int query = head * s.group(); query < (head + 1) * s.group(); ++query)
+        backward_head(s, in, saved, grad, {first, length, query, head}, written, scratch);
     });
-    return {grad_qkv, at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor()};
-  }
-
- private:
-  static Packed view(const at::Tensor& qkv, std::vector<int64_t> cu_seqlens, int64_t heads) {
-    const int64_t dim = qkv.size(1) / (3 * heads);
-    return Packed{qkv.data_ptr<float>(),
-                  std::move(cu_seqlens),
-                  qkv.size(0),
-                  static_cast<int>(heads),
-                  static_cast<int>(dim),
-                  static_cast<float>(1.0 / std::sqrt(static_cast<double>(dim)))};
+    return {grad_q, grad_k, grad_v, at::Tensor()};
   }
 };
 
@@ -306,29 +393,28 @@ struct PackedAttention : torch::autograd::Function<PackedAttention> {
 
 extern "C" {
 
-// How to attend; the order is the Rust struct's.
-struct RrAttention {
-  const int64_t* cu_seqlens;  // [sequences + 1], from 0 to T
-  size_t boundaries;          // sequences + 1
-  int64_t heads;
-  double dropout;             // in [0, 1)
-  int64_t seed;
-};
-
-// qkv[T, 3 * heads * dim] fp32 on the CPU -> a new tensor [T, heads * dim].
-char* rr_packed_attention(at::Tensor* qkv, const RrAttention* options, at::Tensor** out) {
+// q[T, heads, dim], k and v[T, kv_heads, dim], or k and v null and q[T, (heads + 2 kv_heads) * dim];
+// fp32 on the CPU. -> a new tensor [T, heads * dim].
+char* rr_packed_attention(at::Tensor* q, at::Tensor* k, at::Tensor* v, const RrAttention* options,
+                          at::Tensor** out) {
   return rr::guarded([&] {
-    TORCH_CHECK(qkv->device().is_cpu() && qkv->scalar_type() == at::kFloat && qkv->dim() == 2,
-                "packed attention on the CPU takes a 2-d fp32 tensor");
-    TORCH_CHECK(options->boundaries >= 1 && qkv->size(1) % (3 * options->heads) == 0,
-                "packed attention: a width of ", qkv->size(1), " is not 3 x ", options->heads,
-                " heads");
-    std::vector<int64_t> cu(options->cu_seqlens, options->cu_seqlens + options->boundaries);
-    TORCH_CHECK(cu.front() == 0 && cu.back() == qkv->size(0) && std::is_sorted(cu.begin(), cu.end()),
-                "packed attention: cu_seqlens must rise from 0 to ", qkv->size(0));
-    TORCH_CHECK(options->dropout >= 0.0 && options->dropout < 1.0, "dropout must be in [0, 1)");
-    *out = new at::Tensor(PackedAttention::apply(*qkv, std::move(cu), options->heads,
-                                                 options->dropout, options->seed));
+    const RrAttention& o = *options;
+    const int64_t dim = rr::check_projections(*q, k, v, o);
+    TORCH_CHECK(q->device().is_cpu() && q->scalar_type() == at::kFloat,
+                "packed attention on the CPU takes fp32");
+    auto settings = c10::make_intrusive<Settings>();
+    settings->cu_seqlens.assign(o.cu_seqlens, o.cu_seqlens + o.boundaries);
+    settings->heads = static_cast<int>(o.heads);
+    settings->kv_heads = static_cast<int>(o.kv_heads);
+    settings->dim = static_cast<int>(dim);
+    settings->left = o.left < 0 ? q->size(0) : o.left;
+    settings->right = o.right < 0 ? q->size(0) : o.right;
+    settings->scale = static_cast<float>(o.scale);
+    settings->dropout = Dropout(o.dropout, o.seed);
+    auto given = [](const at::Tensor* x) {
+      return x == nullptr ? std::nullopt : std::optional<at::Tensor>(*x);
+    };
+    *out = new at::Tensor(PackedAttention::apply(*q, given(k), given(v), std::move(settings)));
   });
 }
 

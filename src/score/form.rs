@@ -1,0 +1,136 @@
+//! What a model reads: the texts around a pair, or the prompt of a language model.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::checkpoint::Sidecar;
+use crate::config::ModelKind;
+use crate::error::{Error, Result};
+use crate::model::config::ScoreHead;
+use crate::model::weights::WeightFiles;
+use crate::model::{ModelConfig, Trunk};
+use crate::text::{DecoderTemplate, PairTokenizer, TextFormat, TokenPrompt};
+
+/// The texts around query and document, as a configuration or `reranker.json` gives them.
+#[derive(Debug, Clone, Copy)]
+pub struct PairTexts<'a> {
+    /// The query goes where `{}` stands.
+    pub query_format: &'a str,
+    /// The document goes where `{}` stands.
+    pub document_format: &'a str,
+    /// Between query and document; decoders only.
+    pub seq: &'a str,
+    /// After the document; decoders only.
+    pub special_token: &'a str,
+}
+
+impl Default for PairTexts<'_> {
+    /// Query and document as they are.
+    fn default() -> Self {
+        Self { query_format: "{}", document_format: "{}", seq: "", special_token: "" }
+    }
+}
+
+impl PairTexts<'_> {
+    /// The tokenizer of the model directory `dir` with these texts.
+    ///
+    /// # Errors
+    /// [`Error::File`] or [`Error::Io`] about the tokenizer, [`Error::Usage`] about a format.
+    pub fn tokenizer(&self, dir: &Path, kind: ModelKind) -> Result<PairTokenizer> {
+        let query_format = TextFormat::parse(self.query_format, "query_format")?;
+        let document_format = TextFormat::parse(self.document_format, "document_format")?;
+        match kind {
+            ModelKind::BertEncoder => {
+                Ok(PairTokenizer::from_dir(dir)?.with_formats(query_format, document_format))
+            }
+            ModelKind::LlmDecoder => {
+                let (seq, special_token) = (self.seq.to_owned(), self.special_token.to_owned());
+                let template =
+                    DecoderTemplate { query_format, seq, document_format, special_token };
+                PairTokenizer::from_dir_for_decoder(dir, &template)
+            }
+        }
+    }
+}
+
+/// How a model directory is to be scored with.
+pub(super) struct Form {
+    pub(super) tokenizer: PairTokenizer,
+    /// The most tokens of a pair when nothing else is asked for.
+    pub(super) max_len: Option<usize>,
+    /// The prompt that was found by the model's type alone.
+    pub(super) assumed: Option<&'static TokenPrompt>,
+}
+
+impl Form {
+    /// Decides it from `dir`: by `reranker.json` where there is one, by the prompt of a language
+    /// model without a score head, else by the texts as they are. A prompt also sets the head of
+    /// `config`.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for a prompt that is not known or not needed; [`Error::File`] for a language
+    /// model of which no prompt is known.
+    pub(super) fn of_dir(
+        dir: &Path,
+        config: &mut ModelConfig,
+        weights: &WeightFiles,
+        prompt: Option<&str>,
+    ) -> Result<Self> {
+        let asked = prompt.map(named).transpose()?;
+        if !is_language_model(config, weights) {
+            if let Some(prompt) = asked {
+                return Err(Error::Usage(format!(
+                    "--prompt {} is for a language model without score.weight, but {} is no such \
+                     model",
+                    prompt.name,
+                    dir.display()
+                )));
+            }
+            let sidecar = Sidecar::from_dir(dir)?;
+            let texts = sidecar.as_ref().map_or_else(PairTexts::default, |sidecar| PairTexts {
+                query_format: &sidecar.query_format,
+                document_format: &sidecar.document_format,
+                seq: &sidecar.seq,
+                special_token: &sidecar.special_token,
+            });
+            let tokenizer = texts.tokenizer(dir, config.kind())?;
+            let max_len = sidecar.map(|sidecar| sidecar.max_len);
+            return Ok(Self { tokenizer, max_len, assumed: None });
+        }
+        let known = TokenPrompt::of_model_type(&config.model_type);
+        let prompt = asked.or(known).ok_or_else(|| Error::File {
+            path: dir.to_owned(),
+            message: format!(
+                "a language model without score.weight; to score by the logit of a token, pass \
+                 --prompt {}; to give it a head, train it",
+                TokenPrompt::names().join(" or --prompt ")
+            ),
+        })?;
+        let (tokenizer, positive, negative) = PairTokenizer::from_dir_for_prompt(dir, prompt)?;
+        if let Trunk::Decoder(decoder) = &mut config.trunk {
+            decoder.head = ScoreHead::TokenLogit {
+                positive: positive.into(),
+                negative: negative.map(i64::from),
+            };
+        }
+        let assumed = asked.is_none().then_some(prompt);
+        Ok(Self { tokenizer, max_len: Some(prompt.max_len), assumed })
+    }
+}
+
+fn named(name: &str) -> Result<&'static TokenPrompt> {
+    TokenPrompt::named(name).ok_or_else(|| {
+        let known = TokenPrompt::names().join(" or ");
+        Error::Usage(format!("--prompt {name:?} is not known, expected {known}"))
+    })
+}
+
+/// A decoder that was saved with its language model's head and no other.
+fn is_language_model(config: &ModelConfig, weights: &WeightFiles) -> bool {
+    let architectures = config.raw.get("architectures").and_then(Value::as_array);
+    let causal = architectures.is_some_and(|all| {
+        all.iter().filter_map(Value::as_str).any(|name| name.ends_with("ForCausalLM"))
+    });
+    config.kind() == ModelKind::LlmDecoder && causal && !weights.contains("score.weight")
+}

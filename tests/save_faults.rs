@@ -1,0 +1,155 @@
+//! Checkpoints on disks that fail or are full: earlier ones stay whole, no rank hangs, and the run
+//! ends with its own exit code or goes on without, as it was told.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
+
+use common::training::Bench;
+use reranker::checkpoint::training::Store;
+
+/// The exit code of a run that ended over a checkpoint.
+const CANNOT_SAVE: i32 = 4;
+
+const SETTINGS: [&str; 3] = ["batch_size=2", "save_steps=2", "num_max_checkpoints=9"];
+
+/// The failing disk, compiled once.
+fn fault_disk() -> PathBuf {
+    static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
+    let make = || {
+        let out = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("libfault_disk.so");
+        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fault_disk/fsync.c");
+        let status = Command::new("cc")
+            .args(["-std=c11", "-O1", "-shared", "-fPIC", "-o"])
+            .arg(&out)
+            .args([source, "-ldl"])
+            .status()
+            .unwrap();
+        assert!(status.success(), "the failing disk does not compile");
+        out
+    };
+    LIBRARY.get_or_init(make).clone()
+}
+
+fn command(bench: &Bench, more: &[&str]) -> Command {
+    let settings: Vec<&str> = SETTINGS.iter().chain(more).copied().collect();
+    let mut command = bench.command("run", 2, &settings);
+    command.env("OMP_NUM_THREADS", "1").stdin(Stdio::null());
+    command
+}
+
+/// Runs with the third flush of files whose path holds `path` failing on `rank`.
+fn run_with_fault(bench: &Bench, path: &str, rank: usize, more: &[&str]) -> Output {
+    let mut command = command(bench, more);
+    command.env("LD_PRELOAD", fault_disk()).env("FAULT_PATH", path);
+    command.env("FAULT_RANK", rank.to_string()).env("FAULT_AFTER", "3").env("FAULT_TIMES", "1");
+    command.output().unwrap()
+}
+
+/// Every checkpoint that is there is whole; returns their steps, oldest first.
+fn whole_steps(root: &Path) -> Vec<usize> {
+    let store = Store::new(root.join("run/checkpoints"));
+    let mut steps = store.steps().unwrap();
+    for &step in &steps {
+        store.verify(step, 0, 1).unwrap();
+    }
+    steps.reverse();
+    steps
+}
+
+/// Files that each kind of rank flushes once a checkpoint.
+const FILES: [(&str, usize); 4] = [
+    ("rank-00001-of-00002.safetensors", 1),
+    ("rank-00001.partial", 1),
+    ("rank-00000-of-00002.safetensors", 0),
+    ("manifest.json", 0),
+];
+
+#[test]
+fn a_failing_disk_ends_the_run_and_the_earlier_checkpoints_stay() {
+    for (file, rank) in FILES {
+        let bench = Bench::new(0.1);
+        let output = run_with_fault(&bench, file, rank, &[]);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(CANNOT_SAVE), "{file}: {said}");
+        assert!(said.contains("cannot save a checkpoint: "), "{file}: {said}");
+        assert!(said.contains("Input/output error"), "{file}: {said}");
+        assert!(said.contains("start again to go on from them"), "{file}: {said}");
+        assert_eq!(whole_steps(bench.root.path()), [2, 4], "{file}");
+        // The disk is well again.
+        let output = command(&bench, &[]).output().unwrap();
+        assert!(output.status.success(), "{file}: {}", String::from_utf8_lossy(&output.stderr));
+        assert_eq!(whole_steps(bench.root.path()), [2, 4, 6, 8, 10, 12, 14], "{file}");
+    }
+}
+
+#[test]
+fn a_run_may_go_on_without_a_checkpoint() {
+    for (file, rank) in FILES {
+        let bench = Bench::new(0.1);
+        let output = run_with_fault(&bench, file, rank, &["save_failure=continue"]);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{file}: {said}");
+        assert!(
+            said.contains("the checkpoint is left out, and training goes on"),
+            "{file}: {said}"
+        );
+        assert_eq!(whole_steps(bench.root.path()), [2, 4, 8, 10, 12, 14], "{file}");
+        assert!(bench.root.path().join("run/model/model.safetensors").exists(), "{file}");
+    }
+}
+
+/// Runs the command in a mount namespace of its own with a small file system of memory at `run`,
+/// and copies its checkpoints out. `None` where such a namespace cannot be made.
+fn on_small_disk(bench: &Bench, options: &str, more: &[&str]) -> Option<Output> {
+    let root = bench.root.path();
+    fs::create_dir(root.join("run")).unwrap();
+    let probe = Command::new("unshare").args(["-m", "true"]).stderr(Stdio::null()).status();
+    if !probe.is_ok_and(|status| status.success()) {
+        println!("skipped: mount namespaces cannot be made here (needs root)");
+        return None;
+    }
+    let start = command(bench, more);
+    let script = format!(
+        "mount -t tmpfs -o {options} tmpfs run || exit 99; \"$@\"; code=$?; \
+         mkdir -p copy/run && cp -r run/checkpoints copy/run/; exit $code"
+    );
+    let mut command = Command::new("unshare");
+    command.args(["-m", "sh", "-c", &script, "sh"]).current_dir(root).stdin(Stdio::null());
+    command.arg(start.get_program()).args(start.get_args());
+    command.env_remove("RUST_LOG").env("OMP_NUM_THREADS", "1");
+    let output = command.output().unwrap();
+    if output.status.code() == Some(99) {
+        println!("skipped: a tmpfs cannot be mounted here");
+        return None;
+    }
+    Some(output)
+}
+
+#[test]
+fn a_disk_without_room_is_seen_before_writing() {
+    let bench = Bench::new(0.1);
+    // A checkpoint of the tiny model takes under a megabyte.
+    let Some(output) = on_small_disk(&bench, "size=3m", &[]) else { return };
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(CANNOT_SAVE), "{said}");
+    assert!(said.contains(" MB needed, ") && said.contains("make room"), "{said}");
+    let steps = whole_steps(&bench.root.path().join("copy"));
+    assert_eq!(steps.first(), Some(&2), "{steps:?}");
+}
+
+#[test]
+fn a_disk_that_fills_up_while_writing_leaves_the_earlier_checkpoints_whole() {
+    let bench = Bench::new(0.1);
+    // Bytes enough, but no names for the files of a third checkpoint.
+    let Some(output) = on_small_disk(&bench, "size=64m,nr_inodes=34", &[]) else { return };
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(CANNOT_SAVE), "{said}");
+    assert!(said.contains("No space left on device"), "{said}");
+    let steps = whole_steps(&bench.root.path().join("copy"));
+    assert!(!steps.is_empty() && steps.len() < 7, "{steps:?}");
+}
