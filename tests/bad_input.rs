@@ -245,7 +245,7 @@ fn model_directory() {
     });
     Case::new().replace("model/config.json", "\"bert\"", "\"t5\"").refused(
         "model/config.json: unknown architecture: model_type is \"t5\", supported: bert, roberta, \
-         xlm-roberta, modernbert",
+         xlm-roberta, modernbert, qwen2, qwen3, llama, mistral, gemma",
     );
     Case::new().write("model/config.json", "{\"model_type\": \"bert\"").refused(
         "model/config.json: not valid JSON: EOF while parsing an object at line 1 column 21",

@@ -59,14 +59,14 @@ fn save(saver: &mut Saver, step: usize, job: Value, trainer: &Trainer, groups: &
     saver.save(now, trainer.engine.units(), groups).unwrap();
 }
 
-/// Trains to the end, with checkpoints after `saves`; returns rank 0's parameters.
-fn train_and_save(case: Case, root: &Path, saves: &'static [usize]) -> Parameters {
+/// Trains to the end, with checkpoints after the steps `at`; returns rank 0's parameters.
+fn train_and_save(case: Case, root: &Path, at: &'static [usize]) -> Parameters {
     let root = root.to_owned();
     let outcomes = on_ranks(case, None, move |groups| {
         let mut trainer = Trainer::new(case, groups);
         let mut saver = saver_into(&root, 5, groups);
         let mut done = 0;
-        for &step in saves {
+        for &step in at {
             trainer.steps(done, step, groups);
             save(&mut saver, step, json!({"best": step}), &trainer, groups);
             done = step;

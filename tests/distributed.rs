@@ -174,7 +174,7 @@ fn hybrid_sharding_on_one_machine_is_refused_with_what_works() {
         stderr.trim_end(),
         "error: hybrid.yaml:3:27: fsdp_config.fsdp_sharding_strategy: hybrid sharding divides inside \
          a machine and repeats over machines of one size, but these 2 worker(s) are on 1; use \
-         FULL_SHARD or SHARD_GRAD_OP"
+         FULL_SHARD"
     );
     assert!(!bench.root.path().join("out").exists());
 }

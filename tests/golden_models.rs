@@ -83,7 +83,11 @@ fn a_row_scores_the_same_alone_and_in_any_batch() {
             let alone = score(&[pair])[0];
             let between = score(&[3, pair, 7])[1];
             let close = |a: f64, b: f64| (a - b).abs() <= 1e-6 * b.abs().max(1.0);
-            assert!(close(alone, together[pair]), "{case}: pair {pair} alone");
+            assert!(
+                close(alone, together[pair]),
+                "{case}: pair {pair} alone {alone} {}",
+                together[pair]
+            );
             assert!(close(between, together[pair]), "{case}: pair {pair} between others");
         }
     }

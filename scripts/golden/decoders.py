@@ -105,7 +105,7 @@ CASES = {
             max_position_embeddings=POSITIONS,
             sliding_window=6,
             rope_parameters={"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0},
-            initializer_range=0.2,
+            initializer_range=0.15,
         ),
         template=TEMPLATE,
         max_len=POSITIONS,

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
@@ -139,10 +140,19 @@ impl Store {
     }
 }
 
-/// Says that a run holds an output directory. The kernel lets go of it when the process ends.
+/// Says that a run holds an output directory. The kernel lets go of it when the process ends; the
+/// file goes with an orderly end.
 #[derive(Debug)]
 pub struct Lock {
+    path: PathBuf,
     _file: File,
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // A file that stays holds nothing.
+        let _ = fs::remove_file(&self.path);
+    }
 }
 
 impl Lock {
@@ -173,7 +183,13 @@ impl Lock {
             Ok(()) | Err(Errno::NOSYS | Errno::NOTSUP | Errno::NOLCK) => {}
             Err(error) => return Err(io(path, "lock")(error.into())),
         }
+        // Its holder may have removed it between the two calls: then it is nobody's lock.
+        let held = file.metadata().map_err(io(path, "read"))?;
+        let same = |named: &fs::Metadata| (named.dev(), named.ino()) == (held.dev(), held.ino());
+        if !fs::metadata(path).is_ok_and(|named| same(&named)) {
+            return Self::take(path, holder);
+        }
         file.set_len(0).and_then(|()| writeln!(file, "{holder}")).map_err(io(path, "write"))?;
-        Ok(Self { _file: file })
+        Ok(Self { path: path.to_owned(), _file: file })
     }
 }

@@ -82,7 +82,7 @@ fn what_changes_the_mathematics_is_refused_by_name() {
         (
             json!({"model_type": "gpt2"}),
             "unknown architecture: model_type is \"gpt2\", supported: bert, roberta, xlm-roberta, \
-             modernbert",
+             modernbert, qwen2, qwen3, llama, mistral, gemma",
         ),
         (
             json!({"model_type": "roberta", "quantization_config": {"bits": 4}}),
