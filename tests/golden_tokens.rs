@@ -1,4 +1,4 @@
-//! Token ids and segment ids of pairs against those of transformers' tokenizers: WordPiece with two
+//! Token ids and segment ids of pairs against those of transformers' tokenizers: `WordPiece` with two
 //! segments, byte-level BPE and Unigram with RoBERTa's four special tokens and one segment.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
