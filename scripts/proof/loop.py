@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss, pad, softplus
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 WEIGHT_DECAY = 0.01
 WARMUP = 0.1
@@ -78,7 +78,8 @@ class Peer:
     """A transformers model with its tokenizer, which joins a pair as the field does."""
 
     def __init__(self, directory: Path, is_decoder: bool, max_len: int):
-        self.tokenizer = AutoTokenizer.from_pretrained(directory)
+        # tokenizer.json as it is: AutoTokenizer makes a Qwen tokenizer of its own from the vocabulary.
+        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
         self.model = AutoModelForSequenceClassification.from_pretrained(
             directory, dtype=torch.float32
         )
