@@ -43,9 +43,18 @@ fn hybrid_sharding_takes_the_steps_of_one_rank() {
             let reference = &train(base)[0];
             for sharding in [ZERO2, ZERO3] {
                 for (ranks, block) in [(2, 1), (4, 2), (4, 1)] {
-                    let case = Case { sharding, ranks, block: Some(block), ..base };
-                    for outcome in &train(case) {
-                        assert_close(case, outcome, reference, 1e-5);
+                    for (recompute, offloaded) in
+                        [(false, false), (true, false), (false, true), (true, true)]
+                    {
+                        let offload = Offload {
+                            states: offloaded,
+                            parameters: offloaded && sharding.parameters,
+                        };
+                        let block = Some(block);
+                        let case = Case { sharding, ranks, block, recompute, offload, ..base };
+                        for outcome in &train(case) {
+                            assert_close(case, outcome, reference, 1e-5);
+                        }
                     }
                 }
             }
