@@ -40,8 +40,9 @@ const WITHIN_A_FLOOR: &[(&str, &str)] = &[
 const FLAGS: &[(&str, &str)] = &[
     (
         "rr-launch",
-        "--config --config-file --config_file --cpu --dry-run --gpus --grace --help --master-port \
-         --nproc --overwrite --parallel --resume --resume-anyway --set --skip-bad-records --timeout --version",
+        "--config --config-file --config_file --cpu --dry-run --gpus --grace --hang-timeout --help \
+         --log-dir --master-port --max-restarts --nproc --overwrite --parallel --preempt-signal \
+         --resume --resume-anyway --set --skip-bad-records --timeout --version",
     ),
     ("reranker", "--help --version"),
     (

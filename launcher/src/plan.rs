@@ -61,6 +61,7 @@ pub struct Plan {
     placement: Placement,
     rendezvous: Rendezvous,
     run_id: String,
+    restart_count: u32,
     /// Variables that all workers share.
     shared: Vec<(&'static str, String)>,
     /// Whether rank 0 may draw a progress bar.
@@ -85,6 +86,7 @@ impl Plan {
             placement,
             rendezvous,
             run_id: new_run_id(),
+            restart_count: 0,
             shared,
             progress: io::stderr().is_terminal(),
             text,
@@ -94,6 +96,22 @@ impl Plan {
     /// The number of workers.
     pub fn workers(&self) -> usize {
         self.placement.workers()
+    }
+
+    /// The identifier of the launch, the same over restarts.
+    pub fn run_id(&self) -> &str {
+        &self.run_id
+    }
+
+    /// Sets a variable for all workers.
+    pub fn share(&mut self, name: &'static str, value: String) {
+        self.shared.push((name, value));
+    }
+
+    /// Plans the restart of this number, with another rendezvous: what an earlier attempt left in
+    /// flight must not reach this one.
+    pub fn restart(&mut self, number: u32, rendezvous: Rendezvous) {
+        (self.restart_count, self.rendezvous) = (number, rendezvous);
     }
 
     /// The variables to set for the worker of `rank`, in a stable order.
@@ -107,7 +125,7 @@ impl Plan {
             master_addr: self.rendezvous.addr.clone(),
             master_port: self.rendezvous.port,
             run_id: Some(self.run_id.clone()),
-            restart_count: 0,
+            restart_count: self.restart_count,
             progress: self.progress && rank == 0,
         };
         let mut list = worker.to_vars();

@@ -6,6 +6,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// A process id, or the id of the process group that the process leads.
@@ -374,28 +375,107 @@ pub fn terminal_width(fd: BorrowedFd<'_>) -> Option<usize> {
     (columns > 0).then_some(usize::from(columns))
 }
 
+/// A file in memory, without a name, gone with its last descriptor.
+pub fn memory_file(name: &std::ffi::CStr) -> io::Result<File> {
+    // SAFETY: `name` ends in NUL.
+    owned(unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) }).map(File::from)
+}
+
+/// Sends a signal to one process. False if there is none.
+pub fn signal_process(pid: Pid, signal: libc::c_int) -> bool {
+    debug_assert!(pid > 1, "no process to signal: {pid}");
+    // SAFETY: no pointers are involved.
+    unsafe { libc::kill(pid, signal) == 0 }
+}
+
+/// Collects a child if it has ended.
+pub fn reap(pid: Pid) -> bool {
+    // SAFETY: a null status is allowed.
+    unsafe { libc::waitpid(pid, std::ptr::null_mut(), libc::WNOHANG) == pid }
+}
+
+/// Set by the first signal that [`remember_signal`] was called for.
+static REMEMBERED: AtomicBool = AtomicBool::new(false);
+
+/// From now on `signal` is only remembered. The first one also makes this process ignore TERM,
+/// which would interrupt what it does on the signal.
+pub fn remember_signal(signal: libc::c_int) -> io::Result<()> {
+    extern "C" fn remember(_: libc::c_int) {
+        REMEMBERED.store(true, Ordering::Relaxed);
+        // SAFETY: signal() is async-signal-safe, and SIG_IGN has no handler to run.
+        unsafe {
+            libc::signal(libc::SIGTERM, libc::SIG_IGN);
+        }
+    }
+    let mut action = MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: all zeroes is a valid sigaction without flags or mask; the handler only stores to an
+    // atomic and makes one async-signal-safe call, and lives as long as the program.
+    unsafe {
+        let action = action.assume_init_mut();
+        action.sa_sigaction = remember as extern "C" fn(libc::c_int) as libc::sighandler_t;
+        // Interrupted system calls go on.
+        action.sa_flags = libc::SA_RESTART;
+        checked(libc::sigaction(signal, action, std::ptr::null_mut())).map(drop)
+    }
+}
+
+/// Whether such a signal has come.
+pub fn remembered_signal() -> bool {
+    REMEMBERED.load(Ordering::Relaxed)
+}
+
+/// The signals that have a name of their own here.
+const SIGNALS: [(libc::c_int, &str); 19] = [
+    (libc::SIGHUP, "SIGHUP"),
+    (libc::SIGINT, "SIGINT"),
+    (libc::SIGQUIT, "SIGQUIT"),
+    (libc::SIGILL, "SIGILL"),
+    (libc::SIGTRAP, "SIGTRAP"),
+    (libc::SIGABRT, "SIGABRT"),
+    (libc::SIGBUS, "SIGBUS"),
+    (libc::SIGFPE, "SIGFPE"),
+    (libc::SIGKILL, "SIGKILL"),
+    (libc::SIGUSR1, "SIGUSR1"),
+    (libc::SIGSEGV, "SIGSEGV"),
+    (libc::SIGUSR2, "SIGUSR2"),
+    (libc::SIGPIPE, "SIGPIPE"),
+    (libc::SIGALRM, "SIGALRM"),
+    (libc::SIGTERM, "SIGTERM"),
+    (libc::SIGCONT, "SIGCONT"),
+    (libc::SIGXCPU, "SIGXCPU"),
+    (libc::SIGXFSZ, "SIGXFSZ"),
+    (libc::SIGSYS, "SIGSYS"),
+];
+
 /// The usual name of a signal, such as `SIGSEGV`.
-pub fn signal_name(signal: i32) -> String {
-    let name = match signal {
-        libc::SIGHUP => "SIGHUP",
-        libc::SIGINT => "SIGINT",
-        libc::SIGQUIT => "SIGQUIT",
-        libc::SIGILL => "SIGILL",
-        libc::SIGTRAP => "SIGTRAP",
-        libc::SIGABRT => "SIGABRT",
-        libc::SIGBUS => "SIGBUS",
-        libc::SIGFPE => "SIGFPE",
-        libc::SIGKILL => "SIGKILL",
-        libc::SIGUSR1 => "SIGUSR1",
-        libc::SIGSEGV => "SIGSEGV",
-        libc::SIGUSR2 => "SIGUSR2",
-        libc::SIGPIPE => "SIGPIPE",
-        libc::SIGALRM => "SIGALRM",
-        libc::SIGTERM => "SIGTERM",
-        libc::SIGXCPU => "SIGXCPU",
-        libc::SIGXFSZ => "SIGXFSZ",
-        libc::SIGSYS => "SIGSYS",
-        other => return format!("signal {other}"),
-    };
-    name.to_owned()
+pub fn signal_name(signal: libc::c_int) -> String {
+    let known = SIGNALS.iter().find(|(number, _)| *number == signal);
+    known.map_or_else(|| format!("signal {signal}"), |(_, name)| (*name).to_owned())
+}
+
+/// The signal of a name (`TERM`, `SIGTERM`, in any case) or number.
+pub fn signal_number(text: &str) -> Option<libc::c_int> {
+    if let Ok(number) = text.parse() {
+        return (1..=libc::SIGRTMAX()).contains(&number).then_some(number);
+    }
+    let upper = text.to_ascii_uppercase();
+    let name = upper.strip_prefix("SIG").unwrap_or(&upper);
+    SIGNALS.iter().find(|(_, known)| known[3..] == *name).map(|(number, _)| *number)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn signals_have_names_and_numbers() {
+        assert_eq!(signal_name(libc::SIGSEGV), "SIGSEGV");
+        assert_eq!(signal_name(64), "signal 64");
+        for text in ["TERM", "SIGTERM", "sigterm", "15"] {
+            assert_eq!(signal_number(text), Some(libc::SIGTERM), "{text}");
+        }
+        for text in ["", "SIG", "TERMINATE", "0", "-1", "999"] {
+            assert_eq!(signal_number(text), None, "{text}");
+        }
+    }
 }

@@ -146,7 +146,7 @@ fn what_a_successful_worker_leaves_behind_is_ended() {
 }
 
 #[test]
-fn a_process_that_escaped_its_group_does_not_hold_the_launcher() {
+fn a_process_that_escaped_its_group_is_ended_and_does_not_hold_the_launcher() {
     let folder = tempfile::tempdir().unwrap();
     let script = format!(
         "setsid sh -c 'echo $$ > {0}/escaped; exec sleep 300' &
@@ -157,7 +157,7 @@ fn a_process_that_escaped_its_group_does_not_hold_the_launcher() {
     let outcome = run(&mut shell(1, &[], &script));
     assert_eq!((outcome.code, outcome.stdout.as_str()), (Some(4), "[0] last words\n"));
     assert!(begin.elapsed() < Duration::from_secs(60));
-    send("KILL", pids(folder.path(), 1)[0]);
+    assert_all_end(&pids(folder.path(), 1));
 }
 
 #[test]
