@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, BufWriter, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
-use rr_launch::contract::{LaunchPlan, WorkerEnv};
+use rr_launch::contract::{LaunchPlan, WorkerEnv, exit_code, preemption};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::time::ChronoUtc;
 
@@ -20,26 +20,32 @@ use crate::score::{CrossEncoder, ScoreOptions, score_stream};
 use crate::torch_ext::runtime;
 use crate::{eval, train};
 
-/// Does what the command line asks for.
+/// Does what the command line asks for; returns the process's exit code.
 ///
 /// # Errors
 /// What the job reports; [`Error::exit_code`] tells the process's exit code.
-pub fn run(cli: &Cli) -> Result<()> {
-    match &cli.command {
-        Command::Train(args) => train(args),
+pub fn run(cli: &Cli) -> Result<u8> {
+    let done = match &cli.command {
+        Command::Train(args) => return train(args),
         Command::Check(args) => check(args),
         Command::Score(args) => score(args),
         Command::Eval(args) => evaluate(args),
         Command::Convert(args) => convert(args),
-    }
+    };
+    done.map(|()| exit_code::OK)
 }
 
-fn train(args: &PlanArgs) -> Result<()> {
+fn train(args: &PlanArgs) -> Result<u8> {
+    preemption::listen().map_err(|error| Error::Usage(error.to_string()))?;
     let env = WorkerEnv::from_env().map_err(|error| Error::Usage(error.to_string()))?;
     start_log(env.rank);
     // Every line of this worker carries its rank, also those of its libraries.
     let _rank = tracing::info_span!("worker", rank = env.rank).entered();
-    train::run(&args.plan(Some(env.world_size), args.device)?, &env)
+    let ending = train::run(&args.plan(Some(env.world_size), args.device)?, &env)?;
+    Ok(match ending {
+        train::Ending::Done => exit_code::OK,
+        train::Ending::Preempted => exit_code::PREEMPTED,
+    })
 }
 
 /// Rank 0 tells what happens; the others only what is wrong. `RUST_LOG` decides otherwise.

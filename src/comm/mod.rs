@@ -9,6 +9,7 @@ mod solo;
 use std::fmt;
 use std::sync::Arc;
 
+use rr_launch::contract::heartbeat;
 use tch::Tensor;
 
 pub use gloo::Gloo;
@@ -94,6 +95,14 @@ impl fmt::Display for Place {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(out, "{}", self.stage)?;
         self.step.map_or(Ok(()), |step| write!(out, ", step {}", step + 1))
+    }
+}
+
+/// Tells the launcher that this rank waits for the others in the collective `name`.
+fn tell_waiting(name: &str, stage: Option<&str>) {
+    match stage {
+        Some(stage) => heartbeat::waiting(format_args!("{name} of {stage}")),
+        None => heartbeat::waiting(format_args!("{name}")),
     }
 }
 
