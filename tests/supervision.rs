@@ -219,6 +219,6 @@ fn a_hang_is_seen_its_rank_named_and_the_run_restarted() {
         let waiting = of(1 - rank);
         assert!(waiting.contains("all_reduce") && waiting.contains(", step "), "{said}");
         assert!(said.contains("restarting 2 workers (restart 1 of 1)"), "{said}");
-        assert!(said.contains("all 1 restarts are used up"), "{said}");
+        assert!(said.contains("--max-restarts 1 is used up"), "{said}");
     }
 }

@@ -9,7 +9,7 @@ use crate::error::LaunchError;
 use crate::fleet::{self, Strays, Worker};
 use crate::guardian::Guardian;
 use crate::hang::{self, Monitor, Position};
-use crate::lifecycle::{Cause, Exit};
+use crate::lifecycle::Cause;
 use crate::output::{Console, LineSplitter, Piece, Stream, Tail};
 use crate::plan::Plan;
 use crate::procfs::Activity;
@@ -169,15 +169,14 @@ impl Attempt {
         for worker in running {
             let (rank, pid, beat) = (worker.rank, worker.pid(), worker.beat());
             let activity = Activity::of(pid);
-            let place = beat.as_ref().map_or("has not reported".to_owned(), ToString::to_string);
-            let mut line = format!("rank {rank} (pid {pid}): {place}");
-            if let Some(standing) = monitor.standing(rank, now) {
-                line += &format!(", for {:.1} s", standing.as_secs_f64());
-            }
-            if let Some(activity) = &activity {
-                line += &format!("; {activity}");
-            }
-            lines.push(line);
+            let standing = monitor.standing(rank, now);
+            let parts = [
+                Some(beat.as_ref().map_or("has not reported".to_owned(), ToString::to_string)),
+                standing.map(|standing| format!(", for {:.1} s", standing.as_secs_f64())),
+                activity.as_ref().map(|activity| format!("; {activity}")),
+            ];
+            let place: String = parts.into_iter().flatten().collect();
+            lines.push(format!("rank {rank} (pid {pid}): {place}"));
             let is_stopped = activity.is_some_and(|activity| activity.is_stopped());
             positions.push(Position { rank, beat, is_stopped });
         }
@@ -220,15 +219,6 @@ impl Attempt {
             elapsed: self.started.elapsed(),
             ranks: self.workers.iter().map(rank_record).collect(),
         }
-    }
-
-    /// The ranks that had ended with success when this one ended.
-    pub fn done_before(&self, rank: usize) -> Vec<usize> {
-        let Some((_, end)) = self.workers[rank].ended else { return Vec::new() };
-        let is_done = |worker: &&Worker| {
-            worker.ended.is_some_and(|(exit, after)| exit == Exit::Code(0) && after < end)
-        };
-        self.workers.iter().filter(is_done).map(|worker| worker.rank).collect()
     }
 }
 

@@ -82,11 +82,6 @@ impl Worker {
         self.child.id() as Pid
     }
 
-    /// Whether it ended after it saved a checkpoint on request.
-    pub fn has_saved(&self) -> bool {
-        self.ended.is_some_and(|(exit, _)| exit == Exit::PREEMPTED)
-    }
-
     /// Its last heartbeat.
     pub fn beat(&self) -> Option<Beat> {
         let mut record = [0; heartbeat::LENGTH];
@@ -116,6 +111,13 @@ impl Worker {
     pub fn signal(&self, signal: i32) {
         if !self.is_gone() {
             sys::signal_group(self.pid(), signal);
+        }
+    }
+
+    /// Sends a signal to the worker itself.
+    pub fn ask(&self, signal: i32) {
+        if self.ended.is_none() && !self.is_gone() {
+            sys::signal_process(self.pid(), signal);
         }
     }
 

@@ -99,12 +99,10 @@ pub fn suspect(workers: &[Position]) -> Option<usize> {
         .filter(|(beat, _)| !beat.waits)
         .min_by_key(|(beat, rank)| (beat.step, *rank));
     let behind = || {
-        let steps = workers.iter().filter_map(|worker| Some(worker.beat.as_ref()?.step));
-        let least = steps.min()?;
-        let mut last = workers
-            .iter()
-            .filter(|worker| worker.beat.as_ref().is_some_and(|beat| beat.step == least));
-        match (last.next(), last.next()) {
+        let step = |worker: &Position| worker.beat.as_ref().map(|beat| beat.step);
+        let least = workers.iter().filter_map(step).min()?;
+        let mut hindmost = workers.iter().filter(|worker| step(worker) == Some(least));
+        match (hindmost.next(), hindmost.next()) {
             (Some(worker), None) if workers.len() > 1 => Some(worker.rank),
             _ => None,
         }

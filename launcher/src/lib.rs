@@ -4,8 +4,8 @@
 //! The way of a launch, one module a step: [`args`] (flags) → `preflight` (`reranker check`) →
 //! `devices` (which GPUs) → `plan` (each worker's command and environment) → `fleet` (processes) →
 //! `supervise` (the event loop over `attempt` after attempt) with `lifecycle` and `restarts` (what to
-//! do when something happens), `hang`, `oom` and `procfs` (what there is to know), `summary` (what is
-//! told), `output` (lines) and `guardian` (what happens if the launcher itself is killed).
+//! do when something happens), `hang`, `oom` and `procfs` (what there is to know), `report` and
+//! `summary` (what is told), `output` (lines) and `guardian` (what happens if the launcher itself is killed).
 
 pub mod args;
 mod attempt;
@@ -21,6 +21,7 @@ mod output;
 mod plan;
 mod preflight;
 mod procfs;
+mod report;
 mod restarts;
 mod summary;
 mod supervise;

@@ -78,6 +78,17 @@ pub enum Cause {
     OutputClosed,
 }
 
+impl Cause {
+    /// The rank that is to blame, where one is.
+    pub fn rank(self) -> Option<usize> {
+        match self {
+            Self::Failure { rank, .. } => Some(rank),
+            Self::Hang { rank } => rank,
+            Self::Signal(_) | Self::Preempted { .. } | Self::OutputClosed => None,
+        }
+    }
+}
+
 /// What has happened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Event {
@@ -114,6 +125,9 @@ pub enum Event {
 pub enum Order {
     /// Send this signal to all workers' process groups.
     Signal(i32),
+    /// Send this signal, which asks to make room, to the workers themselves: what they have started
+    /// need not know it.
+    Ask(i32),
     /// Kill all workers' process groups.
     Kill,
     /// Wait no longer for what cannot even be killed.
@@ -210,7 +224,7 @@ impl Lifecycle {
     fn preemption_asked(&mut self, signal: i32, now: Instant) -> Option<Order> {
         match self.phase {
             Phase::Saving { .. } if signal == libc::SIGINT => Some(self.kill(now)),
-            _ => self.begin_saving(Some(signal), now).then_some(Order::Signal(signal)),
+            _ => self.begin_saving(Some(signal), now).then_some(Order::Ask(signal)),
         }
     }
 
@@ -403,7 +417,7 @@ mod tests {
 
     #[test]
     fn workers_that_are_asked_to_make_room_save_and_end() {
-        let asked = (Event::PreemptionAsked(SIGUSR1), Some(Order::Signal(SIGUSR1)));
+        let asked = (Event::PreemptionAsked(SIGUSR1), Some(Order::Ask(SIGUSR1)));
         let again = (Event::PreemptionAsked(SIGUSR1), None);
         let saved = |rank| (ended(rank, 41), None);
         check(5, &[asked, again, saved(0), saved(1), (GONE, None)], 41);

@@ -1,6 +1,5 @@
-//! What is told at the end of an attempt, and what `launch.json` keeps of all of them.
+//! What is kept of the attempts of a launch, and `launch.json`.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -105,34 +104,13 @@ fn kind(cause: Cause) -> &'static str {
 
 impl AttemptRecord {
     fn to_json(&self) -> Value {
-        let rank = match self.cause {
-            Some(Cause::Failure { rank, .. }) => Some(rank),
-            Some(Cause::Hang { rank }) => rank,
-            _ => None,
-        };
         json!({
             "restart": self.restart,
             "cause": self.cause.map(kind),
-            "first_rank": rank,
+            "first_rank": self.cause.and_then(Cause::rank),
             "elapsed_s": self.elapsed.as_secs_f64(),
             "ranks": self.ranks.iter().map(RankRecord::to_json).collect::<Vec<_>>(),
         })
-    }
-
-    /// How the ranks other than `rank` ended, a line for each way: `ranks 0, 2-7 were killed by
-    /// SIGTERM`.
-    pub fn others(&self, rank: Option<usize>) -> Vec<String> {
-        let mut ways: BTreeMap<String, Vec<usize>> = BTreeMap::new();
-        for other in self.ranks.iter().filter(|other| Some(other.rank) != rank) {
-            let way = other.exit.map_or("could not be killed".to_owned(), |exit| exit.to_string());
-            let way = if other.oom_killed { format!("{way}, out of memory") } else { way };
-            ways.entry(way).or_default().push(other.rank);
-        }
-        let line = |(way, ranks): (String, Vec<usize>)| match ranks.as_slice() {
-            [rank] => format!("rank {rank} {way}"),
-            _ => format!("ranks {} {}", ranges(&ranks), way.replacen("was ", "were ", 1)),
-        };
-        ways.into_iter().map(line).collect()
     }
 }
 
@@ -154,22 +132,6 @@ impl RankRecord {
             "last_lines": self.last_lines,
         })
     }
-}
-
-/// `0, 2-4, 9`: ranks in order, neighbours drawn together.
-pub fn ranges(ranks: &[usize]) -> String {
-    let mut runs: Vec<(usize, usize)> = Vec::new();
-    for &rank in ranks {
-        match runs.last_mut() {
-            Some((_, last)) if *last + 1 == rank => *last = rank,
-            _ => runs.push((rank, rank)),
-        }
-    }
-    let text = |&(first, last): &(usize, usize)| match last - first {
-        0 => first.to_string(),
-        _ => format!("{first}-{last}"),
-    };
-    runs.iter().map(text).collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]
@@ -195,17 +157,6 @@ mod tests {
             elapsed: Duration::from_secs(2),
             ranks: exits.iter().enumerate().map(rank).collect(),
         }
-    }
-
-    #[test]
-    fn ranks_that_ended_alike_share_a_line() {
-        let term = Exit::Signal(libc::SIGTERM);
-        let attempt = record(&[term, Exit::Code(3), term, term, Exit::Code(0)]);
-        assert_eq!(
-            attempt.others(Some(1)),
-            ["rank 4 exited with code 0", "ranks 0, 2-3 were killed by SIGTERM (exit code 143)"]
-        );
-        assert_eq!(attempt.others(None).len(), 3);
     }
 
     #[test]

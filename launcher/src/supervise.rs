@@ -9,14 +9,14 @@ use std::time::{Duration, Instant};
 use crate::attempt::{Attempt, Token};
 use crate::contract::preemption;
 use crate::error::LaunchError;
-use crate::fleet::Worker;
 use crate::guardian::Guardian;
 use crate::lifecycle::{Cause, Event, Exit, Lifecycle, Order};
 use crate::oom::OomWatch;
-use crate::output::{Console, Reader, Stream};
+use crate::output::{Console, Reader};
 use crate::plan::{Plan, Rendezvous};
-use crate::restarts::{Restarts, Verdict};
-use crate::summary::{AttemptRecord, Summary, ranges};
+use crate::report;
+use crate::restarts::Restarts;
+use crate::summary::Summary;
 use crate::sys::{self, Epoll, Interest, SignalFd};
 
 /// What one read takes from a pipe: as much as a pipe holds.
@@ -230,7 +230,7 @@ impl Supervisor {
     fn announce(&mut self, rank: usize, exit: Exit) {
         let others = self.attempt.running();
         if others > 0 {
-            let line = format!("rank {rank} {exit}; ending the other {}", count(others));
+            let line = format!("rank {rank} {exit}; ending the other {}", report::workers(others));
             self.console.say(&line);
         }
     }
@@ -245,10 +245,12 @@ impl Supervisor {
                     worker.signal(libc::SIGCONT);
                 }
             }
+            Order::Ask(signal) => workers.iter().for_each(|worker| worker.ask(signal)),
             Order::Kill => {
                 let running = workers.iter().filter(|worker| worker.ended.is_none()).count();
                 if running > 0 {
-                    self.console.say(&format!("killing {} that did not end", count(running)));
+                    self.console
+                        .say(&format!("killing {} that did not end", report::workers(running)));
                 }
                 for worker in workers {
                     worker.kill(now);
@@ -350,21 +352,15 @@ impl Supervisor {
         }
         let cause = self.lifecycle.cause();
         let order = self.tell(Event::AllGone { step: self.attempt.newest_step() }, Instant::now());
-        let blamed = match cause {
-            Some(Cause::Failure { rank, .. }) => Some(rank),
-            Some(Cause::Hang { rank }) => rank,
-            _ => None,
-        };
+        let blamed = cause.and_then(Cause::rank);
         let keeps_lines = |rank| order.is_none() || Some(rank) == blamed;
         let record = self.attempt.record(cause, keeps_lines);
-        self.report(cause, &record);
+        for line in report::lines(&record, self.lifecycle.verdict(), self.options.max_restarts) {
+            self.console.say(&line);
+        }
         self.summary.attempts.push(record);
         let code = order.is_none().then(|| self.lifecycle.exit_code());
         self.write_summary(code);
-        if let Some(Order::Restart(number)) = order {
-            let (all, max) = (count(self.plan.workers()), self.options.max_restarts);
-            self.console.say(&format!("restarting {all} (restart {number} of {max})"));
-        }
         self.write_out()?;
         Ok(order)
     }
@@ -405,69 +401,6 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Says why the attempt ended, if it did not end well.
-    fn report(&mut self, cause: Option<Cause>, record: &AttemptRecord) {
-        match cause {
-            Some(Cause::Failure { rank, .. }) => self.report_failure(rank, record),
-            Some(Cause::Hang { rank }) => {
-                if let Some(rank) = rank {
-                    self.report_failure(rank, record);
-                }
-            }
-            Some(Cause::Signal(signal)) => {
-                self.console.say(&format!("ended by {}", sys::signal_name(signal)));
-            }
-            Some(Cause::Preempted { signal }) => {
-                let by = signal.map_or(String::new(), |s| format!(" by {}", sys::signal_name(s)));
-                let saved = self.attempt.workers.iter().any(Worker::has_saved);
-                let what = if saved { "saved a checkpoint" } else { "no worker saved" };
-                self.console.say(&format!("preempted{by}; {what}"));
-            }
-            Some(Cause::OutputClosed) => {
-                self.console.say("ended because nobody reads the output any more");
-            }
-            None => {}
-        }
-        match self.lifecycle.verdict() {
-            Verdict::Exhausted => self.console.say(&format!(
-                "all {} restarts are used up (--max-restarts)",
-                self.options.max_restarts
-            )),
-            Verdict::NoProgress => self.console.say(
-                "no restart: the last 3 came no further; starting again would end the same way",
-            ),
-            Verdict::Restart(_) | Verdict::End => {}
-        }
-    }
-
-    fn report_failure(&mut self, rank: usize, record: &AttemptRecord) {
-        let worker = &self.attempt.workers[rank];
-        let Some((exit, after)) = worker.ended else { return };
-        let tail = &self.attempt.voices[rank].tail;
-        let ending = if tail.is_empty() { "it wrote nothing" } else { "its last lines:" };
-        let of = if record.ranks[rank].oom_killed {
-            ": the kernel's out-of-memory killer ended it"
-        } else {
-            ""
-        };
-        self.console.say(&format!(
-            "rank {rank} (pid {}) {exit}{of} after {:.1} s; {ending}",
-            worker.pid(),
-            after.as_secs_f64()
-        ));
-        for line in tail.lines() {
-            self.console.sink(Stream::Stderr).line(b"rr-launch: | ", line);
-        }
-        let done = self.attempt.done_before(rank);
-        if !done.is_empty() {
-            let ranks = ranges(&done);
-            self.console.say(&format!("before that, with code 0, ended rank {ranks}"));
-        }
-        for line in record.others(Some(rank)) {
-            self.console.say(&line);
-        }
-    }
-
     /// Writes what is left, for as long as it takes; a signal cuts it short.
     fn write_to_the_end(&mut self) -> io::Result<()> {
         loop {
@@ -488,10 +421,4 @@ impl Supervisor {
             }
         }
     }
-}
-
-/// "1 worker", "2 workers".
-fn count(workers: usize) -> String {
-    let plural = if workers == 1 { "" } else { "s" };
-    format!("{workers} worker{plural}")
 }

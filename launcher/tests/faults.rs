@@ -91,10 +91,8 @@ fn check_rank(name: &str, fault: &Fault, bad: usize, group: Option<&Path>) {
             })
         })
         .collect();
-    match fault.names_bad {
-        true => assert_eq!(named, [bad], "{name}: {said}"),
-        false => assert!(named.len() == 1 && named[0] != bad, "{name}, rank {bad}: {said}"),
-    }
+    assert_eq!(named.len(), 1, "{name}, rank {bad}: {said}");
+    assert_eq!(named[0] == bad, fault.names_bad, "{name}, rank {bad}: {said}");
     assert!(said.contains(fault.says), "{name}, rank {bad}: {said}");
     println!("{name}, rank {bad}: code {}, ended after {:.2} s", fault.code, took.as_secs_f64());
 }
@@ -223,9 +221,8 @@ fn group(bytes: u64) -> Result<Group, String> {
             let mut parts = line.splitn(3, ':').skip(1);
             Some((parts.next()?, parts.next()?.trim_start_matches('/')))
         });
-        let found = |names: &str| match version1 {
-            true => names.split(',').any(|name| name == "memory"),
-            false => names.is_empty(),
+        let found = |names: &str| {
+            if version1 { names.split(',').any(|name| name == "memory") } else { names.is_empty() }
         };
         lines.find_map(|(names, path)| found(names).then_some(path))
     };

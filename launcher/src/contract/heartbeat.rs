@@ -125,7 +125,8 @@ impl Record {
     /// Appends as much as there is room for, up to a border of characters.
     fn push(&mut self, text: &str) {
         let room = LENGTH - 1 - self.1;
-        let text = &text[..text.floor_char_boundary(room)];
+        let end = (0..=room.min(text.len())).rev().find(|&end| text.is_char_boundary(end));
+        let text = &text[..end.unwrap_or(0)];
         self.0[self.1..self.1 + text.len()].copy_from_slice(text.as_bytes());
         self.1 += text.len();
     }
