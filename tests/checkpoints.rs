@@ -274,7 +274,7 @@ fn a_manifest_of_another_version_is_refused_by_name() {
     train_and_save(case, root.path(), &[1]);
     let dir = root.path().join("step-1");
     let mut manifest = Manifest::read(&dir).unwrap();
-    assert_eq!(manifest.identity.differences(&identity()), Vec::<String>::new());
+    assert_eq!(manifest.identity.differences(&identity(), |_| true), Vec::<String>::new());
     manifest.format_version = 99;
     manifest.write(&dir).unwrap();
     let message = Manifest::read(&dir).unwrap_err().to_string();
@@ -288,7 +288,11 @@ fn what_differs_between_two_runs_is_said() {
         ("loss_type".to_owned(), json!("listwise_ce")),
     ]));
     assert_eq!(
-        identity().differences(&other),
+        identity().differences(&other, |_| true),
         ["loss_type: nothing there, \"listwise_ce\" here", "lr: 0.001 there, 0.002 here"]
+    );
+    assert_eq!(
+        identity().differences(&other, |name| name != "loss_type"),
+        ["lr: 0.001 there, 0.002 here"]
     );
 }

@@ -27,8 +27,9 @@ const WEIGHTS: &str = "base weights (sum of bits)";
 
 /// Settings whose change makes no other run: where and when things are written or shown, how the
 /// work is spread, and what is counted in items per step instead.
-const FREE: [&str; 5] = [
+const FREE: [&str; 6] = [
     "batch_size",
+    "cache_dir",
     "gradient_accumulation_steps",
     "gradient_checkpointing",
     "train_dataset",
@@ -221,7 +222,11 @@ fn compare(
     manifest: &Manifest,
     world_size: usize,
 ) -> Result<Vec<String>> {
-    let mut differences = manifest.identity.differences(identity);
+    let mut differences = manifest.identity.differences(identity, |name| {
+        // What the version that wrote it did not know yet was as it is by default.
+        let is_new = !manifest.identity.0.contains_key(name) && !plan.origins.contains_key(name);
+        !is_new && !FREE.contains(&name)
+    });
     let mut notes = Vec::new();
     let (there, here) = (manifest.items_per_step, items_per_step(plan, world_size));
     if there != here {
