@@ -7,6 +7,7 @@ mod common;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 use std::time::Duration;
 
 use common::ranks::{Case, STEPS, STRATEGIES, Trainer, ZERO1, ZERO2, ZERO3, on_ranks};
@@ -54,7 +55,7 @@ fn progress(step: usize) -> Progress {
 
 fn save(saver: &mut Saver, step: usize, job: Value, trainer: &Trainer, groups: &Groups) {
     let loss_scale = trainer.engine.loss_scale().copied();
-    let now = Moment { progress: progress(step), loss_scale, job };
+    let now = Moment { began: Instant::now(), progress: progress(step), loss_scale, job };
     saver.finish(groups).unwrap();
     saver.save(now, trainer.engine.units(), groups).unwrap();
 }

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use serde_json::{Value, json};
 use tracing::{info, warn};
@@ -368,11 +369,12 @@ impl<'a> Checkpoints<'a> {
         let is_due = saving.save_steps.is_some_and(|every| progress.step.is_multiple_of(every))
             || (saving.save_on_epoch_end && last_of_epoch);
         if is_due {
+            let began = Instant::now();
             let earlier = self.saver.finish(groups);
             self.judge(earlier)?;
             let outcome = {
                 let loss_scale = engine.loss_scale().copied();
-                let now = Moment { progress, loss_scale, job: job() };
+                let now = Moment { began, progress, loss_scale, job: job() };
                 self.saver.save(now, engine.units(), groups)
             };
             return self.judge(outcome);
