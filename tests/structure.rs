@@ -40,7 +40,7 @@ const WITHIN_A_FLOOR: &[(&str, &str)] = &[
 const FLAGS: &[(&str, &str)] = &[
     (
         "rr-launch",
-        "--config --config-file --config_file --cpu --dry-run --gpus --grace --hang-timeout --help \
+        "--bind --config --config-file --config_file --cpu --dry-run --gpus --grace --hang-timeout --help \
          --log-dir --master-port --max-restarts --nproc --overwrite --parallel --preempt-signal \
          --resume --resume-anyway --set --skip-bad-records --timeout --version",
     ),

@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::Parser;
 use clap::error::ErrorKind;
 
+pub use crate::binding::Binding;
 use crate::contract::{preemption, vars};
 use crate::error::LaunchError;
 use crate::supervise;
@@ -32,7 +33,7 @@ const EXAMPLES: &str = "Examples:
 )]
 #[allow(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 pub struct Args {
-    /// GPUs by index or UUID, or `all` [default: the config's, else all]
+    /// GPUs by index, UUID or MIG UUID, or `all` [default: the config's, else all]
     #[arg(long, value_name = "LIST", conflicts_with = "cpu")]
     pub gpus: Option<GpuRequest>,
     /// Run on the CPU
@@ -88,6 +89,15 @@ pub struct Args {
     /// Directory for the launch's summary, launch.json
     #[arg(long, value_name = "DIR")]
     pub log_dir: Option<PathBuf>,
+    /// Tie workers to CPUs: a NUMA node, or cores of their own
+    #[arg(
+        long,
+        value_enum,
+        value_name = "numa|cores|none",
+        default_value = "none",
+        hide_possible_values = true
+    )]
+    pub bind: Binding,
     /// Print the plan and each worker's environment, start nothing
     #[arg(long)]
     pub dry_run: bool,

@@ -70,6 +70,9 @@ impl Worker {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .process_group(0);
+        if let Some(cpus) = plan.cpus(rank) {
+            sys::bind_to(&mut command, cpus);
+        }
         sys::prepare_worker(&mut command, guardian.descriptor());
         let child = command.spawn()?;
         let pidfd = sys::pidfd(child.id() as Pid);

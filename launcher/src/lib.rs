@@ -2,13 +2,15 @@
 //! watched and ended ([`run`]).
 //!
 //! The way of a launch, one module a step: [`args`] (flags) → `preflight` (`reranker check`) →
-//! `devices` (which GPUs) → `plan` (each worker's command and environment) → `fleet` (processes) →
-//! `supervise` (the event loop over `attempt` after attempt) with `lifecycle` and `restarts` (what to
-//! do when something happens), `hang`, `oom` and `procfs` (what there is to know), `report` and
-//! `summary` (what is told), `output` (lines) and `guardian` (what happens if the launcher itself is killed).
+//! `devices` (which GPUs) and `binding` (which CPUs) → `plan` (each worker's command and environment)
+//! → `fleet` (processes) → `supervise` (the event loop over `attempt` after attempt) with `lifecycle`
+//! and `restarts` (what to do when something happens), `hang`, `oom` and `procfs` (what there is to
+//! know), `report` and `summary` (what is told), `output` (lines) and `guardian` (what happens if the
+//! launcher itself is killed).
 
 pub mod args;
 mod attempt;
+mod binding;
 pub mod contract;
 mod devices;
 mod error;
@@ -90,7 +92,13 @@ fn launch(args: &Args) -> Result<u8, LaunchError> {
     };
     // A free port is chosen last, to leave others little time to take it.
     let rendezvous = Rendezvous::on_this_host(args.master_port)?;
+    for warning in placement.warnings() {
+        let _ = writeln!(std::io::stderr(), "rr-launch: {warning}");
+    }
+    let shares = binding::shares(&binding::topology(), &placement.nodes(), args.bind);
+    let shares = shares.map_err(LaunchError::Usage)?;
     let mut plan = Plan::new(command, placement, rendezvous, advice.text);
+    plan.bind(shares);
     plan.share(vars::TORCHELASTIC_MAX_RESTARTS, args.max_restarts.to_string());
     let options = args.supervision()?;
     if let Some(signal) = options.preempt_signal {

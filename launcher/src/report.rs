@@ -88,8 +88,8 @@ fn others(record: &AttemptRecord, rank: Option<usize>) -> Vec<String> {
     ways.into_iter().map(line).collect()
 }
 
-/// `0, 2-4, 9`: ranks in order, neighbours drawn together.
-fn ranges(ranks: &[usize]) -> String {
+/// `0, 2-4, 9`: numbers in order, neighbours drawn together.
+pub fn ranges(ranks: &[usize]) -> String {
     let mut runs: Vec<(usize, usize)> = Vec::new();
     for &rank in ranks {
         match runs.last_mut() {

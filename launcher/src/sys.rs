@@ -245,6 +245,38 @@ pub fn die_with_parent(command: &mut Command) {
     }
 }
 
+/// The CPUs that this process may use, by number.
+pub fn allowed_cpus() -> Vec<usize> {
+    let mut set = MaybeUninit::<libc::cpu_set_t>::zeroed();
+    // SAFETY: the kernel writes at most the size of `set`, all zeroes is a valid one, and CPU_ISSET
+    // looks at numbers below its size.
+    unsafe {
+        if libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), set.as_mut_ptr()) != 0 {
+            return Vec::new();
+        }
+        let set = set.assume_init();
+        (0..libc::CPU_SETSIZE as usize).filter(|&cpu| libc::CPU_ISSET(cpu, &set)).collect()
+    }
+}
+
+/// Binds a command's process to these CPUs. A machine that has taken one away since is not an error
+/// as long as one is left.
+pub fn bind_to(command: &mut Command, cpus: &[usize]) {
+    let mut set = MaybeUninit::<libc::cpu_set_t>::zeroed();
+    // SAFETY: all zeroes is a valid set, and numbers beyond its size are left out; the closure makes
+    // one async-signal-safe call on its own copy.
+    unsafe {
+        for &cpu in cpus.iter().filter(|&&cpu| cpu < libc::CPU_SETSIZE as usize) {
+            libc::CPU_SET(cpu, set.assume_init_mut());
+        }
+        let set = set.assume_init();
+        command.pre_exec(move || {
+            checked(libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const set))
+                .map(drop)
+        });
+    }
+}
+
 /// As [`die_with_parent`] for a worker, which also gets an empty signal mask (this process blocks
 /// signals for [`SignalFd`]) and tells `guardian` its process id before its program begins, so that
 /// there is no moment at which the guardian does not know of it.

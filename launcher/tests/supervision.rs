@@ -141,6 +141,27 @@ fn a_program_without_heartbeats_never_hangs() {
 }
 
 #[test]
+fn a_python_program_tells_where_it_is_as_the_page_says() {
+    let program = r#"
+import os, time
+step = 3
+beat = open(os.environ["RR_HEARTBEAT"], "r+b", buffering=0)
+os.pwrite(beat.fileno(), f"rr-heartbeat {step} works reading data".ljust(127).encode() + b"\n", 0)
+time.sleep(300)
+"#;
+    let page = include_str!("../../docs/launcher.md");
+    for line in program.lines().filter(|line| line.contains("beat")) {
+        assert!(page.contains(line), "{line}");
+    }
+    let mut command = launcher();
+    command.args(["--cpu", "--hang-timeout", "0.5", "--", "python3", "-c", program]);
+    let outcome = run(&mut command);
+    assert_eq!(outcome.code, Some(40), "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("reading data, step 3, for 0."), "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("; sleeping in sleep"), "{}", outcome.stderr);
+}
+
+#[test]
 fn a_worker_that_moves_is_no_hang() {
     let script = format!(
         "{BEAT}; beat 1 waits barrier; [ $RANK = 1 ] && exec sleep 2
