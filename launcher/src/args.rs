@@ -1,26 +1,30 @@
 //! The command line: raw flags, and what they ask for.
 
+mod output;
+
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{ArgAction, Parser};
 use clap::error::ErrorKind;
 
 pub use crate::binding::Binding;
 use crate::contract::{preemption, vars};
 use crate::error::LaunchError;
 use crate::supervise;
+pub use output::OutputArgs;
 
 const USAGE: &str = "rr-launch [OPTIONS] --config FILE
        rr-launch [OPTIONS] -- PROGRAM [ARG]...";
 
 const EXAMPLES: &str = "Examples:
-  rr-launch --gpus 0,1 --config config/training_llm.yaml
+  rr-launch --gpus 0,1 --config train.yaml
   rr-launch --gpus all --parallel config/deepspeed/zero2.yaml --config train.yaml --set lr=2e-5
   rr-launch --max-restarts 3 --hang-timeout 600 --log-dir logs --config train.yaml
-  rr-launch --gpus 0,1 -- python train.py";
+  rr-launch --gpus 0,1 -- python train.py
+  rr-launch --cpu --nproc 4 --show failed --log-dir logs --log-format json -- ./my-program";
 
 /// The flags of `rr-launch`.
 #[derive(Debug, Parser)]
@@ -29,11 +33,13 @@ const EXAMPLES: &str = "Examples:
     version,
     about = "Starts one worker per device, watches them, and leaves nothing behind",
     override_usage = USAGE,
+    disable_help_flag = true,
+    max_term_width = 100,
     after_help = EXAMPLES
 )]
 #[allow(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 pub struct Args {
-    /// GPUs by index, UUID or MIG UUID, or `all` [default: the config's, else all]
+    /// GPUs by index, UUID or MIG UUID, or `all` [default: the config's, or all]
     #[arg(long, value_name = "LIST", conflicts_with = "cpu")]
     pub gpus: Option<GpuRequest>,
     /// Run on the CPU
@@ -86,10 +92,10 @@ pub struct Args {
     /// A signal that makes workers save and end, beside USR1 and USR2
     #[arg(long, value_name = "SIGNAL", value_parser = preempting_signal)]
     pub preempt_signal: Option<i32>,
-    /// Directory for the launch's summary, launch.json
-    #[arg(long, value_name = "DIR")]
-    pub log_dir: Option<PathBuf>,
-    /// Tie workers to CPUs: a NUMA node, or cores of their own
+    /// What becomes of the workers' output
+    #[command(flatten)]
+    pub output: OutputArgs,
+    /// Tie workers to CPUs: a NUMA node, or own cores
     #[arg(
         long,
         value_enum,
@@ -101,6 +107,10 @@ pub struct Args {
     /// Print the plan and each worker's environment, start nothing
     #[arg(long)]
     pub dry_run: bool,
+    /// Print help
+    // The long texts are for the manual: a screen has room for a line a flag.
+    #[arg(short, long, action = ArgAction::HelpShort)]
+    pub help: Option<bool>,
     /// Any program, started under torchrun's environment
     #[arg(last = true, value_name = "PROGRAM", hide = true)]
     pub program: Vec<OsString>,
@@ -237,7 +247,7 @@ impl Args {
                 .preempt_signal
                 .map_or_else(inherited, |signal| Ok(Some(signal)))?,
             master_port: self.master_port,
-            log_dir: self.log_dir.clone(),
+            output: self.output.options(),
         })
     }
 
@@ -376,8 +386,12 @@ mod tests {
 
     #[test]
     fn help_fits_one_screen() {
-        let text = Args::command().term_width(100).render_help().to_string();
-        assert!(text.lines().count() <= 36, "{text}");
+        let text = match Args::read(["rr-launch", "--help"].map(Into::into)).unwrap() {
+            Invocation::Show(text) => text,
+            Invocation::Launch(_) => panic!("--help launches"),
+        };
+        assert!((24..=50).contains(&text.lines().count()), "{text}");
+        assert!(text.lines().all(|line| line.chars().count() <= 100), "{text}");
         assert!(text.contains("Examples:"), "{text}");
     }
 

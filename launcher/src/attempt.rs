@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd as _;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::error::LaunchError;
@@ -10,9 +11,10 @@ use crate::fleet::{self, Strays, Worker};
 use crate::guardian::Guardian;
 use crate::hang::{self, Monitor, Position};
 use crate::lifecycle::Cause;
-use crate::output::{Console, LineSplitter, Piece, Stream, Tail};
+use crate::output::{LineSplitter, Output, Stream, Voice};
 use crate::plan::Plan;
 use crate::procfs::Activity;
+use crate::report;
 use crate::summary::{AttemptRecord, RankRecord};
 use crate::sys::{Epoll, Interest};
 
@@ -65,27 +67,6 @@ pub struct Pipe {
     pub splitter: LineSplitter,
 }
 
-/// What a line of a worker is marked and remembered with.
-pub struct Voice {
-    prefix: Vec<u8>,
-    /// Its last lines.
-    pub tail: Tail,
-}
-
-impl Voice {
-    /// Queues a piece of a worker's output. Only rank 0 has a status.
-    pub fn say(&mut self, piece: Piece<'_>, rank: usize, stream: Stream, console: &mut Console) {
-        match piece {
-            Piece::Line(line) => {
-                self.tail.push(line);
-                console.sink(stream).line(&self.prefix, line);
-            }
-            Piece::Status(status) if rank == 0 => console.sink(stream).set_status(status),
-            Piece::Status(_) => {}
-        }
-    }
-}
-
 /// One start of all workers.
 pub struct Attempt {
     /// Its number: the restarts before it.
@@ -112,18 +93,18 @@ impl Attempt {
         number: u32,
         guardian: &Guardian,
         epoll: &Epoll,
+        output: &mut Output,
         hang_timeout: Option<Duration>,
     ) -> Result<Self, LaunchError> {
+        let run = plan.run_id();
+        output.note(&format!("run {run}, attempt {number}: {}", report::workers(plan.workers())));
+        let voices = output.voices(number, plan.ranks())?;
         let mut workers = fleet::start(plan, guardian)?;
         let pipes = watch(&mut workers, epoll).map_err(LaunchError::system("watch the workers"))?;
-        let voice = |worker: &Worker| Voice {
-            prefix: format!("[{}] ", worker.rank).into_bytes(),
-            tail: Tail::default(),
-        };
         let started = Instant::now();
         Ok(Self {
             number,
-            voices: workers.iter().map(voice).collect(),
+            voices,
             workers,
             strays: Strays::default(),
             pipes,
@@ -200,8 +181,8 @@ impl Attempt {
         let rank_record = |worker: &Worker| {
             let exit = worker.ended.map(|(exit, _)| exit);
             let beat = worker.beat();
-            let tail = self.voices[worker.rank].tail.lines();
-            let lines = tail.map(|line| String::from_utf8_lossy(line).into_owned());
+            let voice = &self.voices[worker.rank];
+            let lines = voice.tail.lines().map(|line| String::from_utf8_lossy(line).into_owned());
             RankRecord {
                 rank: worker.rank,
                 pid: worker.pid(),
@@ -210,6 +191,7 @@ impl Attempt {
                 elapsed: worker.ended.map(|(_, after)| after),
                 step: beat.as_ref().map(|beat| beat.step),
                 phase: beat.map(|beat| beat.phase),
+                log: voice.path().map(Path::to_owned),
                 last_lines: if keeps_lines(worker.rank) { lines.collect() } else { Vec::new() },
             }
         };
