@@ -8,6 +8,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use signals::signal_set;
@@ -352,6 +353,27 @@ pub fn terminal_width(fd: BorrowedFd<'_>) -> Option<usize> {
 pub fn memory_file(name: &std::ffi::CStr) -> io::Result<File> {
     // SAFETY: `name` ends in NUL.
     owned(unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) }).map(File::from)
+}
+
+/// The first `words` words of a file as memory that is shared with whoever else has the file, for the
+/// rest of this process's life.
+pub fn map_words(file: &File, words: usize) -> io::Result<&'static [AtomicU64]> {
+    let length = words * size_of::<u64>();
+    // Beyond the end of the file the kernel answers an access with SIGBUS.
+    if file.metadata()?.len() < length as u64 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: a fresh mapping of `length` bytes, page-aligned and never unmapped; any bits are a valid
+    // u64, and all accesses in this process are atomic.
+    unsafe {
+        let fd = file.as_raw_fd();
+        let memory = libc::mmap(std::ptr::null_mut(), length, protection, libc::MAP_SHARED, fd, 0);
+        if memory == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(std::slice::from_raw_parts(memory.cast(), words))
+    }
 }
 
 /// Sends a signal to one process. False if there is none.
