@@ -153,6 +153,8 @@ impl Supervisor {
 
     fn look_for_hang(&mut self, now: Instant) {
         if !self.lifecycle.is_running() {
+            // Its looks are over, and must not wake the loop any more.
+            self.attempt.monitor = None;
             return;
         }
         if let Some((rank, lines)) = self.attempt.look_for_hang(now) {

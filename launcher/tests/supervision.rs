@@ -172,6 +172,23 @@ fn a_worker_that_moves_is_no_hang() {
 }
 
 #[test]
+fn a_launcher_that_waits_for_deaf_workers_sleeps() {
+    let script = format!("trap '' TERM; {BEAT}; beat 1 works hard; while :; do sleep 300; done");
+    let flags = ["--hang-timeout", "0.3", "--grace", "3"];
+    let launch = Launch::start(&mut shell(2, &flags, &script));
+    // In the middle of the grace.
+    std::thread::sleep(Duration::from_secs(2));
+    let stat = fs::read_to_string(format!("/proc/{}/stat", launch.pid())).unwrap();
+    let (_, fields) = stat.rsplit_once(") ").unwrap();
+    let ticks = fields.split(' ').skip(11).take(2).map(|ticks| ticks.parse::<u64>().unwrap());
+    let ticks: u64 = ticks.sum();
+    // Of 100 in a second.
+    assert!(ticks < 20, "{ticks} ticks of CPU time");
+    let outcome = launch.wait();
+    assert_eq!(outcome.code, Some(40), "{}", outcome.stderr);
+}
+
+#[test]
 fn the_summary_tells_how_every_rank_ended() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path().join("new/logs");

@@ -3,12 +3,13 @@
 //!
 //! The channel is one record of [`LENGTH`] bytes in a file in memory, named by
 //! [`vars::RR_HEARTBEAT`], which the worker overwrites and the launcher reads. Nobody waits for
-//! anybody: a heartbeat is one `pwrite`, under a microsecond, also while the launcher is stopped, and
-//! the last one outlives a worker that was killed or stopped. A worker without the variable writes
-//! nothing, and a program that does not know it never does.
+//! anybody: a heartbeat is a few stores to memory that both have mapped, also while the launcher is
+//! stopped, and the last one outlives a worker that was killed or stopped. A worker without the
+//! variable writes nothing, and a program that does not know it never does.
 //!
 //! A record is a line of text, padded with spaces:
-//! `rr-heartbeat 412 waits all_reduce of layer 7`.
+//! `rr-heartbeat 412 waits all_reduce of layer 7`. A reader may see half of one and half of the next;
+//! since it looks for whether they change, and the last one stays, that does not matter.
 
 use std::fmt::{self, Write as _};
 use std::fs::File;
@@ -17,6 +18,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::vars;
+use crate::sys;
 
 /// Bytes of a record.
 pub const LENGTH: usize = 128;
@@ -88,20 +90,25 @@ pub fn waiting(phase: fmt::Arguments<'_>) {
 static STEP: AtomicU64 = AtomicU64::new(0);
 
 fn beat(kind: &str, phase: fmt::Arguments<'_>) {
-    static FILE: OnceLock<Option<File>> = OnceLock::new();
-    let Some(file) = FILE.get_or_init(open) else { return };
+    static SHARED: OnceLock<Option<&[AtomicU64]>> = OnceLock::new();
+    let Some(shared) = SHARED.get_or_init(open) else { return };
     let record = Record::of(STEP.load(Ordering::Relaxed), kind, phase);
-    // A launcher that is gone is not a reason to stop; it ends its workers by itself.
-    let _ = file.write_all_at(&record.0, 0);
+    let (words, _) = record.0.as_chunks();
+    for (shared, word) in shared.iter().zip(words) {
+        shared.store(u64::from_ne_bytes(*word), Ordering::Relaxed);
+    }
 }
 
-/// The file that the launcher named, if it is one.
-fn open() -> Option<File> {
+/// The record in the file that the launcher named, if it is one.
+fn open() -> Option<&'static [AtomicU64]> {
     let path = std::env::var_os(vars::RR_HEARTBEAT)?;
     let file = File::options().read(true).write(true).open(path).ok()?;
     let mut mark = [0; MARK.len()];
     file.read_exact_at(&mut mark, 0).ok()?;
-    (mark == *MARK.as_bytes()).then_some(file)
+    if mark != *MARK.as_bytes() {
+        return None;
+    }
+    sys::map_words(&file, LENGTH / size_of::<u64>()).ok()
 }
 
 /// A record under construction.

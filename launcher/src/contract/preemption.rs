@@ -4,8 +4,6 @@
 //!
 //! The signals work alike whoever sends them: rr-launch, `srun`, torchrun, or a person.
 
-use std::io;
-
 use super::{ContractError, vars};
 use crate::sys;
 
@@ -26,7 +24,7 @@ pub fn parse_signal(text: &str) -> Option<i32> {
 }
 
 /// From now on the signals end this process no more, but are remembered; after the first, TERM does
-/// not interrupt the saving either.
+/// not interrupt the saving either, which a scheduler sends when its patience ends.
 ///
 /// # Errors
 /// [`ContractError`] where [`vars::RR_PREEMPT_SIGNAL`] names no signal.
@@ -39,7 +37,7 @@ pub fn listen() -> Result<(), ContractError> {
         })?),
         Err(_) => None,
     };
-    let heard: io::Result<()> = signals(also).into_iter().try_for_each(sys::remember_signal);
+    let heard = sys::remember_signals(&signals(also));
     // sigaction refuses only signals that do not exist or cannot be caught.
     debug_assert!(heard.is_ok(), "{heard:?}");
     Ok(())
