@@ -7,12 +7,13 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use clap::{ArgAction, Parser};
 use clap::error::ErrorKind;
+use clap::{ArgAction, Parser};
 
 pub use crate::binding::Binding;
 use crate::contract::{preemption, vars};
 use crate::error::LaunchError;
+use crate::manual::Manual;
 use crate::supervise;
 pub use output::OutputArgs;
 
@@ -39,7 +40,7 @@ const EXAMPLES: &str = "Examples:
 )]
 #[allow(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 pub struct Args {
-    /// GPUs by index, UUID or MIG UUID, or `all` [default: the config's, or all]
+    /// GPUs by index, UUID, MIG UUID, or `all` [default: config's, else all]
     #[arg(long, value_name = "LIST", conflicts_with = "cpu")]
     pub gpus: Option<GpuRequest>,
     /// Run on the CPU
@@ -111,6 +112,9 @@ pub struct Args {
     // The long texts are for the manual: a screen has room for a line a flag.
     #[arg(short, long, action = ArgAction::HelpShort)]
     pub help: Option<bool>,
+    /// Print the man page or a shell's completions
+    #[arg(long, value_enum, value_name = "man|bash|zsh|fish", hide = true, exclusive = true)]
+    pub generate: Option<Manual>,
     /// Any program, started under torchrun's environment
     #[arg(last = true, value_name = "PROGRAM", hide = true)]
     pub program: Vec<OsString>,
@@ -121,7 +125,7 @@ pub struct Args {
 pub enum Invocation {
     /// Start a job.
     Launch(Box<Args>),
-    /// Print this text (help, version) and end.
+    /// Print this text (help, version, man page, completions) and end.
     Show(String),
 }
 
@@ -180,6 +184,9 @@ impl Args {
     ) -> Result<Invocation, LaunchError> {
         match Self::try_parse_from(command_line) {
             Ok(args) => {
+                if let Some(manual) = args.generate {
+                    return Ok(Invocation::Show(manual.text(Self::command())));
+                }
                 args.work()?;
                 Ok(Invocation::Launch(Box::new(args)))
             }

@@ -18,6 +18,7 @@ mod fleet;
 mod guardian;
 mod hang;
 mod lifecycle;
+pub mod manual;
 mod oom;
 mod output;
 mod plan;

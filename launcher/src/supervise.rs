@@ -21,6 +21,14 @@ use crate::sys::{self, Epoll, Interest, SignalFd};
 /// What one read takes from a pipe: as much as a pipe holds.
 const READ_AT_ONCE: usize = 64 * 1024;
 
+/// A turn of the loop that has read less than this is followed by a nap: workers that write line by
+/// line would otherwise wake the launcher for each. Far less than what a pipe holds, so that a nap makes
+/// nobody wait.
+const LITTLE: usize = 16 * 1024;
+
+/// How long it naps. It is also how much later it may hear of something else.
+const NAP: Duration = Duration::from_millis(1);
+
 /// How a job is watched.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -70,6 +78,7 @@ pub fn run(plan: Plan, options: Options) -> Result<u8, LaunchError> {
         oom,
         summary,
         buffer,
+        just_read: 0,
     };
     supervisor.watch_all()?;
     supervisor.finish().map_err(LaunchError::system("write the last output"))
@@ -99,6 +108,8 @@ struct Supervisor {
     oom: OomWatch,
     summary: Summary,
     buffer: Vec<u8>,
+    /// Bytes of output read in this turn of the loop.
+    just_read: usize,
 }
 
 impl Supervisor {
@@ -129,6 +140,9 @@ impl Supervisor {
             self.look_for_hang(now);
             self.tidy(now);
             self.write_out()?;
+            if (1..LITTLE).contains(&std::mem::take(&mut self.just_read)) {
+                std::thread::sleep(NAP);
+            }
         }
         Ok(())
     }
@@ -288,6 +302,7 @@ impl Supervisor {
 
     /// Passes on what was read from a pipe into the first `count` bytes of the buffer.
     fn take_in(&mut self, index: usize, count: usize) {
+        self.just_read += count;
         let Self { attempt: Attempt { pipes, voices, .. }, output, buffer, .. } = self;
         let pipe = &mut pipes[index];
         let (voice, stream) = (&mut voices[pipe.rank], pipe.stream);

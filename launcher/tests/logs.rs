@@ -25,8 +25,13 @@ fn logged(workers: usize, folder: &Path, flags: &[&str], script: &str) -> common
 fn each_rank_and_attempt_has_a_file_and_all_together_one() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path().join("new/logs");
-    let script = r#"echo "$RANK out"; echo "$RANK err" >&2; [ $RANK = 0 ] || [ $RR_RESTART_COUNT = 1 ] || exit 3; [ $RR_RESTART_COUNT = 1 ] || sleep 60"#;
-    let outcome = logged(2, &dir, &["--max-restarts", "1"], script);
+    // Rank 1 fails the first time, once rank 0 has written.
+    let script = format!(
+        r#"echo "$RANK out"; echo "$RANK err" >&2; cd {}; [ $RR_RESTART_COUNT = 1 ] && exit 0
+        [ $RANK = 0 ] && {{ touch written; sleep 60; }}; until [ -e written ]; do sleep 0.01; done; exit 3"#,
+        folder.path().display()
+    );
+    let outcome = logged(2, &dir, &["--max-restarts", "1"], &script);
     assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
     for attempt in 0..2 {
         for rank in 0..2 {
