@@ -99,8 +99,8 @@ impl Attempt {
         let run = plan.run_id();
         output.note(&format!("run {run}, attempt {number}: {}", report::workers(plan.workers())));
         let voices = output.voices(number, plan.ranks())?;
-        let mut workers = fleet::start(plan, guardian)?;
-        let pipes = watch(&mut workers, epoll).map_err(LaunchError::system("watch the workers"))?;
+        let mut pipes = Vec::new();
+        let workers = fleet::start(plan, guardian, |worker| watch(worker, &mut pipes, epoll))?;
         let started = Instant::now();
         Ok(Self {
             number,
@@ -204,23 +204,20 @@ impl Attempt {
     }
 }
 
-/// Watches the workers' ends and output.
-fn watch(workers: &mut [Worker], epoll: &Epoll) -> io::Result<Vec<Pipe>> {
-    let mut pipes = Vec::new();
-    for worker in workers {
-        if let Some(end) = worker.end_of_life() {
-            epoll.add(end, Interest::Read, Token::End(worker.rank).pack())?;
-        }
-        for stream in [Stream::Stdout, Stream::Stderr] {
-            let Some(pipe) = worker.take_pipe(stream) else { continue };
-            epoll.add(pipe.as_fd(), Interest::Read, Token::Pipe(pipes.len()).pack())?;
-            pipes.push(Pipe {
-                file: Some(pipe.into()),
-                rank: worker.rank,
-                stream,
-                splitter: LineSplitter::default(),
-            });
-        }
+/// Watches a worker's end and output.
+fn watch(worker: &mut Worker, pipes: &mut Vec<Pipe>, epoll: &Epoll) -> io::Result<()> {
+    if let Some(end) = worker.end_of_life() {
+        epoll.add(end, Interest::Read, Token::End(worker.rank).pack())?;
     }
-    Ok(pipes)
+    for stream in [Stream::Stdout, Stream::Stderr] {
+        let Some(pipe) = worker.take_pipe(stream) else { continue };
+        epoll.add(pipe.as_fd(), Interest::Read, Token::Pipe(pipes.len()).pack())?;
+        pipes.push(Pipe {
+            file: Some(pipe.into()),
+            rank: worker.rank,
+            stream,
+            splitter: LineSplitter::default(),
+        });
+    }
+    Ok(())
 }

@@ -201,11 +201,21 @@ impl Drop for Worker {
     }
 }
 
-/// Starts all workers of a plan. If one cannot be started, those before it are killed.
-pub fn start(plan: &Plan, guardian: &Guardian) -> Result<Vec<Worker>, LaunchError> {
+/// Starts all workers of a plan, and hands each to `watch` before the next one starts: the order in
+/// which workers end is known only of those that are watched. If one cannot be started, those before
+/// it are killed.
+pub fn start(
+    plan: &Plan,
+    guardian: &Guardian,
+    mut watch: impl FnMut(&mut Worker) -> io::Result<()>,
+) -> Result<Vec<Worker>, LaunchError> {
     (0..plan.workers())
         .map(|rank| {
-            Worker::start(plan, rank, guardian).map_err(|source| {
+            let started = Worker::start(plan, rank, guardian).and_then(|mut worker| {
+                watch(&mut worker)?;
+                Ok(worker)
+            });
+            started.map_err(|source| {
                 let program = plan.command.program.to_string_lossy();
                 match source.kind() {
                     io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied => {

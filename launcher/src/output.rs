@@ -98,6 +98,7 @@ impl Output {
         attempt: u32,
         ranks: impl Iterator<Item = (usize, usize)>,
     ) -> Result<Vec<Voice>, LaunchError> {
+        self.console.sinks().iter_mut().for_each(Sink::forget_pressure);
         let mut voices = Vec::new();
         for (rank, local_rank) in ranks {
             let file = self.rank_file(attempt, rank)?;
