@@ -40,9 +40,10 @@ const WITHIN_A_FLOOR: &[(&str, &str)] = &[
 const FLAGS: &[(&str, &str)] = &[
     (
         "rr-launch",
-        "--bind --config --config-file --config_file --cpu --dry-run --gpus --grace --hang-timeout --help \
-         --log-dir --master-port --max-restarts --nproc --overwrite --parallel --preempt-signal \
-         --resume --resume-anyway --set --skip-bad-records --timeout --version",
+        "--bind --config --config-file --config_file --cpu --dry-run --generate --gpus --grace \
+         --hang-timeout --help --log-dir --log-format --master-port --max-restarts --nproc --overwrite \
+         --parallel --prefix --preempt-signal --resume --resume-anyway --set --show --skip-bad-records \
+         --timeout --version",
     ),
     ("reranker", "--help --version"),
     (

@@ -20,6 +20,22 @@ pub use output::OutputArgs;
 const USAGE: &str = "rr-launch [OPTIONS] --config FILE
        rr-launch [OPTIONS] -- PROGRAM [ARG]...";
 
+/// Of the man page; `--help` has the first line.
+const DESCRIPTION: &str = "Starts one worker per device, watches them, and leaves nothing behind.
+
+With --config, workers run `reranker train` on a training file, which is checked before anything \
+starts. With a program behind --, they run that under torchrun's environment (RANK, LOCAL_RANK, \
+WORLD_SIZE, MASTER_ADDR, MASTER_PORT and so on).
+
+When a worker fails, the others are ended, and the rank that ended first is named with its last lines. \
+The exit code is 0 if all workers ended with 0; that of the worker that failed first; 128 + n if \
+it, or the launcher, was ended by signal n; 1 if the launcher could not do its work; 2 if the command \
+line, a file or a setting is wrong; 40 for a hang; 41 if the workers were asked to make room and saved; \
+42 if --max-restarts is used up; 43 if starting again would end alike.
+
+TERM, INT and HUP are handed to all workers, which have --grace to end; a second INT ends them at once. \
+USR1, USR2 and --preempt-signal ask them to save and end.";
+
 const EXAMPLES: &str = "Examples:
   rr-launch --gpus 0,1 --config train.yaml
   rr-launch --gpus all --parallel config/deepspeed/zero2.yaml --config train.yaml --set lr=2e-5
@@ -33,6 +49,7 @@ const EXAMPLES: &str = "Examples:
     name = "rr-launch",
     version,
     about = "Starts one worker per device, watches them, and leaves nothing behind",
+    long_about = DESCRIPTION,
     override_usage = USAGE,
     disable_help_flag = true,
     max_term_width = 100,
