@@ -5,6 +5,7 @@ use std::io::{self, BufRead, BufReader, BufWriter, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
 use rr_launch::contract::{LaunchPlan, WorkerEnv};
+use serde_json::{Map, Value, json};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::time::ChronoUtc;
 
@@ -12,7 +13,7 @@ use super::{
     CheckArgs, Cli, Command, ConvertArgs, DeviceArg, EvalArgs, FormatArg, ModelArgs, PlanArgs,
     ScoreArgs,
 };
-use crate::config::LabelRange;
+use crate::config::{LabelRange, Origin, Plan};
 use crate::convert::{self, ConvertOptions, Output};
 use crate::data::{InputFormat, InputPair, InputPairs, SourceRecords};
 use crate::error::{Error, Result};
@@ -78,13 +79,15 @@ fn check(args: &CheckArgs) -> Result<()> {
     let plan = args.plan.plan(args.gpus.or(args.nproc), device)?;
     train::check_output(&plan)?;
     let workers = plan.parallel.processes.unwrap_or(1);
-    if args.for_launch {
-        // rr-launch starts the workers of one machine.
-        train::check_machines(&plan, workers, workers)?;
+    // rr-launch starts the workers of one machine, and looks after their GPUs itself.
+    let machines = if args.for_launch { 1 } else { plan.parallel.machines };
+    train::check_machines(&plan, workers, workers.div_ceil(machines))?;
+    if !args.for_launch && args.gpus.is_none() {
+        runtime::device(plan.parallel.device, 0)?;
     }
+    train::check_trackers(&plan)?;
     let inputs = train::Inputs::load(&plan, workers)?;
     train::check_resume(&plan, &inputs, workers)?;
-    train::check_trackers(&plan)?;
     if args.for_launch {
         let launch = LaunchPlan {
             processes: plan.parallel.processes,
@@ -94,10 +97,25 @@ fn check(args: &CheckArgs) -> Result<()> {
         };
         return print(&serde_json::to_string(&launch).unwrap_or_default());
     }
+    let preflight = train::Preflight::new(&inputs, &plan, workers)?;
+    if args.json {
+        return print(&checked_json(&plan, &preflight).to_string());
+    }
     let mut lines = vec![plan.describe().trim_end().to_owned()];
     lines.extend(plan.notices.iter().map(|notice| format!("note: {notice}")));
-    lines.push(inputs.describe(&plan, workers)?);
+    lines.push(preflight.chart());
     print(&lines.join("\n"))
+}
+
+/// What `check --json` prints: the plan, where its settings were given, and what lies ahead.
+fn checked_json(plan: &Plan, preflight: &train::Preflight) -> Value {
+    let place = |(key, origin): (&String, &Origin)| (key.clone(), json!(origin.place.to_string()));
+    json!({
+        "plan": plan.to_json(),
+        "origins": plan.origins.iter().map(place).collect::<Map<_, _>>(),
+        "notices": plan.notices,
+        "preflight": preflight,
+    })
 }
 
 /// The model, once options that cannot work are refused: before any output is opened.

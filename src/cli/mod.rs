@@ -87,6 +87,9 @@ pub struct CheckArgs {
     /// Number of workers the plan is for, each on a GPU; none need be here
     #[arg(long, value_name = "N", conflicts_with_all = ["nproc", "device"])]
     gpus: Option<usize>,
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    json: bool,
     /// Print one JSON line for rr-launch instead of the plan
     #[arg(long, hide = true)]
     for_launch: bool,
