@@ -19,7 +19,9 @@ class Browser:
     """One page of a browser of its own, which ends with the `with` block."""
 
     def __init__(self, program: str, width: int = 1280, height: int = 900) -> None:
-        self.profile = tempfile.TemporaryDirectory(prefix="reranker-browser-")
+        self.profile = tempfile.TemporaryDirectory(
+            prefix="reranker-browser-", ignore_cleanup_errors=True
+        )
         theirs_in, ours_out = os.pipe()
         ours_in, theirs_out = os.pipe()
         ends = [fcntl.fcntl(end, fcntl.F_DUPFD, ASIDE) for end in (theirs_in, theirs_out)]
@@ -60,10 +62,15 @@ class Browser:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):
-            self.commands.close()
-        self.process.terminate()
-        self.process.wait()
+        # It may end before it answers.
+        with contextlib.suppress(OSError, RuntimeError):
+            self.session = None
+            self.call("Browser.close")
+        try:
+            self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
         self.profile.cleanup()
 
     def message(self) -> dict:

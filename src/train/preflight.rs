@@ -306,12 +306,14 @@ fn label_rows(labels: &LabelHistogram) -> Vec<(String, usize)> {
     }
 }
 
+/// Two bins a row, where there are many.
 fn length_rows(lengths: &LengthReport) -> Vec<(String, usize)> {
-    let row = |(bin, &count): (usize, &usize)| {
-        let start = bin * lengths.bin_width;
-        (format!("{}-{}", start + 1, start + lengths.bin_width), count)
+    let together = if lengths.bins.len() > LengthReport::MAX_BINS / 2 { 2 } else { 1 };
+    let width = lengths.bin_width * together;
+    let row = |(i, counts): (usize, &[usize])| {
+        (format!("{}-{}", i * width + 1, (i + 1) * width), counts.iter().sum())
     };
-    lengths.bins.iter().enumerate().map(row).collect()
+    lengths.bins.chunks(together).enumerate().map(row).collect()
 }
 
 /// A histogram, a line a row: its name, a bar, count and share.

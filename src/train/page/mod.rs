@@ -31,8 +31,11 @@ use curve::Curve;
 /// The page's file, beside the metrics.
 const FILE: &str = "report.html";
 
-/// The least time between two writings.
+/// The time between two writings, except at the beginning.
 const PAUSE: Duration = Duration::from_secs(5);
+
+/// At the beginning it is one part in this many of the time since the start.
+const EARLY: u32 = 10;
 
 /// Writing takes at most one part in this many of a run's time.
 const SHARE: u32 = 100;
@@ -85,6 +88,7 @@ pub(super) struct Page {
     best: Option<Value>,
     /// How the last validation ranked its queries.
     queries: Value,
+    started: Instant,
     written: Instant,
     took: Duration,
     is_broken: bool,
@@ -137,6 +141,7 @@ impl Page {
             last: BTreeMap::new(),
             best: None,
             queries: Value::Null,
+            started: Instant::now(),
             written: Instant::now(),
             took: Duration::ZERO,
             is_broken: false,
@@ -151,7 +156,8 @@ impl Page {
     /// Takes a line of metrics, and writes the page where the last time is long enough ago.
     pub(super) fn line(&mut self, line: &Value) {
         self.take(line);
-        if self.written.elapsed() >= PAUSE.max(self.took * SHARE) {
+        let pause = PAUSE.min(self.started.elapsed() / EARLY);
+        if self.written.elapsed() >= pause.max(self.took * SHARE) {
             self.write();
         }
     }

@@ -118,7 +118,7 @@ function drawSeries({ points, hue, dots }, x, y) {
 
 function axes(x, y, [low, high], log, format) {
   const shapes = [];
-  for (const value of log ? logTicks(low, high) : ticks(low, high, 4)) {
+  for (const value of log ? logTicks(low, high) : ticks(low, high, 5)) {
     const at = y(value);
     shapes.push(svg("line", { class: "grid-line", x1: LEFT, x2: WIDTH - RIGHT, y1: at, y2: at }));
     shapes.push(svg("text", { x: LEFT - 7, y: at + 4, "text-anchor": "end" }, format(value)));
@@ -218,7 +218,8 @@ const section = (title, ...children) => {
   const shown = children.flat().filter(Boolean);
   return shown.length > 0 ? [el("h2", {}, title), ...shown] : [];
 };
-const grid = (...children) => children.some(Boolean) ? el("div", { class: "grid" }, children.filter(Boolean)) : null;
+const gridOf = (kind) => (...children) => children.some(Boolean) ? el("div", { class: kind }, children.filter(Boolean)) : null;
+const [grid, wideGrid] = [gridOf("grid"), gridOf("grid two")];
 const table = (rows, ...head) => el("table", {}, head.length > 0 ? el("tr", {}, head) : null, rows);
 const row = (name, ...values) => el("tr", {}, el("td", { class: "name" }, name), values.map((value) => el("td", {}, value)));
 const fact = (value, name, hint) => el("div", { class: "card fact", title: hint ?? null }, el("b", {}, value), el("span", {}, name));
@@ -243,30 +244,29 @@ function header() {
   }
   const validation = run.best ?? last.validation;
   const main = METRICS.find(([key]) => validation?.[key] !== undefined);
-  const spans = [...new Set([run.best ? "best" : "last"])];
   return [
     el("div", { class: "head" }, el("h1", {}, about.name || "run"), el("span", { class: `chip ${tone}` }, run.status), updated),
     el("p", { class: "soft" }, `${plan.model.model_name_or_path} · ${plan.loss_type} · ${plan.data.train_dataset}`),
     el("div", { class: "bar", role: "progressbar", "aria-valuenow": totals.step, "aria-valuemax": steps.total }, el("i", { style: `width:${(100 * totals.step) / Math.max(1, steps.total)}%;background:${color("blue")}` })),
     el("div", { class: "facts" },
       fact(`${grouped(totals.step)} / ${grouped(steps.total)}`, `steps, ${steps.epochs} epochs`),
-      main ? fact(validation[main[0]].toFixed(4), `${main[1]}, ${spans[0]} (step ${grouped(validation.step)})`) : null,
+      main ? fact(validation[main[0]].toFixed(4), `${main[1]}, ${run.best ? "best" : "last"}, step ${grouped(validation.step)}`) : null,
       last.train ? fact(short(last.train.loss), "training loss") : null,
       last.train ? fact(clock(totals.elapsed_s), run.status === "training" ? `trained, ${clock(last.train.left_s)} left` : "training time", "validation and saving left out") : null,
       last.train ? fact(short(totals.pairs / Math.max(1e-9, totals.elapsed_s)), "pairs/s on average") : null,
+      last.train ? fact(short(totals.tokens / Math.max(1e-9, totals.elapsed_s)), "tokens/s on average") : null,
       last.memory || last.train?.memory_bytes ? fact(bytes(last.memory ? last.memory.peak_gpu || last.memory.peak_process : last.train.memory_bytes), last.memory?.peak_gpu ? "peak GPU memory" : "peak memory of a worker") : null),
     preflight.warnings.map((text) => el("div", { class: "card warn" }, text)),
   ];
 }
 
 function curves() {
-  return section("Curves", grid(
+  return section("Curves", wideGrid(
     chart("Loss", [{ curve: "train/loss", label: "training", hue: "blue" }, { curve: "validation/loss", label: "validation", hue: "orange", dots: true }], { log: false }),
-    chart("Validation metrics", METRICS.map(([key, label, hue]) => ({ curve: `validation/${key}`, label, hue, dots: true }))),
+    chart("Ranking", METRICS.map(([key, label, hue]) => ({ curve: `validation/${key}`, label, hue, dots: true }))),
     chart("Learning rate", [{ curve: "train/lr", label: "lr", hue: "violet" }]),
-    chart("Gradient norm", [{ curve: "train/grad_norm", label: "2-norm before clipping", hue: "green" }], { log: false }),
+    chart("Gradient norm", [{ curve: "train/grad_norm", label: "2-norm", hue: "green" }], { log: false }),
     chart("Throughput", [{ curve: "train/pairs_per_s", label: "pairs/s", hue: "blue" }]),
-    chart("Token throughput", [{ curve: "train/tokens_per_s", label: "tokens/s", hue: "orange" }]),
     chart("Memory of rank 0", [{ curve: "train/memory_bytes", label: "peak", hue: "violet" }], { format: bytes })));
 }
 
@@ -280,6 +280,22 @@ function ranking(query) {
   return table(rows, el("th", { class: "number" }, "rank"), el("th", { class: "number" }, "score"), el("th", { class: "number" }, "label"), el("th", {}, "document"));
 }
 
+/** The first, best and last figures of the validations. */
+function progress() {
+  const figures = [["loss", "loss"], ...METRICS].filter(([key]) => run.curves[`validation/${key}`]);
+  if (figures.length === 0) return null;
+  const at = (key, pick) => {
+    const [step, value] = pick(run.curves[`validation/${key}`]);
+    return el("td", { class: "number", title: `step ${grouped(step)}` }, value.toFixed(4));
+  };
+  const better = (key) => (a, b) => (key === "loss" ? b[1] < a[1] : b[1] > a[1]) ? b : a;
+  const rows = figures.map(([key, label]) => el("tr", {}, el("td", {}, label), at(key, (all) => all[0]), at(key, (all) => all.reduce(better(key))), at(key, (all) => all[all.length - 1])));
+  const head = ["", "first", "best", "last"].map((name, i) => el("th", { class: i > 0 ? "number" : null }, name));
+  const { queries: count, skipped } = run.last.validation;
+  const left = skipped > 0 ? `; ${grouped(skipped)} without a relevant document are left out` : "";
+  return el("section", { class: "card" }, el("div", { class: "title" }, el("h3", {}, "Validation figures"), el("span", { class: "soft" }, count === undefined ? "" : `over ${grouped(count)} queries${left}`)), table(rows, ...head));
+}
+
 function queries() {
   if (run.queries === null) return [];
   const { bins, worst, step } = run.queries;
@@ -288,7 +304,7 @@ function queries() {
     el("summary", {}, el("span", { class: "query" }, query.query), el("span", { class: "soft" }, `relevant at ${query.relevant.rank} of ${query.hits}`), el("span", { class: "chip" }, `nDCG@10 ${query.ndcg.toFixed(3)}`)),
     el("div", {}, el("p", { class: "soft mono" }, `${preflight.validation.load.path}:${query.line}`), ranking(query))));
   const none = worst.length === 0 ? el("p", { class: "soft" }, "Every query is ranked perfectly.") : null;
-  return section(`Validation queries after step ${grouped(step)}`, grid(columns("How well queries are ranked", "queries", rows, "blue")),
+  return section(`Validation queries after step ${grouped(step)}`, wideGrid(columns("Queries by nDCG@10", "queries", rows, "blue"), progress()),
     worst.length > 0 ? el("p", { class: "soft" }, `The ${worst.length} worst, with the first documents of their ranking; the most relevant document is shaded.`) : none, list);
 }
 
@@ -334,7 +350,7 @@ function memory() {
   const environment = about.environment.rows.map(([name, value]) => el("tr", {}, el("td", { class: "name" }, name), el("td", { class: "mono" }, value)));
   const model = preflight.model;
   environment.unshift(row("started", new Date(about.environment.started * 1000).toLocaleString()), row("model", `${model.family}, ${(model.parameters / 1e6).toFixed(1)} M parameters, ${grouped(model.positions)} positions` + (model.revision ? `, revision ${model.revision}` : "")));
-  return section("Memory and environment", grid(el("section", { class: "card" }, table(rows, ...head)), el("section", { class: "card" }, table(environment))));
+  return section("Memory and environment", wideGrid(el("section", { class: "card" }, table(rows, ...head)), el("section", { class: "card" }, table(environment))));
 }
 
 function configuration() {
