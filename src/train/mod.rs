@@ -61,6 +61,9 @@ const BATCHES_AHEAD: usize = 4;
 pub fn run(plan: &Plan, env: &WorkerEnv) -> Result<()> {
     output::check(plan)?;
     check_machines(plan, env.world_size, env.local_world_size)?;
+    if env.rank == 0 {
+        trackers::check(plan)?;
+    }
     let inputs = Inputs::load(plan, env.world_size)?;
     let device = runtime::device(plan.parallel.device, env.local_rank)?;
     let groups = join(plan, env, device)?;

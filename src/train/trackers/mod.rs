@@ -38,7 +38,7 @@ impl Trackers {
         let uses = |tracker| plan.logging.trackers.contains(&tracker);
         Ok(Self {
             events: uses(Tracker::Tensorboard).then(|| EventFile::create(dir, done)).transpose()?,
-            bridge: uses(Tracker::Wandb).then(|| Bridge::start(plan, dir)).transpose()?,
+            bridge: uses(Tracker::Wandb).then(|| Bridge::start(plan, dir, done)).transpose()?,
         })
     }
 
