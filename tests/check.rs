@@ -107,7 +107,10 @@ fn everything_is_told_to_programs_too() {
     assert_eq!(told["origins"]["max_len"], "training.yaml:4");
     let preflight = &told["preflight"];
     let steps = &preflight["steps"];
-    assert_eq!((&steps["total"], &steps["items"], &steps["unit"]), (&2.into(), &8.into(), &"pairs".into()));
+    assert_eq!(
+        (&steps["total"], &steps["items"], &steps["unit"]),
+        (&2.into(), &8.into(), &"pairs".into())
+    );
     assert_eq!(preflight["train"]["load"]["pairs"], 2);
     let bins = preflight["train"]["lengths"]["bins"].as_array().unwrap();
     assert_eq!(bins.iter().map(|count| count.as_u64().unwrap()).sum::<u64>(), 2);
@@ -151,16 +154,18 @@ fn a_template_that_ends_in_padding_is_pointed_out() {
     let start = "warning: training.yaml:4: special_token: ends in \"[PAD]\", the padding token: the \
                  score is read there, but transformers reads ";
     assert!(line(&text, start).is_some(), "{text}");
-    assert_eq!(check(&dir, &["--set", "special_token='[SEP]'"]).matches("padding token").count(), 0);
+    assert_eq!(
+        check(&dir, &["--set", "special_token='[SEP]'"]).matches("padding token").count(),
+        0
+    );
 }
 
 /// The forecast is what the workers count, to the byte, for an encoder and a decoder.
 #[test]
 fn the_memory_forecast_is_what_a_run_holds() {
     for stage in [0, 2, 3] {
-        let parallel = format!(
-            "distributed_type: DEEPSPEED\ndeepspeed_config: {{zero_stage: {stage}}}\n"
-        );
+        let parallel =
+            format!("distributed_type: DEEPSPEED\ndeepspeed_config: {{zero_stage: {stage}}}\n");
         for (kind, precision) in [("encoder", "no"), ("decoder", "no"), ("decoder", "bf16")] {
             let dir = match kind {
                 "encoder" => case(&parallel),
@@ -168,7 +173,8 @@ fn the_memory_forecast_is_what_a_run_holds() {
             };
             let precision = format!("mixed_precision={precision}");
             let set = ["--set", "output_dir=out", "--set", &precision, "--set", "epochs=1"];
-            let forecast = checked(&dir, &[&["--nproc", "2", "--device", "cpu"][..], &set].concat());
+            let forecast =
+                checked(&dir, &[&["--nproc", "2", "--device", "cpu"][..], &set].concat());
             let fixed =
                 ["--cpu", "--nproc", "2", "--config", "training.yaml", "--parallel", "p.yaml"];
             let outcome = run(&mut launcher(dir.path(), &[&fixed[..], &set].concat()));
@@ -189,5 +195,9 @@ fn what_would_not_start_is_refused() {
     let args = ["check", "--config", "training.yaml", "--parallel", "p.yaml", "--nproc", "2"];
     let outcome = run(&mut reranker(dir.path(), &args));
     assert_eq!(outcome.code, Some(2), "{}", outcome.stdout);
-    assert!(outcome.stderr.contains("hybrid sharding divides inside a machine"), "{}", outcome.stderr);
+    assert!(
+        outcome.stderr.contains("hybrid sharding divides inside a machine"),
+        "{}",
+        outcome.stderr
+    );
 }

@@ -39,7 +39,8 @@ fn train_with(python: &str) -> (TempDir, Outcome) {
 
 #[test]
 fn a_missing_client_is_an_error_before_training() {
-    let (dir, outcome) = train_with("echo \"ModuleNotFoundError: No module named 'wandb'\" >&2; exit 1");
+    let (dir, outcome) =
+        train_with("echo \"ModuleNotFoundError: No module named 'wandb'\" >&2; exit 1");
     assert_eq!(outcome.code, Some(2), "{}", outcome.stderr);
     let expected = "training.yaml:9:11: log_with: wandb needs its Python client, which ./python cannot \
                     import (ModuleNotFoundError: No module named 'wandb'); run `./python -m pip install \

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use serde::Serialize;
-use tch::Kind;
+use tch::{Device, Kind};
 
 use super::EngineOptions;
 use crate::model::ModelConfig;
@@ -61,7 +61,9 @@ impl MemoryForecast {
             *home += part(sharding.states) * 4;
         }
         let buffers = usize::from(sharding.parameters) + usize::from(sharding.gradients);
-        let saved = stages.iter().map(|stage| stage.saved_bytes_per_token(width));
+        // The fp32 copies that `model::linear` multiplies are what its graph keeps.
+        let kept = if kind == Kind::Half && options.device == Device::Cpu { 4 } else { width };
+        let saved = stages.iter().map(|stage| stage.saved_bytes_per_token(kept));
         let per_token = if recompute {
             // Every stage's input, and one stage in full.
             let inputs = config.hidden() * width * stages.len();

@@ -5,7 +5,7 @@ use tch::Tensor;
 
 use super::config::{DecoderConfig, ScoreHead};
 use super::stage::{
-    ForwardContext, Init, Parameter, Stage, TensorSpec, embedding, inner, rms_norm, to_fp32,
+    ForwardContext, Init, Parameter, Stage, TensorSpec, embedding, inner, linear, rms_norm, to_fp32,
 };
 use crate::error::Result;
 use crate::torch_ext::attention::{AttentionOptions, Projections, packed_attention};
@@ -106,7 +106,7 @@ impl<'a> Views<'a> {
 
 /// `x W^T`, `+ b` where there is a bias.
 fn project(x: &Tensor, [weight, bias]: [Option<&Tensor>; 2]) -> Result<Tensor> {
-    Ok(x.f_linear(weight.expect("a product has a weight"), bias)?)
+    linear(x, weight.expect("a product has a weight"), bias)
 }
 
 impl Layer {
@@ -266,6 +266,6 @@ impl Stage for Head {
     ) -> Result<Tensor> {
         let [norm_weight, score] = parameters else { unreachable!("the head has two parameters") };
         let x = normalise(&self.0, inner(input), norm_weight)?;
-        to_fp32(&x.f_linear(score, None::<&Tensor>)?.f_squeeze_dim(1)?)
+        to_fp32(&linear(&x, score, None)?.f_squeeze_dim(1)?)
     }
 }

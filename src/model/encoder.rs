@@ -165,7 +165,7 @@ impl Stage for Layer {
         let c = &self.config;
         let train = context.dropout_seed.is_some();
         let residual = inner(input);
-        let qkv = linear(residual, qkv_w, qkv_b)?;
+        let qkv = linear(residual, qkv_w, Some(qkv_b))?;
         let options = AttentionOptions {
             cu_seqlens: &context.batch.cu_seqlens,
             heads: c.heads,
@@ -184,10 +184,10 @@ impl Stage for Layer {
         } else {
             (attended, residual.shallow_clone())
         };
-        let attended = dropout(linear(&attended, out_w, out_b)?, c.hidden_dropout, train)?;
+        let attended = dropout(linear(&attended, out_w, Some(out_b))?, c.hidden_dropout, train)?;
         let x = layer_norm(&attended.f_add(&residual)?, ln1_w, ln1_b, c.layer_norm_eps)?;
-        let up = c.activation.apply(&linear(&x, up_w, up_b)?)?;
-        let down = dropout(linear(&up, down_w, down_b)?, c.hidden_dropout, train)?;
+        let up = c.activation.apply(&linear(&x, up_w, Some(up_b))?)?;
+        let down = dropout(linear(&up, down_w, Some(down_b))?, c.hidden_dropout, train)?;
         layer_norm(&down.f_add(&x)?, ln2_w, ln2_b, c.layer_norm_eps)
     }
 }
@@ -233,7 +233,7 @@ impl Stage for Head {
         if self.0.head.dropout_first {
             first = dropout(first, p, train)?;
         }
-        let dense = dropout(linear(&first, dense_w, dense_b)?.f_tanh()?, p, train)?;
-        to_fp32(&linear(&dense, score_w, score_b)?.f_squeeze_dim(1)?)
+        let dense = dropout(linear(&first, dense_w, Some(dense_b))?.f_tanh()?, p, train)?;
+        to_fp32(&linear(&dense, score_w, Some(score_b))?.f_squeeze_dim(1)?)
     }
 }

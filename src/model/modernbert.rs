@@ -7,7 +7,7 @@ use tch::{Kind, Tensor};
 use super::config::{ModernBertConfig, Pooling};
 use super::stage::{
     ForwardContext, Init, NO_PADDING, PackedBatch, Parameter, Stage, TensorSpec, dropout,
-    embedding, inner, to_fp32,
+    embedding, inner, linear, to_fp32,
 };
 use crate::error::Result;
 use crate::torch_ext::attention::{AttentionOptions, Projections, packed_attention};
@@ -61,7 +61,7 @@ impl<'a> Views<'a> {
     /// A linear layer's product with `x`.
     fn linear(&mut self, x: &Tensor, bias: bool) -> Result<Tensor> {
         let weight = self.next();
-        Ok(x.f_linear(weight, bias.then(|| self.next()))?)
+        linear(x, weight, bias.then(|| self.next()))
     }
 
     /// Layer normalisation of `x`.

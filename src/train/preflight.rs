@@ -238,9 +238,10 @@ fn padding_at_the_end(inputs: &Inputs, plan: &Plan) -> Option<String> {
     if ending.id != padding {
         return None;
     }
-    let (key, when) = match ending.behind_document {
-        true => ("special_token", ""),
-        false => ("seq", ", where a document is empty"),
+    let (key, when) = if ending.behind_document {
+        ("special_token", "")
+    } else {
+        ("seq", ", where a document is empty")
     };
     Some(plan.warning(
         key,
@@ -260,17 +261,18 @@ fn forecast(inputs: &Inputs, plan: &Plan, world_size: usize) -> (MemoryForecast,
         Strategy::Hybrid { .. } => on_a_machine,
         Strategy::Ddp | Strategy::Zero { .. } => world_size,
     };
-    let options = engine_options(plan, tch::Device::Cpu, 0, dividing);
+    let on_gpu = match plan.parallel.device {
+        Some(device) => device == config::Device::Cuda,
+        None => runtime::sees_gpu(),
+    };
+    let device = if on_gpu { tch::Device::Cuda(0) } else { tch::Device::Cpu };
+    let options = engine_options(plan, device, 0, dividing);
     let group = match inputs.train.kind {
         DatasetKind::Pointwise => 1,
         DatasetKind::Grouped => plan.data.group_size,
     };
     let tokens = plan.training.batch_size * group * plan.data.max_len;
     let forecast = MemoryForecast::new(&inputs.config, &options, tokens);
-    let on_gpu = match plan.parallel.device {
-        Some(device) => device == config::Device::Cuda,
-        None => runtime::sees_gpu(),
-    };
     let mut lines = Vec::new();
     if on_gpu {
         lines.extend(shortfall("a GPU", forecast.total(), runtime::freest_gpu_memory()));

@@ -194,8 +194,11 @@ mod tests {
     fn the_client_gets_every_line_in_order() {
         let root = tempfile::tempdir().unwrap();
         let file = root.path().join("lines");
-        let script = format!("while read line; do echo $line; case $line in *over*) exit;; esac; \
-                              done > {}", file.display());
+        let script = format!(
+            "while read line; do echo $line; case $line in *over*) exit;; esac; \
+                              done > {}",
+            file.display()
+        );
         let mut bridge = shell(&script);
         bridge.log(7, &[("train/loss".into(), 0.5)]).unwrap();
         bridge.end(Duration::from_secs(60)).unwrap();
