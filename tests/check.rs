@@ -201,3 +201,18 @@ fn what_would_not_start_is_refused() {
         outcome.stderr
     );
 }
+
+#[test]
+fn a_directory_that_a_run_holds_is_refused() {
+    let dir = case("distributed_type: NO\n");
+    let runs = dir.path().join("out/runs");
+    fs::create_dir_all(&runs).unwrap();
+    fs::write(runs.join(".lock"), "run 7").unwrap();
+    let args = ["check", "--config", "training.yaml", "--set", "output_dir=out"];
+    assert_eq!(run(&mut reranker(dir.path(), &args)).code, Some(0), "a lock that nobody holds");
+    let lock = fs::File::create(runs.join(".lock")).unwrap();
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).unwrap();
+    let outcome = run(&mut reranker(dir.path(), &args));
+    assert_eq!(outcome.code, Some(2), "{}", outcome.stdout);
+    assert!(outcome.stderr.contains("is held by "), "{}", outcome.stderr);
+}
