@@ -180,7 +180,10 @@ function chart(title, candidates, { format = short, log = null } = {}) {
     event.currentTarget.setAttribute("aria-pressed", state.log);
     draw();
   } }, "log") : null;
-  const legend = el("div", { class: "legend" }, series.map(({ label, hue, points }) => el("span", {}, swatch(hue), `${label} `, el("b", {}, format(points[points.length - 1][1])))), toggle);
+  const legend = el("div", { class: "legend" }, series.map(({ curve, label, hue }) => {
+    const [kind, key] = curve.split("/");
+    return el("span", {}, swatch(hue), `${label} `, el("b", {}, format(run.last[kind][key])));
+  }), toggle);
   return el("section", { class: "card chart" }, el("div", { class: "title" }, el("h3", {}, title), legend), drawing);
 }
 
@@ -249,7 +252,7 @@ function header() {
     el("p", { class: "soft" }, `${plan.model.model_name_or_path} · ${plan.loss_type} · ${plan.data.train_dataset}`),
     el("div", { class: "bar", role: "progressbar", "aria-valuenow": totals.step, "aria-valuemax": steps.total }, el("i", { style: `width:${(100 * totals.step) / Math.max(1, steps.total)}%;background:${color("blue")}` })),
     el("div", { class: "facts" },
-      fact(`${grouped(totals.step)} / ${grouped(steps.total)}`, `steps, ${steps.epochs} epochs`),
+      fact(grouped(totals.step), `of ${grouped(steps.total)} steps, ${steps.epochs} epochs`),
       main ? fact(validation[main[0]].toFixed(4), `${main[1]}, ${run.best ? "best" : "last"}, step ${grouped(validation.step)}`) : null,
       last.train ? fact(short(last.train.loss), "training loss") : null,
       last.train ? fact(clock(totals.elapsed_s), run.status === "training" ? `trained, ${clock(last.train.left_s)} left` : "training time", "validation and saving left out") : null,
