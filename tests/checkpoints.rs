@@ -7,8 +7,8 @@ mod common;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 use std::time::Duration;
+use std::time::Instant;
 
 use common::ranks::{Case, STEPS, STRATEGIES, Trainer, ZERO1, ZERO2, ZERO3, on_ranks};
 use common::{golden_dir, relative};
