@@ -253,7 +253,8 @@ pub(crate) fn string_at<'a>(
     }
 }
 
-fn list_at<'a>(object: &'a Map<String, Value>, key: &str) -> RecordResult<&'a [Value]> {
+/// The list under `key`, empty where there is none.
+pub(crate) fn list_at<'a>(object: &'a Map<String, Value>, key: &str) -> RecordResult<&'a [Value]> {
     match object.get(key) {
         Some(Value::Array(list)) => Ok(list),
         Some(other) => wrong_type(key, other, "a list"),
@@ -261,7 +262,8 @@ fn list_at<'a>(object: &'a Map<String, Value>, key: &str) -> RecordResult<&'a [V
     }
 }
 
-fn wrong_type<T>(place: &str, found: &Value, expected: &str) -> RecordResult<T> {
+/// What is said of a value of another type than `expected`.
+pub(crate) fn wrong_type<T>(place: &str, found: &Value, expected: &str) -> RecordResult<T> {
     let message = format!("\"{place}\" is {}, expected {expected}", type_name(found));
     bad(DropReason::WrongType, message)
 }

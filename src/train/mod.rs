@@ -28,7 +28,7 @@ pub use validate::Validation;
 use crate::checkpoint::model_dir::MAX_SHARD_BYTES;
 use crate::checkpoint::training::Progress;
 use crate::checkpoint::{SavedModel, Sidecar, save_model};
-use crate::comm::{Communicator, Gloo, Groups, Nccl, Reduction, Solo, reduce_values};
+use crate::comm::{Communicator, Gloo, Groups, Nccl, Reduction, Solo, TIMEOUT, reduce_values};
 use crate::config::{self, Plan, Precision, Strategy, ZeroStage};
 use crate::data::{Augment, Dataset, StepPlan};
 use crate::engine::{Engine, EngineOptions, StepOptions, StepReport, TrainBatch};
@@ -43,9 +43,6 @@ use best::{Best, Verdict};
 use checkpoints::Checkpoints;
 use memory::Memory;
 use report::Reporter;
-
-/// Deadline of the rendezvous and of every collective, where `--timeout` gives none.
-const TIMEOUT: Duration = Duration::from_secs(600);
 
 /// Micro-batches that may be tokenized ahead of the step.
 const BATCHES_AHEAD: usize = 4;
