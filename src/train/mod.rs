@@ -6,7 +6,7 @@ pub mod inputs;
 mod memory;
 mod output;
 mod report;
-mod teacher;
+pub mod teacher;
 mod trackers;
 mod validate;
 
@@ -21,7 +21,6 @@ use tracing::info;
 pub use checkpoints::check as check_resume;
 pub use inputs::Inputs;
 pub use output::check as check_output;
-pub use teacher::check as check_teacher;
 pub use trackers::check as check_trackers;
 pub use validate::Validation;
 
