@@ -31,7 +31,7 @@ pub use cache::CacheOptions;
 pub use chars::is_cjk;
 pub use encode::Encode;
 pub(crate) use encode::QueryKey;
-pub use input::{InputFormat, InputPair, InputPairs};
+pub use input::{InputChunk, InputChunks, InputFormat, InputPair};
 pub use load::LoadOptions;
 pub(crate) use report::grouped;
 pub use report::{DropReason, Dropped, LabelHistogram, LoadReport};
