@@ -86,6 +86,8 @@ def kill_under_way(reranker: str, directory: Path, browser: Browser) -> int:
         expect(process.poll() is None, "the run ended while its page was looked at")
         process.send_signal(signal.SIGKILL)
         process.wait()
+        # A page under way loads itself again from time to time.
+        browser.open("about:blank")
     return data_of(page)["run"]["totals"]["step"]
 
 
