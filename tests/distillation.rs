@@ -145,7 +145,11 @@ fn labels_are_neither_read_nor_needed() {
 fn what_cannot_work_is_refused_before_a_launch() {
     let bench = bench();
     let cases: [(&str, &[&str], &str); 6] = [
-        ("bert_tiny", &["loss_type=listwise_ce"], "a teacher scores single pairs; use pointwise_mse"),
+        (
+            "bert_tiny",
+            &["loss_type=listwise_ce"],
+            "a teacher scores single pairs; use pointwise_mse",
+        ),
         ("bert_tiny", &["train_dataset_type=grouped"], "leave the key out"),
         ("bert_tiny", &["teacher.max_len=100000"], "max_len 100000 is more than the model's"),
         ("bert_tiny", &["teacher.maxlen=8"], "did you mean"),
