@@ -25,7 +25,7 @@ use crate::error::{Error, Result};
 use crate::torch_ext::runtime;
 
 /// The file of metrics, one JSON object a line.
-const METRICS: &str = "metrics.jsonl";
+pub(super) const METRICS: &str = "metrics.jsonl";
 
 /// Collects what happened since the last line of metrics. Silent on all ranks but 0.
 pub(super) struct Reporter {
