@@ -1,4 +1,4 @@
-//! `reranker eval` against trec_eval's own figures, and TREC's files.
+//! `reranker eval` against `trec_eval`'s own figures, and TREC's files.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 #[path = "common/launch.rs"]
@@ -14,7 +14,7 @@ use tempfile::TempDir;
 
 const CUTOFFS: [usize; 3] = [1, 3, 10];
 
-/// The golden run and its judgements as files, and trec_eval's figures by query.
+/// The golden run and its judgements as files, and `trec_eval`'s figures by query.
 fn golden() -> (TempDir, BTreeMap<String, Value>) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/trec.json");
     let golden: Value = serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap();
@@ -34,7 +34,7 @@ fn close(found: &Value, expected: f64, what: &str) {
     assert!((found - expected).abs() <= 1e-6, "{what}: {found} is not {expected}");
 }
 
-/// The figures that `eval` prints and trec_eval's names for them, under a gain.
+/// The figures that `eval` prints and `trec_eval`'s names for them, under a gain.
 fn names(gain: &str) -> Vec<(String, String)> {
     let of = |k: usize| {
         let theirs = if gain == "linear" { "ndcg" } else { "ndcg_exponential" };

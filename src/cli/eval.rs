@@ -65,7 +65,7 @@ pub struct EvalArgs {
 pub enum GainArg {
     /// 2 to the power of the label, less 1
     Exponential,
-    /// The label, as trec_eval
+    /// The label itself, as in TREC's own tool
     Linear,
 }
 

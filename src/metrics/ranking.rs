@@ -1,8 +1,9 @@
 //! nDCG, MRR, MAP and Recall of scored documents, per query and as means over queries.
 //!
-//! A document is relevant when its label is above 0. Documents with equal scores keep the order
-//! they were given in (`trec_eval` and `pytrec_eval` order them by document id instead), so a model
-//! that gives every document the same score is judged on the input order.
+//! A document is relevant when its label is above 0. [`ranked`] keeps documents with equal scores in
+//! the order they were given in (`trec_eval` and `pytrec_eval` order them by document id instead, and
+//! so does `eval::trec` for their files), so a model that gives every document the same
+//! score is judged on the input order.
 
 use std::fmt;
 
