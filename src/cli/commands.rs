@@ -7,7 +7,8 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::time::ChronoUtc;
 
 use super::output::print;
-use super::{CheckArgs, Cli, Command, DeviceArg, PlanArgs, convert, eval, score};
+use super::{CheckArgs, Cli, Command, DeviceArg, DistillArgs, PlanArgs, convert, eval, score};
+use crate::config::Plan;
 use crate::error::{Error, Result};
 use crate::train;
 
@@ -18,6 +19,7 @@ use crate::train;
 pub fn run(cli: &Cli) -> Result<()> {
     match &cli.command {
         Command::Train(args) => train(args),
+        Command::Distill(args) => distill(args),
         Command::Check(args) => check(args),
         Command::Score(args) => score::run(args),
         Command::Eval(args) => eval::run(args),
@@ -26,11 +28,24 @@ pub fn run(cli: &Cli) -> Result<()> {
 }
 
 fn train(args: &PlanArgs) -> Result<()> {
+    as_worker(args, train::run)
+}
+
+fn distill(args: &DistillArgs) -> Result<()> {
+    let job = if args.scores_only { train::teacher::run_scores } else { train::run };
+    as_worker(&args.plan, |plan, env| match plan.data.teacher {
+        Some(_) => job(plan, env),
+        None => Err(train::teacher::missing(plan)),
+    })
+}
+
+/// Runs a job of the plan as one of the workers that the environment describes.
+fn as_worker(args: &PlanArgs, job: impl FnOnce(&Plan, &WorkerEnv) -> Result<()>) -> Result<()> {
     let env = WorkerEnv::from_env().map_err(|error| Error::Usage(error.to_string()))?;
     start_log(env.rank);
     // Every line of this worker carries its rank, also those of its libraries.
     let _rank = tracing::info_span!("worker", rank = env.rank).entered();
-    train::run(&args.plan(Some(env.world_size), args.device)?, &env)
+    job(&args.plan(Some(env.world_size), args.device)?, &env)
 }
 
 /// Rank 0 tells what happens; the others only what is wrong. `RUST_LOG` decides otherwise.
@@ -76,6 +91,7 @@ fn check(args: &CheckArgs) -> Result<()> {
     let inputs = train::Inputs::load(&plan, workers)?;
     train::check_resume(&plan, &inputs, workers)?;
     train::check_trackers(&plan)?;
+    train::teacher::check(&plan)?;
     if args.for_launch {
         let launch = LaunchPlan {
             processes: plan.parallel.processes,

@@ -34,6 +34,8 @@ pub struct Cli {
 pub enum Command {
     /// Train as one worker; rr-launch, torchrun, srun or a hand starts it
     Train(PlanArgs),
+    /// Train as one worker on a teacher's scores of the training data
+    Distill(DistillArgs),
     /// Check a configuration and everything it names, and print the plan
     Check(CheckArgs),
     /// Score query-document pairs
@@ -81,6 +83,16 @@ fn seconds(text: &str) -> Result<Duration, String> {
     seconds
         .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
         .ok_or_else(|| "expected a number of seconds above 0, such as 600".to_owned())
+}
+
+/// Arguments of `distill`.
+#[derive(Debug, Args)]
+pub struct DistillArgs {
+    #[command(flatten)]
+    plan: PlanArgs,
+    /// End when the teacher has scored the training data
+    #[arg(long)]
+    scores_only: bool,
 }
 
 /// Arguments of `check`.

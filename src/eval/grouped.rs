@@ -20,7 +20,7 @@ const SHARE: usize = 256;
 pub fn load(path: &Path, label_key: &str) -> Result<Dataset> {
     let options = LoadOptions {
         kind: Some(DatasetKind::Grouped),
-        label_key: label_key.to_owned(),
+        label_key: Some(label_key.to_owned()),
         ..LoadOptions::new(path)
     };
     Ok(Dataset::load(&options)?.0)

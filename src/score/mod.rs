@@ -114,14 +114,9 @@ impl CrossEncoder {
         device: Device,
         prompt: Option<&str>,
     ) -> Result<Self> {
-        let dir = hub::resolve(&dir.as_ref().to_string_lossy())?.path;
-        let dir = dir.as_path();
-        let mut config = ModelConfig::from_dir(dir)?;
-        let weights = WeightFiles::open(dir)?;
-        let Form { tokenizer, max_len, assumed } =
-            Form::of_dir(dir, &mut config, &weights, prompt)?;
+        let Opened { config, weights, form, initialised } = Opened::new(dir.as_ref(), prompt)?;
+        let Form { tokenizer, max_len, assumed } = form;
         let tokenizer = Arc::new(tokenizer);
-        let initialised = check_model(dir, &config, &weights, &tokenizer)?;
         let rates = ParameterGroups { lr: 0.0, weight_decay: 0.0, special: Vec::new() };
         let options = EngineOptions::whole(device);
         let engine = Engine::load(&config, &weights, UNTRAINED_HEAD_SEED, &rates, options)?;
@@ -130,6 +125,23 @@ impl CrossEncoder {
         let groups = Groups::flat(Box::new(Solo));
         let config_crc = crc32fast::hash(config.raw.to_string().as_bytes());
         Ok(Self { engine, groups, tokenizer, max_len, positions, config_crc, initialised, assumed })
+    }
+
+    /// Checks all that can be wrong with a model and `max_len` without reading its weights; returns
+    /// what [`CrossEncoder::initialised`] would.
+    ///
+    /// # Errors
+    /// As [`CrossEncoder::with_prompt`]; [`Error::Usage`] for a `max_len` that the model cannot take.
+    pub fn examine(
+        dir: impl AsRef<Path>,
+        prompt: Option<&str>,
+        max_len: Option<usize>,
+    ) -> Result<Vec<String>> {
+        let Opened { config, form, initialised, .. } = Opened::new(dir.as_ref(), prompt)?;
+        if let Some(max_len) = max_len {
+            check_max_len(max_len, &form.tokenizer, config.max_positions())?;
+        }
+        Ok(initialised)
     }
 
     /// The most tokens of a pair that the model takes when nothing else is asked for.
@@ -196,13 +208,7 @@ impl CrossEncoder {
     /// `max_len` as asked for, or the model's own.
     pub(crate) fn checked_max_len(&self, asked: Option<usize>) -> Result<usize> {
         let max_len = asked.unwrap_or(self.max_len);
-        self.tokenizer.check_max_len(max_len)?;
-        if max_len > self.positions {
-            return Err(Error::Usage(format!(
-                "max_len {max_len} is more than the model's {} positions",
-                self.positions
-            )));
-        }
+        check_max_len(max_len, &self.tokenizer, self.positions)?;
         Ok(max_len)
     }
 
@@ -243,6 +249,35 @@ impl CrossEncoder {
         };
         order.iter().take(batch).take_while(fits).count().max(1)
     }
+}
+
+/// A model of which all but the weights has been read.
+struct Opened {
+    config: ModelConfig,
+    weights: WeightFiles,
+    form: Form,
+    initialised: Vec<String>,
+}
+
+impl Opened {
+    fn new(dir: &Path, prompt: Option<&str>) -> Result<Self> {
+        let dir = hub::resolve(&dir.to_string_lossy())?.path;
+        let mut config = ModelConfig::from_dir(&dir)?;
+        let weights = WeightFiles::open(&dir)?;
+        let form = Form::of_dir(&dir, &mut config, &weights, prompt)?;
+        let initialised = check_model(&dir, &config, &weights, &form.tokenizer)?;
+        Ok(Self { config, weights, form, initialised })
+    }
+}
+
+/// Refuses a `max_len` that leaves no room for a text, or is beyond the model's positions.
+fn check_max_len(max_len: usize, tokenizer: &PairTokenizer, positions: usize) -> Result<()> {
+    tokenizer.check_max_len(max_len)?;
+    if max_len <= positions {
+        return Ok(());
+    }
+    let message = format!("max_len {max_len} is more than the model's {positions} positions");
+    Err(Error::Usage(message))
 }
 
 /// Checks that the weights and the tokenizer fit the configuration; returns the names of

@@ -3,12 +3,13 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use serde_json::{Value, json};
 use tracing::{info, warn};
 
 use super::inputs::Inputs;
-use super::output;
+use super::{output, teacher};
 use crate::checkpoint::Sidecar;
 use crate::checkpoint::model_dir::{MAX_SHARD_BYTES, ModelFiles};
 use crate::checkpoint::training::{
@@ -25,10 +26,14 @@ const LOCK: &str = ".lock";
 /// The base weights in an identity.
 const WEIGHTS: &str = "base weights (sum of bits)";
 
+/// The contents of the training data in an identity.
+const DATA: &str = "training data (CRC-32)";
+
 /// Settings whose change makes no other run: where and when things are written or shown, how the
 /// work is spread, and what is counted in items per step instead.
-const FREE: [&str; 5] = [
+const FREE: [&str; 6] = [
     "batch_size",
+    "cache_dir",
     "gradient_accumulation_steps",
     "gradient_checkpointing",
     "train_dataset",
@@ -119,9 +124,12 @@ pub fn check(plan: &Plan, inputs: &Inputs, world_size: usize) -> Result<()> {
     });
     let Some((path, manifest)) = readable else { return Ok(()) };
     let mut identity = identity(plan, inputs, None)?;
-    identity
-        .0
-        .extend(manifest.identity.0.get(WEIGHTS).map(|sum| (WEIGHTS.to_owned(), sum.clone())));
+    // The weights, and a teacher's scores where they have to be made again, are compared later.
+    for late in [WEIGHTS, DATA] {
+        let there = manifest.identity.0.get(late);
+        let entry = identity.0.entry(late.to_owned());
+        there.map(|there| entry.or_insert_with(|| there.clone()));
+    }
     compare(plan, &identity, &path, &manifest, world_size).map(|_| ())
 }
 
@@ -221,7 +229,11 @@ fn compare(
     manifest: &Manifest,
     world_size: usize,
 ) -> Result<Vec<String>> {
-    let mut differences = manifest.identity.differences(identity);
+    let mut differences = manifest.identity.differences(identity, |name| {
+        // What the version that wrote it did not know yet was as it is by default.
+        let is_new = !manifest.identity.0.contains_key(name) && !plan.origins.contains_key(name);
+        !is_new && !FREE.contains(&name)
+    });
     let mut notes = Vec::new();
     let (there, here) = (manifest.items_per_step, items_per_step(plan, world_size));
     if there != here {
@@ -289,7 +301,10 @@ fn identity(plan: &Plan, inputs: &Inputs, engine: Option<&Engine>) -> Result<Ide
     }
     let contents =
         |path: &Path| -> Result<Value> { Ok(json!(format!("{:08x}", file_crc32(path)?))) };
-    all.insert("training data (CRC-32)".into(), contents(&plan.data.train)?);
+    // Of a teacher's scores, before they are there, nothing is known.
+    if let Some(data) = teacher::labelled(plan) {
+        all.insert(DATA.into(), contents(&data)?);
+    }
     let tokenizer = inputs.model_dir.join("tokenizer.json");
     all.insert("tokenizer (CRC-32)".into(), contents(&tokenizer)?);
     if let Some(engine) = engine {
@@ -363,11 +378,12 @@ impl<'a> Checkpoints<'a> {
         let is_due = saving.save_steps.is_some_and(|every| progress.step.is_multiple_of(every))
             || (saving.save_on_epoch_end && last_of_epoch);
         if is_due {
+            let began = Instant::now();
             let earlier = self.saver.finish(groups);
             self.judge(earlier)?;
             let outcome = {
                 let loss_scale = engine.loss_scale().copied();
-                let now = Moment { progress, loss_scale, job: job() };
+                let now = Moment { began, progress, loss_scale, job: job() };
                 self.saver.save(now, engine.units(), groups)
             };
             return self.judge(outcome);
