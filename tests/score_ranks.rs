@@ -13,6 +13,9 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use launch::{Outcome, copy_model, launcher, reranker, run};
+use reranker::Error;
+use reranker::comm::Solo;
+use reranker::score::{CrossEncoder, Earlier, ScoreOptions, ScoreStore, score_pairs};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -122,8 +125,8 @@ fn records_of_every_form_are_scored_with_their_texts() {
         ("train", "ticket"),
     ];
     // Enough for several chunks.
-    let text: String =
-        (0..400).flat_map(|_| &records).map(|record| format!("{record}\n")).collect();
+    let lines_of = |record: &Value| format!("{record}\n");
+    let text = records.iter().map(lines_of).collect::<Vec<_>>().concat().repeat(400);
     let file = fs::File::create(dir.join("pairs.jsonl.gz")).unwrap();
     let mut gzip = flate2::write::GzEncoder::new(file, flate2::Compression::fast());
     gzip.write_all(text.as_bytes()).unwrap();
@@ -156,9 +159,9 @@ fn kill_after(dir: &Path, ranks: usize, more: u64, whole: bool) {
         std::thread::sleep(Duration::from_millis(1));
     }
     if whole {
-        child.kill().unwrap()
+        child.kill().unwrap();
     } else {
-        kill_a_worker(&child)
+        kill_a_worker(&child);
     }
     assert!(!child.wait().unwrap().success());
     assert!(!dir.join("scores.jsonl").exists(), "half an output");
@@ -172,19 +175,16 @@ fn kill_a_worker(launcher: &Child) {
         let command = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         command.split('\0').nth(1) == Some("score")
     };
-    let worker = children.split_whitespace().filter(is_worker).last().unwrap();
+    let worker = children.split_whitespace().rfind(is_worker).unwrap();
     let killed = Command::new("sh").args(["-c", &format!("kill -KILL {worker}")]).status().unwrap();
     assert!(killed.success());
 }
 
 fn log_bytes(dir: &Path) -> u64 {
     let Ok(entries) = fs::read_dir(dir.join("scores.jsonl.partial")) else { return 0 };
-    let logs = entries.map(|entry| entry.unwrap().path()).filter(|path| is_log(path));
+    let is_log = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "scores");
+    let logs = entries.map(|entry| entry.unwrap().path()).filter(is_log);
     logs.map(|path| path.metadata().map_or(0, |metadata| metadata.len())).sum()
-}
-
-fn is_log(path: &PathBuf) -> bool {
-    path.extension().is_some_and(|extension| extension == "scores")
 }
 
 fn setting(name: &str, default: usize) -> usize {
@@ -264,4 +264,41 @@ fn what_several_workers_cannot_share_is_refused() {
         "{outcome:?}"
     );
     assert!(!dir.join("scores.jsonl").exists());
+}
+
+/// The library's own way, as distillation uses it: pairs of any iterator, in memory or not.
+#[test]
+fn pairs_of_an_iterator_are_scored_once_and_come_back_in_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = CrossEncoder::from_pretrained(
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/bert_tiny"),
+    )
+    .unwrap();
+    let pairs: Vec<(String, String)> = (0..1300)
+        .map(|i| (WORDS[i % 12].to_owned(), WORDS[i * 7 % 11].repeat(1 + i % 3)))
+        .collect();
+    let options = ScoreOptions { normalize: false, ..ScoreOptions::default() };
+    let expected = model.compute_score(&pairs, &options).unwrap();
+    let identity = json!({"model": model.identity().unwrap()});
+    let score = |pairs: Vec<Result<(String, String), Error>>| {
+        let (mut store, earlier) = ScoreStore::open(dir.path(), &identity, &Solo).unwrap();
+        let mut new = 0;
+        let chunks =
+            score_pairs(&model, &mut store, pairs.into_iter(), &options, |pairs| new += pairs);
+        chunks.map(|chunks| {
+            store.wait(chunks).unwrap();
+            let scores: Vec<_> = store.scores(chunks).map(|scores| scores.unwrap()).collect();
+            (earlier, new, scores.concat())
+        })
+    };
+    let good = |pairs: &[(String, String)]| pairs.iter().cloned().map(Ok).collect::<Vec<_>>();
+    let mut broken = good(&pairs[..1030]);
+    broken.push(Err(Error::Usage("line 1031".into())));
+    assert_eq!(score(broken).unwrap_err().to_string(), "line 1031");
+    let (earlier, new, scores) = score(good(&pairs)).unwrap();
+    assert_eq!((earlier, new), (Earlier::Scores(1024), 1300 - 1024));
+    assert_eq!(scores.len(), expected.len());
+    for (score, expected) in scores.iter().zip(&expected) {
+        assert!((score - expected).abs() <= 1e-6, "{score} is not {expected}");
+    }
 }

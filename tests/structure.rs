@@ -65,7 +65,8 @@ const FLAGS: &[(&str, &str)] = &[
     ),
     (
         "reranker eval",
-        "--batch-size --bm25 --data --device --help --json --label-key --max-len --model --prompt",
+        "--batch-size --bm25 --complete --data --device --gain --help --json --k --label-key --max-len \
+         --model --per-query --prompt --qrels --run --write-qrels --write-run",
     ),
     (
         "reranker convert",

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::lines::{Line, Lines, too_long};
+use super::lines::{Line, Lines, too_long, utf8};
 use super::record::{RecordError, list_at, parse_object, string_at, strip, wrong_type};
 use crate::error::{Error, Result};
 
@@ -172,10 +172,7 @@ fn documents(object: &Map<String, Value>) -> Result<Vec<&str>, RecordError> {
 }
 
 fn tsv_pair(line: &[u8]) -> Result<InputPair, String> {
-    let text = std::str::from_utf8(line).map_err(|error| {
-        format!("not UTF-8 at byte {} of the line, expected UTF-8", error.valid_up_to() + 1)
-    })?;
-    let columns: Vec<&str> = text.split('\t').collect();
+    let columns: Vec<&str> = utf8(line)?.split('\t').collect();
     let &[query, content] = columns.as_slice() else {
         let count = columns.len();
         let plural = if count == 1 { "" } else { "s" };

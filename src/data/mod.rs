@@ -32,6 +32,7 @@ pub use chars::is_cjk;
 pub use encode::Encode;
 pub(crate) use encode::QueryKey;
 pub use input::{InputChunk, InputChunks, InputFormat, InputPair};
+pub use lines::text_lines;
 pub use load::LoadOptions;
 pub(crate) use report::grouped;
 pub use report::{DropReason, Dropped, LabelHistogram, LoadReport};

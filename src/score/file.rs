@@ -143,10 +143,8 @@ impl FileJob {
         let failed = |action| move |source| Error::Io { path: self.output.clone(), action, source };
         let file = File::create(&staging).map_err(failed("create"))?;
         let mut out = BufWriter::with_capacity(1 << 18, file);
-        let mut texts = match self.echo {
-            true => Some(InputChunks::open(&self.input, self.format)?),
-            false => None,
-        };
+        let input = || InputChunks::open(&self.input, self.format);
+        let mut texts = self.echo.then(input).transpose()?;
         let mut index = 0;
         for logits in store.scores(chunks) {
             let logits = logits?;

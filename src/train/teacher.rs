@@ -100,6 +100,7 @@ pub fn run_scores(plan: &Plan, env: &WorkerEnv) -> Result<()> {
 }
 
 /// The error of a distillation without a teacher.
+#[must_use]
 pub fn missing(plan: &Plan) -> Error {
     let message = "no teacher; expected a section teacher with model_name_or_path";
     Error::File { path: plan.sources.training.clone(), message: message.into() }
