@@ -6,7 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use clap::CommandFactory as _;
+use clap::{CommandFactory as _, ValueEnum as _};
+use rr_launch::manual::Manual;
 
 /// The floors of `src/`, as in `docs/architecture.md`. A module imports only from floors below its
 /// own; floor 0 is `rr_launch::contract`.
@@ -46,15 +47,21 @@ const FLAGS: &[(&str, &str)] = &[
          --timeout --version",
     ),
     ("reranker", "--help --version"),
+    ("reranker generate", "--help"),
     (
         "reranker train",
         "--config --config-file --config_file --device --help --overwrite --parallel --resume \
          --resume-anyway --set --skip-bad-records --timeout",
     ),
     (
+        "reranker distill",
+        "--config --config-file --config_file --device --help --overwrite --parallel --resume \
+         --resume-anyway --scores-only --set --skip-bad-records --timeout",
+    ),
+    (
         "reranker check",
-        "--config --config-file --config_file --device --for-launch --gpus --help --nproc --overwrite \
-         --parallel --resume --resume-anyway --set --skip-bad-records --timeout",
+        "--config --config-file --config_file --device --for-launch --gpus --help --json --nproc \
+         --overwrite --parallel --resume --resume-anyway --set --skip-bad-records --timeout",
     ),
     (
         "reranker score",
@@ -62,7 +69,8 @@ const FLAGS: &[(&str, &str)] = &[
     ),
     (
         "reranker eval",
-        "--batch-size --bm25 --data --device --help --json --label-key --max-len --model --prompt",
+        "--batch-size --bm25 --complete --data --device --gain --help --json --k --label-key --max-len \
+         --model --per-query --prompt --qrels --run --write-qrels --write-run",
     ),
     (
         "reranker convert",
@@ -202,7 +210,8 @@ fn modules_import_only_downward() {
             }
         }
         for part in modules_behind(&code, "rr_launch::") {
-            assert_eq!(part, "contract", "{path}: only the contract of the launcher is shared");
+            let is_shared = part == "contract" || (part == "manual" && module == "cli");
+            assert!(is_shared, "{path}: only contract and manual of the launcher are shared");
         }
     }
     let listed = WITHIN_A_FLOOR.iter().map(|&(from, to)| (from.to_owned(), to.to_owned()));
@@ -359,6 +368,24 @@ fn the_flags_are_frozen() {
 }
 
 #[test]
+fn the_man_page_and_the_completions_name_every_flag() {
+    let mut reranker = reranker::cli::Cli::command();
+    reranker.build();
+    let commands = reranker.get_subcommands().filter(|command| !command.is_hide_set());
+    let flags: BTreeSet<_> = commands
+        .flat_map(|command| command.get_arguments().filter(|argument| !argument.is_hide_set()))
+        .filter_map(clap::Arg::get_long)
+        .collect();
+    assert!(flags.len() > 30, "{flags:?}");
+    for manual in Manual::value_variants() {
+        let text = manual.text(reranker::cli::Cli::command()).replace(r"\-", "-");
+        for flag in &flags {
+            assert!(text.contains(flag), "{manual:?} lacks --{flag}");
+        }
+    }
+}
+
+#[test]
 fn no_file_names_a_place_on_one_machine() {
     // Written in two parts, so that this file passes its own test.
     let places = [concat!("/ro", "ot/"), concat!("/wo", "rk/"), concat!("/ho", "me/")];
@@ -406,9 +433,9 @@ fn key_literals(path: &str) -> BTreeSet<String> {
 #[test]
 fn the_configuration_page_names_every_key_and_no_other() {
     let page = read("docs/configuration.md");
-    let training = key_literals("src/config/training.rs");
-    let parallel = key_literals("src/config/parallel.rs");
-    let keys: BTreeSet<_> = training.union(&parallel).cloned().collect();
+    let files = ["training", "teacher", "parallel"];
+    let read = files.map(|file| key_literals(&format!("src/config/{file}.rs")));
+    let keys: BTreeSet<_> = read.into_iter().flatten().collect();
     assert!(keys.contains("train_group_size") && keys.contains("zero_stage"), "{keys:?}");
     let deepspeed = key_literals("src/config/deepspeed_file.rs");
     assert!(deepspeed.contains("zero_optimization"), "{deepspeed:?}");
