@@ -23,7 +23,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from golden import checkpoints, curve, decoders, models, prompts, tables, text
+from golden import checkpoints, curve, decoders, models, prompts, tables, text, trec
 
 CASES = models.CASES | decoders.CASES
 ROOT = Path(__file__).resolve().parent.parent / "tests" / "golden"
@@ -120,6 +120,7 @@ def table_files() -> dict[str, object]:
             "definitions": metric_definitions,
             "cases": tables.metrics(),
         },
+        "trec.json": {"made_with": MADE_WITH, **trec.files()},
         "truncation.json": {
             "made_with": MADE_WITH,
             "rules": {

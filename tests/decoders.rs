@@ -134,6 +134,24 @@ fn prompts_give_the_logits_of_the_language_model() {
 }
 
 #[test]
+fn a_prompt_that_the_model_carries_need_not_be_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(golden_dir("qwen3_prompt")).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, dir.path().join(path.file_name().unwrap())).unwrap();
+    }
+    let sidecar = serde_json::json!({
+        "format_version": 1, "model_type": "llm_decoder", "query_format": "{}",
+        "document_format": "{}", "seq": "", "special_token": "", "prompt": "qwen3-reranker",
+        "max_len": 40, "min_label": 0.0, "max_label": 1.0, "base_model": "", "run": {},
+        "metrics": null,
+    });
+    std::fs::write(dir.path().join("reranker.json"), sidecar.to_string()).unwrap();
+    let model = LlmDecoder::from_pretrained(dir.path()).unwrap();
+    assert_eq!((model.assumed_prompt(), model.max_len()), (None, 40));
+}
+
+#[test]
 fn a_language_model_is_not_guessed_at() {
     let refused = |case: &str, prompt: Option<&str>, expected: &str| {
         let error = LlmDecoder::with_prompt(golden_dir(case), Device::Cpu, prompt).unwrap_err();

@@ -51,9 +51,14 @@ const FLAGS: &[(&str, &str)] = &[
          --resume-anyway --set --skip-bad-records --timeout",
     ),
     (
+        "reranker distill",
+        "--config --config-file --config_file --device --help --overwrite --parallel --resume \
+         --resume-anyway --scores-only --set --skip-bad-records --timeout",
+    ),
+    (
         "reranker check",
-        "--config --config-file --config_file --device --for-launch --gpus --help --nproc --overwrite \
-         --parallel --resume --resume-anyway --set --skip-bad-records --timeout",
+        "--config --config-file --config_file --device --for-launch --gpus --help --json --nproc \
+         --overwrite --parallel --resume --resume-anyway --set --skip-bad-records --timeout",
     ),
     (
         "reranker score",
@@ -61,7 +66,8 @@ const FLAGS: &[(&str, &str)] = &[
     ),
     (
         "reranker eval",
-        "--batch-size --bm25 --data --device --help --json --label-key --max-len --model --prompt",
+        "--batch-size --bm25 --complete --data --device --gain --help --json --k --label-key --max-len \
+         --model --per-query --prompt --qrels --run --write-qrels --write-run",
     ),
     (
         "reranker convert",
@@ -405,9 +411,9 @@ fn key_literals(path: &str) -> BTreeSet<String> {
 #[test]
 fn the_configuration_page_names_every_key_and_no_other() {
     let page = read("docs/configuration.md");
-    let training = key_literals("src/config/training.rs");
-    let parallel = key_literals("src/config/parallel.rs");
-    let keys: BTreeSet<_> = training.union(&parallel).cloned().collect();
+    let files = ["training", "teacher", "parallel"];
+    let read = files.map(|file| key_literals(&format!("src/config/{file}.rs")));
+    let keys: BTreeSet<_> = read.into_iter().flatten().collect();
     assert!(keys.contains("train_group_size") && keys.contains("zero_stage"), "{keys:?}");
     let deepspeed = key_literals("src/config/deepspeed_file.rs");
     assert!(deepspeed.contains("zero_optimization"), "{deepspeed:?}");

@@ -30,6 +30,10 @@ pub struct Sidecar {
     pub seq: String,
     /// After the document; decoders only.
     pub special_token: String,
+    /// How a language model without a score head is asked, by the name of its prompt; the four
+    /// texts above then do not matter.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prompt: Option<String>,
     /// The most tokens of a pair that the model was trained with.
     pub max_len: usize,
     /// The label that training mapped to 0.
@@ -64,6 +68,7 @@ impl Sidecar {
             document_format: plan.model.document_format.clone(),
             seq: plan.model.seq.clone(),
             special_token: plan.model.special_token.clone(),
+            prompt: None,
             max_len: plan.data.max_len,
             min_label: plan.data.labels.min,
             max_label: plan.data.labels.max,

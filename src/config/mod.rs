@@ -16,6 +16,7 @@ mod resolve;
 mod resolve_parallel;
 mod scalar;
 mod support;
+mod teacher;
 mod training;
 mod tree;
 
@@ -28,4 +29,5 @@ pub use plan::{
     Tracker, TrainingPlan, ValidationPlan, ZeroStage,
 };
 pub use reader::Origin;
+pub use teacher::TeacherPlan;
 pub use tree::Place;

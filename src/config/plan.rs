@@ -11,6 +11,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize, Serializer};
 
 use super::reader::Origin;
+use super::teacher::TeacherPlan;
 use crate::error::Error;
 
 /// What the command line hands to the configuration.
@@ -169,6 +170,9 @@ pub struct DataPlan {
     pub cache_dir: Option<PathBuf>,
     /// Drop bad records and report them, instead of stopping.
     pub skip_bad_records: bool,
+    /// Whose scores are the training labels, in place of those in the records.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub teacher: Option<TeacherPlan>,
 }
 
 /// The forms of a data set.

@@ -16,6 +16,35 @@ pub(crate) fn too_long() -> String {
     format!("the line is over {} MiB long, expected one record a line", MAX_LINE_BYTES >> 20)
 }
 
+/// Hands each line of a plain, gzip or zstd file to `each`, which may say what is wrong with it.
+///
+/// # Errors
+/// [`Error::Data`] with the line; [`Error::Io`] or [`Error::File`] when the file cannot be read.
+pub fn text_lines(path: &Path, mut each: impl FnMut(&str) -> Result<(), String>) -> Result<()> {
+    let mut lines = Lines::open(path)?.0;
+    loop {
+        let before = lines.number();
+        let line = lines.next().map_err(|source| Error::File {
+            path: path.to_owned(),
+            message: format!("cannot read on after line {before}: {source}"),
+        })?;
+        let done = match line {
+            None => return Ok(()),
+            Some(Line::TooLong) => Err(too_long()),
+            Some(Line::Bytes(bytes)) => utf8(bytes).and_then(&mut each),
+        };
+        let line = before as usize + 1;
+        done.map_err(|message| Error::Data { path: path.to_owned(), line, message })?;
+    }
+}
+
+/// The text of a line.
+pub(super) fn utf8(line: &[u8]) -> Result<&str, String> {
+    std::str::from_utf8(line).map_err(|error| {
+        format!("not UTF-8 at byte {} of the line, expected UTF-8", error.valid_up_to() + 1)
+    })
+}
+
 const BUFFER_BYTES: usize = 1 << 18;
 
 /// One line of input, without its end (`\n` or `\r\n`).

@@ -1,100 +1,126 @@
-//! Ranking metrics of a model, and of BM25, on grouped data.
+//! Ranking metrics: of models and of BM25 on grouped data, and of rankings in TREC's files.
 
-use std::fmt::Write;
+mod grouped;
+mod table;
+pub mod trec;
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
-use crate::config::DatasetKind;
-use crate::data::{Dataset, LoadOptions};
-use crate::error::{Error, Result};
-use crate::metrics::{Bm25, RankingMetrics, RankingSums};
-use crate::score::{CrossEncoder, ScoreOptions};
+pub use grouped::{bm25_scores, load, model_scores, rank};
 
-/// The rankings of one data set, by name, in the order they were made.
+use crate::metrics::{Gain, Ranked, measure_names};
+
+/// What is measured.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Measure {
+    /// The `k` of nDCG@k, MRR@k and Recall@k.
+    pub cutoffs: Vec<usize>,
+    /// What a relevant document is worth to nDCG.
+    pub gain: Gain,
+}
+
+/// The figures of several rankings side by side, in the order they were made.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Evaluation {
-    rows: Vec<(String, RankingMetrics)>,
+    measure: Measure,
+    rows: Vec<Row>,
+}
+
+/// The figures of one ranking.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Row {
+    name: String,
+    measure: Measure,
+    /// Every measured query with its figures.
+    queries: Vec<(String, Vec<f64>)>,
+    /// Queries without a relevant document, which are left out.
+    skipped: usize,
+    notes: Vec<String>,
+}
+
+impl Row {
+    /// Measures a query; one without a relevant document is counted as skipped.
+    pub fn add(&mut self, query: &str, ranked: Ranked<'_>) {
+        match ranked.measures(&self.measure.cutoffs, self.measure.gain) {
+            Some(measures) => self.queries.push((query.to_owned(), measures)),
+            None => self.skipped += 1,
+        }
+    }
+
+    /// Whether no query was measured.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.queries.is_empty()
+    }
+
+    /// Adds a line to be read with the figures.
+    pub fn note(&mut self, note: String) {
+        self.notes.push(note);
+    }
+
+    /// The means over queries, by name.
+    #[must_use]
+    pub fn means(&self) -> Vec<(String, f64)> {
+        let names = measure_names(&self.measure.cutoffs);
+        let mean = |(at, name): (usize, String)| {
+            let sum: f64 = self.queries.iter().map(|(_, measures)| measures[at]).sum();
+            (name, sum / self.queries.len() as f64)
+        };
+        names.into_iter().enumerate().map(mean).collect()
+    }
 }
 
 impl Evaluation {
+    /// One without rankings.
+    #[must_use]
+    pub fn new(measure: Measure) -> Self {
+        Self { measure, rows: Vec::new() }
+    }
+
+    /// An empty row, to be filled and pushed.
+    #[must_use]
+    pub fn row(&self, name: &str) -> Row {
+        Row {
+            name: name.to_owned(),
+            measure: self.measure.clone(),
+            queries: Vec::new(),
+            skipped: 0,
+            notes: Vec::new(),
+        }
+    }
+
+    /// Adds a ranking.
+    pub fn push(&mut self, row: Row) {
+        self.rows.push(row);
+    }
+
     /// One JSON object per ranking, by name.
     #[must_use]
     pub fn to_json(&self) -> Value {
-        let rows = self.rows.iter().map(|(name, metrics)| (name.clone(), metrics.to_json()));
-        Value::Object(rows.collect::<Map<_, _>>())
+        let row = |row: &Row| {
+            let mut figures: Map<String, Value> =
+                row.means().into_iter().map(|(name, mean)| (name, json!(mean))).collect();
+            figures.insert("queries".to_owned(), json!(row.queries.len()));
+            figures.insert("skipped".to_owned(), json!(row.skipped));
+            (row.name.clone(), Value::Object(figures))
+        };
+        Value::Object(self.rows.iter().map(row).collect())
     }
 
-    /// An aligned table for people.
+    /// A JSON object for each query of each ranking.
     #[must_use]
-    pub fn table(&self) -> String {
-        let mut text = format!("{:<10}{:>10}{:>10}{:>10}\n", "ranking", "nDCG@10", "MRR@10", "MAP");
-        for (name, m) in &self.rows {
-            let (ndcg, mrr, map) = (m.ndcg_at_10, m.mrr_at_10, m.map);
-            let _ = writeln!(text, "{name:<10}{ndcg:>10.4}{mrr:>10.4}{map:>10.4}");
-        }
-        if let Some((_, m)) = self.rows.first() {
-            let _ = write!(text, "over {} queries", m.queries);
-            if m.skipped > 0 {
-                let _ = write!(text, "; {} without a relevant document left out", m.skipped);
+    pub fn per_query(&self) -> Vec<Value> {
+        let names = measure_names(&self.measure.cutoffs);
+        let mut lines = Vec::new();
+        for row in &self.rows {
+            for (query, measures) in &row.queries {
+                let mut line = json!({"ranking": row.name, "query": query});
+                for (name, measure) in names.iter().zip(measures) {
+                    line[name] = json!(measure);
+                }
+                lines.push(line);
             }
         }
-        text
+        lines
     }
-}
-
-/// Reads grouped data for evaluation; labels stay as they are.
-///
-/// # Errors
-/// User errors with file and line.
-pub fn load(path: &std::path::Path, label_key: &str) -> Result<Dataset> {
-    let options = LoadOptions {
-        kind: Some(DatasetKind::Grouped),
-        label_key: label_key.to_owned(),
-        ..LoadOptions::new(path)
-    };
-    Ok(Dataset::load(&options)?.0)
-}
-
-/// Ranks every query's documents by the model, and by BM25 where `with_bm25`.
-///
-/// # Errors
-/// [`Error::File`] when no query has a relevant document; what scoring reports.
-pub fn evaluate(
-    model: Option<&CrossEncoder>,
-    dataset: &Dataset,
-    options: &ScoreOptions,
-    with_bm25: bool,
-) -> Result<Evaluation> {
-    let mut rows = Vec::new();
-    let pairs: Vec<(&str, &str)> =
-        dataset.pairs().filter_map(|pair| dataset.texts(&pair)).collect();
-    if with_bm25 {
-        let bm25 = Bm25::of_dataset(dataset);
-        let mut scores = Vec::with_capacity(pairs.len());
-        for group in dataset.groups() {
-            let hits = &pairs[group.start as usize..group.end as usize];
-            let documents: Vec<&str> = hits.iter().map(|&(_, document)| document).collect();
-            scores.extend(bm25.scores(hits[0].0, &documents));
-        }
-        rows.push(("bm25".to_owned(), metrics(dataset, &scores)?));
-    }
-    if let Some(model) = model {
-        // Logits: a sigmoid in fp32 would tie documents that the model tells apart.
-        let options = ScoreOptions { normalize: false, ..*options };
-        let scores = model.compute_score(&pairs, &options)?;
-        rows.push(("model".to_owned(), metrics(dataset, &scores)?));
-    }
-    Ok(Evaluation { rows })
-}
-
-fn metrics(dataset: &Dataset, scores: &[f32]) -> Result<RankingMetrics> {
-    let mut sums = RankingSums::default();
-    for group in dataset.groups() {
-        let labels = dataset.labels(group.clone());
-        sums.add(&scores[group.start as usize..group.end as usize], &labels)?;
-    }
-    sums.metrics().ok_or_else(|| Error::File {
-        path: dataset.path.clone(),
-        message: "no query has a document with a label above 0, so nothing can be measured".into(),
-    })
 }

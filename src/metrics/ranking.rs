@@ -1,8 +1,9 @@
 //! nDCG, MRR, MAP and Recall of scored documents, per query and as means over queries.
 //!
-//! A document is relevant when its label is above 0. Documents with equal scores keep the order
-//! they were given in (`trec_eval` and `pytrec_eval` order them by document id instead), so a model
-//! that gives every document the same score is judged on the input order.
+//! A document is relevant when its label is above 0. [`ranked`] keeps documents with equal scores in
+//! the order they were given in (`trec_eval` and `pytrec_eval` order them by document id instead, and
+//! so does `eval::trec` for their files), so a model that gives every document the same
+//! score is judged on the input order.
 
 use std::fmt;
 
@@ -14,7 +15,10 @@ use crate::error::{Error, Result};
 const CUTOFF: usize = 10;
 
 /// Labels in the order of falling scores; equal scores keep their order.
-fn ranked(scores: &[f32], labels: &[f32]) -> Result<Vec<f32>> {
+///
+/// # Errors
+/// [`Error::Training`] when a score is NaN or the lengths differ.
+pub fn ranked(scores: &[f32], labels: &[f32]) -> Result<Vec<f32>> {
     if scores.len() != labels.len() {
         let (scores, labels) = (scores.len(), labels.len());
         return Err(Error::Training(format!("{scores} scores for {labels} labels")));
@@ -29,42 +33,103 @@ fn ranked(scores: &[f32], labels: &[f32]) -> Result<Vec<f32>> {
     Ok(order.into_iter().map(|document| labels[document]).collect())
 }
 
-/// `Σ_{rank ≤ k} (2^label − 1) / log2(rank + 1)`; labels below 0 count as 0.
-fn dcg(labels: &[f32], k: usize) -> f64 {
-    let gain = |label: f32| f64::from(label.max(0.0)).exp2() - 1.0;
-    let discounted = |(i, &label): (usize, &f32)| gain(label) / (i as f64 + 2.0).log2();
+/// What a relevant document is worth to nDCG.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gain {
+    /// `2^label − 1`, as Burges et al., "Learning to Rank using Gradient Descent" (2005).
+    Exponential,
+    /// The label itself, as Järvelin and Kekäläinen, "Cumulated gain-based evaluation of IR
+    /// techniques" (2002), and `trec_eval`.
+    Linear,
+}
+
+impl Gain {
+    /// Labels below 0 are worth nothing.
+    fn of(self, label: f32) -> f64 {
+        let label = f64::from(label.max(0.0));
+        match self {
+            Self::Exponential => label.exp2() - 1.0,
+            Self::Linear => label,
+        }
+    }
+}
+
+/// `Σ_{rank ≤ k} gain(label) / log2(rank + 1)`.
+fn dcg(labels: &[f32], k: usize, gain: Gain) -> f64 {
+    let discounted = |(i, &label): (usize, &f32)| gain.of(label) / (i as f64 + 2.0).log2();
     labels.iter().take(k).enumerate().map(discounted).sum()
 }
 
-fn ndcg(ranked: &[f32], k: usize) -> Option<f64> {
-    let mut ideal = ranked.to_vec();
-    ideal.sort_by(|a, b| b.total_cmp(a));
-    let best = dcg(&ideal, k);
-    (best > 0.0).then(|| dcg(ranked, k) / best)
+/// A query's documents, best first, with what is known of all its documents.
+///
+/// They differ where a ranking lacks judged documents or holds some that nobody judged.
+#[derive(Debug, Clone, Copy)]
+pub struct Ranked<'a> {
+    /// Labels of the ranked documents, best first; 0 for one that nobody judged.
+    pub ranked: &'a [f32],
+    /// Labels of all judged documents, in any order.
+    pub judged: &'a [f32],
 }
 
-fn reciprocal_rank(ranked: &[f32], k: usize) -> Option<f64> {
-    ranked.iter().any(|&label| label > 0.0).then(|| {
-        let first = ranked.iter().take(k).position(|&label| label > 0.0);
-        first.map_or(0.0, |i| 1.0 / (i as f64 + 1.0))
-    })
-}
-
-fn precision_mean(ranked: &[f32]) -> Option<f64> {
-    let (mut found, mut sum) = (0.0, 0.0);
-    for (i, &label) in ranked.iter().enumerate() {
-        if label > 0.0 {
-            found += 1.0;
-            sum += found / (i as f64 + 1.0);
-        }
+impl<'a> Ranked<'a> {
+    /// A ranking of all judged documents.
+    fn whole(ranked: &'a [f32]) -> Self {
+        Self { ranked, judged: ranked }
     }
-    (found > 0.0).then(|| sum / found)
+
+    /// How many of the first `k` are relevant.
+    fn found(self, k: usize) -> f64 {
+        self.ranked.iter().take(k).filter(|&&label| label > 0.0).count() as f64
+    }
+
+    /// How many documents are relevant; `None` for none.
+    fn relevant(self) -> Option<f64> {
+        let count = self.judged.iter().filter(|&&label| label > 0.0).count();
+        (count > 0).then_some(count as f64)
+    }
+
+    fn ndcg(self, k: usize, gain: Gain) -> Option<f64> {
+        let mut ideal = self.judged.to_vec();
+        ideal.sort_by(|a, b| b.total_cmp(a));
+        let best = dcg(&ideal, k, gain);
+        (best > 0.0).then(|| dcg(self.ranked, k, gain) / best)
+    }
+
+    fn reciprocal_rank(self, k: usize) -> Option<f64> {
+        let first = self.ranked.iter().take(k).position(|&label| label > 0.0);
+        self.relevant().map(|_| first.map_or(0.0, |i| 1.0 / (i as f64 + 1.0)))
+    }
+
+    fn average_precision(self) -> Option<f64> {
+        let (mut found, mut sum) = (0.0, 0.0);
+        for (i, &label) in self.ranked.iter().enumerate() {
+            if label > 0.0 {
+                found += 1.0;
+                sum += found / (i as f64 + 1.0);
+            }
+        }
+        self.relevant().map(|relevant| sum / relevant)
+    }
+
+    fn recall(self, k: usize) -> Option<f64> {
+        self.relevant().map(|relevant| self.found(k) / relevant)
+    }
+
+    /// The figures that [`measure_names`] names, in that order; `None` without a relevant document.
+    #[must_use]
+    pub fn measures(self, cutoffs: &[usize], gain: Gain) -> Option<Vec<f64>> {
+        let ndcg = cutoffs.iter().map(|&k| self.ndcg(k, gain));
+        let mrr = cutoffs.iter().map(|&k| self.reciprocal_rank(k));
+        let recall = cutoffs.iter().map(|&k| self.recall(k));
+        ndcg.chain(mrr).chain([self.average_precision()]).chain(recall).collect()
+    }
 }
 
-fn recall(ranked: &[f32], k: usize) -> Option<f64> {
-    let relevant = |labels: &[f32]| labels.iter().filter(|&&label| label > 0.0).count();
-    let all = relevant(ranked);
-    (all > 0).then(|| relevant(&ranked[..k.min(ranked.len())]) as f64 / all as f64)
+/// nDCG, MRR at each cut-off, MAP, and Recall at each cut-off: `ndcg@10`, `mrr@10`, `map`, `recall@10`.
+#[must_use]
+pub fn measure_names(cutoffs: &[usize]) -> Vec<String> {
+    let at = |name: &'static str| cutoffs.iter().map(move |k| format!("{name}@{k}"));
+    at("ndcg").chain(at("mrr")).chain(["map".to_owned()]).chain(at("recall")).collect()
 }
 
 /// nDCG@k with exponential gain, as Burges et al., "Learning to Rank using Gradient Descent"
@@ -74,7 +139,7 @@ fn recall(ranked: &[f32], k: usize) -> Option<f64> {
 /// # Errors
 /// [`Error::Training`] when a score is NaN or the lengths differ.
 pub fn ndcg_at_k(scores: &[f32], labels: &[f32], k: usize) -> Result<Option<f64>> {
-    Ok(ndcg(&ranked(scores, labels)?, k))
+    Ok(Ranked::whole(&ranked(scores, labels)?).ndcg(k, Gain::Exponential))
 }
 
 /// One over the rank of the first relevant document, 0 when that is beyond `k`. `None` without a
@@ -83,7 +148,7 @@ pub fn ndcg_at_k(scores: &[f32], labels: &[f32], k: usize) -> Result<Option<f64>
 /// # Errors
 /// As [`ndcg_at_k`].
 pub fn reciprocal_rank_at_k(scores: &[f32], labels: &[f32], k: usize) -> Result<Option<f64>> {
-    Ok(reciprocal_rank(&ranked(scores, labels)?, k))
+    Ok(Ranked::whole(&ranked(scores, labels)?).reciprocal_rank(k))
 }
 
 /// The mean of the precision at each relevant document, over all documents. `None` without a
@@ -92,7 +157,7 @@ pub fn reciprocal_rank_at_k(scores: &[f32], labels: &[f32], k: usize) -> Result<
 /// # Errors
 /// As [`ndcg_at_k`].
 pub fn average_precision(scores: &[f32], labels: &[f32]) -> Result<Option<f64>> {
-    Ok(precision_mean(&ranked(scores, labels)?))
+    Ok(Ranked::whole(&ranked(scores, labels)?).average_precision())
 }
 
 /// The share of the relevant documents among the first `k`. `None` without a relevant document.
@@ -100,7 +165,7 @@ pub fn average_precision(scores: &[f32], labels: &[f32]) -> Result<Option<f64>> 
 /// # Errors
 /// As [`ndcg_at_k`].
 pub fn recall_at_k(scores: &[f32], labels: &[f32], k: usize) -> Result<Option<f64>> {
-    Ok(recall(&ranked(scores, labels)?, k))
+    Ok(Ranked::whole(&ranked(scores, labels)?).recall(k))
 }
 
 /// Sums over queries, to be added up over ranks and divided at the end.
@@ -122,11 +187,12 @@ impl RankingSums {
     /// As [`ndcg_at_k`].
     pub fn add(&mut self, scores: &[f32], labels: &[f32]) -> Result<()> {
         let ranked = ranked(scores, labels)?;
+        let ranked = Ranked::whole(&ranked);
         let (Some(ndcg), Some(reciprocal_rank), Some(average_precision), Some(recall)) = (
-            ndcg(&ranked, CUTOFF),
-            reciprocal_rank(&ranked, CUTOFF),
-            precision_mean(&ranked),
-            recall(&ranked, CUTOFF),
+            ranked.ndcg(CUTOFF, Gain::Exponential),
+            ranked.reciprocal_rank(CUTOFF),
+            ranked.average_precision(),
+            ranked.recall(CUTOFF),
         ) else {
             self.skipped += 1.0;
             return Ok(());

@@ -77,7 +77,9 @@ impl Form {
         weights: &WeightFiles,
         prompt: Option<&str>,
     ) -> Result<Self> {
-        let asked = prompt.map(named).transpose()?;
+        let sidecar = Sidecar::from_dir(dir)?;
+        let kept = sidecar.as_ref().and_then(|sidecar| sidecar.prompt.as_deref());
+        let asked = prompt.or(kept).map(named).transpose()?;
         if !is_language_model(config, weights) {
             if let Some(prompt) = asked {
                 return Err(Error::Usage(format!(
@@ -87,7 +89,6 @@ impl Form {
                     dir.display()
                 )));
             }
-            let sidecar = Sidecar::from_dir(dir)?;
             let texts = sidecar.as_ref().map_or_else(PairTexts::default, |sidecar| PairTexts {
                 query_format: &sidecar.query_format,
                 document_format: &sidecar.document_format,
@@ -115,7 +116,8 @@ impl Form {
             };
         }
         let assumed = asked.is_none().then_some(prompt);
-        Ok(Self { tokenizer, max_len: Some(prompt.max_len), assumed })
+        let max_len = sidecar.map_or(prompt.max_len, |sidecar| sidecar.max_len);
+        Ok(Self { tokenizer, max_len: Some(max_len), assumed })
     }
 }
 

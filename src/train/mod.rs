@@ -5,9 +5,14 @@ mod checkpoints;
 pub mod inputs;
 mod memory;
 mod output;
+mod page;
+mod preflight;
 mod report;
+mod status;
+pub mod teacher;
 mod trackers;
 mod validate;
+mod worst;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,13 +25,14 @@ use tracing::info;
 pub use checkpoints::check as check_resume;
 pub use inputs::Inputs;
 pub use output::check as check_output;
+pub use preflight::{DataSummary, ModelSummary, Preflight, Steps};
 pub use trackers::check as check_trackers;
 pub use validate::Validation;
 
 use crate::checkpoint::model_dir::MAX_SHARD_BYTES;
 use crate::checkpoint::training::Progress;
 use crate::checkpoint::{SavedModel, Sidecar, save_model};
-use crate::comm::{Communicator, Gloo, Groups, Nccl, Reduction, Solo, reduce_values};
+use crate::comm::{Communicator, Gloo, Groups, Nccl, Reduction, Solo, TIMEOUT, reduce_values};
 use crate::config::{self, Plan, Precision, Strategy, ZeroStage};
 use crate::data::{Augment, Dataset, StepPlan};
 use crate::engine::{Engine, EngineOptions, StepOptions, StepReport, TrainBatch};
@@ -40,10 +46,8 @@ use crate::torch_ext::{nccl, runtime};
 use best::{Best, Verdict};
 use checkpoints::Checkpoints;
 use memory::Memory;
+use page::About;
 use report::Reporter;
-
-/// Deadline of the rendezvous and of every collective, where `--timeout` gives none.
-const TIMEOUT: Duration = Duration::from_secs(600);
 
 /// Micro-batches that may be tokenized ahead of the step.
 const BATCHES_AHEAD: usize = 4;
@@ -65,11 +69,19 @@ pub fn run(plan: &Plan, env: &WorkerEnv) -> Result<Ending> {
     heartbeat::working(format_args!("reading what the run needs"));
     output::check(plan)?;
     check_machines(plan, env.world_size, env.local_world_size)?;
-    let inputs = Inputs::load(plan, env.world_size)?;
+    if env.rank == 0 {
+        trackers::check(plan)?;
+    }
+    // What is wrong with the data is known before the ranks meet; a teacher's scores are data that
+    // they make together.
+    let inputs = match plan.data.teacher {
+        None => Some(Inputs::load(plan, env.world_size)?),
+        Some(_) => None,
+    };
     let device = runtime::device(plan.parallel.device, env.local_rank)?;
     heartbeat::waiting(format_args!("joining the group"));
     let groups = join(plan, env, device)?;
-    let outcome = train(plan, env, &inputs, device, &groups);
+    let outcome = train(plan, env, inputs, device, &groups);
     if outcome.is_err() {
         // A rank that fails keeps its connections until its process ends: the others, who fail for
         // want of it, must not end before it and be taken for the cause.
@@ -82,15 +94,20 @@ pub fn run(plan: &Plan, env: &WorkerEnv) -> Result<Ending> {
 fn train(
     plan: &Plan,
     env: &WorkerEnv,
-    inputs: &Inputs,
+    inputs: Option<Inputs>,
     device: Device,
     groups: &Groups,
 ) -> Result<Ending> {
     heartbeat::working(format_args!("loading the model"));
     let lock = checkpoints::lock(plan, groups)?;
-    if env.rank == 0 {
-        inputs.log(plan, env.world_size)?;
+    if let Some(teacher) = &plan.data.teacher {
+        teacher::teach(plan, teacher, device, groups.world.as_ref())?;
     }
+    let inputs = &match inputs {
+        Some(inputs) => inputs,
+        None => Inputs::load(plan, env.world_size)?,
+    };
+    let preflight = (env.rank == 0).then(|| tell(plan, inputs, env.world_size)).transpose()?;
     let rates = parameter_groups(plan);
     let shard = groups.shard();
     let options = engine_options(plan, device, shard.rank(), shard.world_size());
@@ -100,6 +117,7 @@ fn train(
     engine.prepare_training()?;
     let (checkpoints, earlier) = Checkpoints::open(plan, inputs, &mut engine, groups, lock)?;
     let progress = earlier.as_ref().map_or_else(Progress::default, |manifest| manifest.progress);
+    let about = preflight.as_ref().map(|preflight| About { plan, env, preflight, device });
     let mut best = Best::new(&plan.validation);
     if let (Some(best), Some(manifest)) = (&mut best, &earlier) {
         best.take_up(&manifest.job["best"]);
@@ -108,7 +126,7 @@ fn train(
         plan,
         inputs,
         groups,
-        reporter: Reporter::new(plan, env, inputs.schedule.total(), progress.step)?,
+        reporter: Reporter::new(plan, inputs, about.as_ref(), progress.step)?,
         best,
         checkpoints,
         progress,
@@ -127,6 +145,15 @@ fn train(
     job.reporter.best(plan, job.best)?;
     groups.world.leave()?;
     Ok(Ending::Done)
+}
+
+/// Logs the plan's notices and what lies ahead, a line at a time.
+fn tell(plan: &Plan, inputs: &Inputs, world_size: usize) -> Result<Preflight> {
+    let preflight = Preflight::new(inputs, plan, world_size)?;
+    for line in plan.notices.iter().map(String::as_str).chain(preflight.to_string().lines()) {
+        info!("{line}");
+    }
+    Ok(preflight)
 }
 
 /// The longest wait for another rank.
@@ -298,7 +325,8 @@ impl Job<'_> {
     fn validate(&mut self, data: &Arc<Dataset>, step: usize, epoch: usize) -> Result<Verdict> {
         let started = Instant::now();
         let (plan, groups) = (self.plan, self.groups);
-        let result = validate::validate(&self.engine, &self.inputs.tokenizer, data, plan, groups)?;
+        let (result, queries) =
+            validate::validate(&self.engine, &self.inputs.tokenizer, data, plan, groups)?;
         self.metrics = result.to_json();
         let verdict = match &mut self.best {
             Some(best) => best.judge(step, &result)?,
@@ -308,7 +336,7 @@ impl Job<'_> {
             self.save(output::BEST)?;
         }
         let is_best = self.best.is_some().then_some(verdict == Verdict::Best);
-        self.reporter.validation(step, epoch, &result, is_best, started.elapsed())?;
+        self.reporter.validation(step, epoch, (&result, &queries), is_best, started.elapsed())?;
         Ok(verdict)
     }
 

@@ -1,0 +1,171 @@
+//! `reranker eval`: from arguments to the job.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+use rr_launch::contract::WorkerEnv;
+
+use super::model::ModelArgs;
+use super::output::{Sink, print};
+use crate::comm::{Communicator, join_hosts};
+use crate::data::Dataset;
+use crate::error::{Error, Result};
+use crate::eval::{self, Evaluation, Measure, trec};
+use crate::metrics::Gain;
+
+/// Arguments of `eval`.
+#[derive(Debug, Args)]
+pub struct EvalArgs {
+    /// Model directory or hub id (repeatable: side by side)
+    #[arg(long, value_name = "MODEL", required_unless_present_any = ["bm25", "run"])]
+    model: Vec<PathBuf>,
+    /// Grouped data, or pointwise data that is gathered by query
+    #[arg(long, value_name = "FILE", required_unless_present = "run")]
+    data: Option<PathBuf>,
+    /// Key of the labels
+    #[arg(long, value_name = "KEY", default_value = "label")]
+    label_key: String,
+    /// Rank by BM25 as well
+    #[arg(long)]
+    bm25: bool,
+    /// A ranking in TREC's form, in place of models and data (repeatable)
+    #[arg(long, value_name = "FILE", requires = "qrels",
+          conflicts_with_all = ["model", "data", "bm25", "write_run", "write_qrels"])]
+    run: Vec<PathBuf>,
+    /// Judgements in TREC's form, for --run
+    #[arg(long, value_name = "FILE", requires = "run")]
+    qrels: Option<PathBuf>,
+    /// Count a judged query that a run lacks as 0, instead of leaving it out
+    #[arg(long, requires = "run")]
+    complete: bool,
+    /// The cut-offs of nDCG, MRR and Recall
+    #[arg(long, value_name = "K,K..", value_delimiter = ',', default_value = "10")]
+    k: Vec<usize>,
+    /// What a relevant document is worth to nDCG; by default linear for --run, else exponential
+    #[arg(long, value_enum)]
+    gain: Option<GainArg>,
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    json: bool,
+    /// Also write the figures of every query, a JSON line each; `-` for standard output
+    #[arg(long, value_name = "FILE")]
+    per_query: Option<PathBuf>,
+    /// Write the ranking, which has to be one, in TREC's form
+    #[arg(long, value_name = "FILE")]
+    write_run: Option<PathBuf>,
+    /// Write the labels in TREC's form
+    #[arg(long, value_name = "FILE")]
+    write_qrels: Option<PathBuf>,
+    #[command(flatten)]
+    options: ModelArgs,
+}
+
+/// The gains of nDCG.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum GainArg {
+    /// 2 to the power of the label, less 1
+    Exponential,
+    /// The label itself, as in TREC's own tool
+    Linear,
+}
+
+/// Ranks and measures.
+///
+/// # Errors
+/// What reading or scoring reports.
+pub(super) fn run(args: &EvalArgs) -> Result<()> {
+    let env = WorkerEnv::from_env().map_err(|error| Error::Usage(error.to_string()))?;
+    if args.k.contains(&0) {
+        return Err(Error::Usage("--k holds 0, expected whole numbers from 1".into()));
+    }
+    let rankings = args.model.len() + usize::from(args.bm25);
+    if args.write_run.is_some() && rankings != 1 {
+        return Err(Error::Usage(format!(
+            "--write-run writes one ranking, but there are {rankings}; give one --model, or --bm25 \
+             alone"
+        )));
+    }
+    match (&args.data, &args.qrels) {
+        (Some(data), _) => {
+            let comm = join_hosts(&env)?;
+            let outcome = models(args, &env, data, comm.as_ref()).and_then(|evaluation| {
+                comm.leave()?;
+                Ok(evaluation)
+            });
+            if outcome.is_err() {
+                // The others, who may fail for want of this rank, must not be taken for the cause.
+                std::mem::forget(comm);
+            }
+            report(args, &env, &outcome?)
+        }
+        (None, Some(qrels)) => {
+            if env.rank != 0 {
+                return Ok(());
+            }
+            let named = |path: &PathBuf| Ok((path.display().to_string(), trec::read_run(path)?));
+            let runs = args.run.iter().map(named).collect::<Result<Vec<_>>>()?;
+            let qrels = trec::read_qrels(qrels)?;
+            let evaluation =
+                trec::evaluate(&runs, &qrels, args.measure(Gain::Linear), args.complete)?;
+            report(args, &env, &evaluation)
+        }
+        (None, None) => Err(Error::Usage("--data is missing".into())),
+    }
+}
+
+/// BM25 and every model on grouped data, one after the other.
+fn models(
+    args: &EvalArgs,
+    env: &WorkerEnv,
+    data: &Path,
+    comm: &dyn Communicator,
+) -> Result<Evaluation> {
+    let dataset = eval::load(data, &args.label_key)?;
+    if let (Some(path), 0) = (&args.write_qrels, env.rank) {
+        trec::write_qrels(path, &dataset)?;
+    }
+    let mut evaluation = Evaluation::new(args.measure(Gain::Exponential));
+    let mut add = |name: &str, dataset: &Dataset, scores: &[f32]| -> Result<()> {
+        evaluation.push(eval::rank(evaluation.row(name), dataset, scores)?);
+        match (&args.write_run, env.rank) {
+            (Some(path), 0) => trec::write_run(path, dataset, scores, name),
+            _ => Ok(()),
+        }
+    };
+    if args.bm25 {
+        add("bm25", &dataset, &eval::bm25_scores(&dataset))?;
+    }
+    for dir in &args.model {
+        let model = args.options.load(dir, env)?;
+        let options = args.options.score_options();
+        let scores = eval::model_scores(&model, &dataset, &options, comm)?;
+        // One model needs no name; several are told apart by where they came from.
+        let path = dir.display().to_string();
+        add(if args.model.len() == 1 { "model" } else { &path }, &dataset, &scores)?;
+    }
+    Ok(evaluation)
+}
+
+impl EvalArgs {
+    fn measure(&self, default: Gain) -> Measure {
+        let gain = match self.gain {
+            None => default,
+            Some(GainArg::Exponential) => Gain::Exponential,
+            Some(GainArg::Linear) => Gain::Linear,
+        };
+        Measure { cutoffs: self.k.clone(), gain }
+    }
+}
+
+/// Rank 0 prints and writes what was asked for.
+fn report(args: &EvalArgs, env: &WorkerEnv, evaluation: &Evaluation) -> Result<()> {
+    if env.rank != 0 {
+        return Ok(());
+    }
+    if let Some(path) = &args.per_query {
+        let mut sink = Sink::open(path)?;
+        evaluation.per_query().iter().try_for_each(|line| sink.line(&line.to_string()))?;
+        sink.flush()?;
+    }
+    if args.json { print(&evaluation.to_json().to_string()) } else { print(&evaluation.table()) }
+}
