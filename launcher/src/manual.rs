@@ -26,7 +26,7 @@ impl Manual {
         let mut text = Vec::new();
         match self {
             // Writing into a vector never fails.
-            Self::Man => drop(page(command, &mut text)),
+            Self::Man => drop(page(&command, &mut text)),
             Self::Bash | Self::Zsh | Self::Fish => {
                 let name = command.get_name().to_owned();
                 generate(self.shell(), &mut command, name, &mut text);
@@ -44,7 +44,7 @@ impl Manual {
     }
 }
 
-fn page(command: Command, out: &mut Vec<u8>) -> io::Result<()> {
+fn page(command: &Command, out: &mut Vec<u8>) -> io::Result<()> {
     use io::Write as _;
 
     let examples = command.get_after_help().map(ToString::to_string);

@@ -11,7 +11,7 @@ use super::output::print;
 use super::{Cli, Command, DistillArgs, PlanArgs, check, convert, eval, score};
 use crate::config::Plan;
 use crate::error::{Error, Result};
-use crate::train::{self, Ending};
+use crate::train;
 
 /// Does what the command line asks for; returns the process's exit code.
 ///
@@ -31,37 +31,33 @@ pub fn run(cli: &Cli) -> Result<u8> {
 }
 
 fn train(args: &PlanArgs) -> Result<u8> {
-    listen_for_preemption()?;
-    as_worker(args, train::run)
+    as_worker(args, train_or_make_room)
 }
 
 fn distill(args: &DistillArgs) -> Result<u8> {
-    if args.scores_only {
-        return as_worker(&args.plan, |plan, env| {
-            train::teacher::run_scores(plan, env).map(|()| Ending::Done)
-        });
-    }
-    listen_for_preemption()?;
-    as_worker(&args.plan, |plan, env| match plan.data.teacher {
-        Some(_) => train::run(plan, env),
-        None => Err(train::teacher::missing(plan)),
+    as_worker(&args.plan, |plan, env| match (&plan.data.teacher, args.scores_only) {
+        (None, _) => Err(train::teacher::missing(plan)),
+        (Some(_), true) => train::teacher::run_scores(plan, env).map(|()| exit_code::OK),
+        (Some(_), false) => train_or_make_room(plan, env),
     })
 }
 
-fn listen_for_preemption() -> Result<()> {
-    preemption::listen().map_err(|error| Error::Usage(error.to_string()))
+/// Trains, and heeds requests to make room.
+fn train_or_make_room(plan: &Plan, env: &WorkerEnv) -> Result<u8> {
+    preemption::listen().map_err(|error| Error::Usage(error.to_string()))?;
+    Ok(match train::run(plan, env)? {
+        train::Ending::Done => exit_code::OK,
+        train::Ending::Preempted => exit_code::PREEMPTED,
+    })
 }
 
 /// Runs a job of the plan as one of the workers that the environment describes.
-fn as_worker(args: &PlanArgs, job: impl FnOnce(&Plan, &WorkerEnv) -> Result<Ending>) -> Result<u8> {
+fn as_worker(args: &PlanArgs, job: impl FnOnce(&Plan, &WorkerEnv) -> Result<u8>) -> Result<u8> {
     let env = WorkerEnv::from_env().map_err(|error| Error::Usage(error.to_string()))?;
     start_log(env.rank);
     // Every line of this worker carries its rank, also those of its libraries.
     let _rank = tracing::info_span!("worker", rank = env.rank).entered();
-    Ok(match job(&args.plan(Some(env.world_size), args.device)?, &env)? {
-        Ending::Done => exit_code::OK,
-        Ending::Preempted => exit_code::PREEMPTED,
-    })
+    job(&args.plan(Some(env.world_size), args.device)?, &env)
 }
 
 /// Rank 0 tells what happens; the others only what is wrong. `RUST_LOG` decides otherwise.

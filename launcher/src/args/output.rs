@@ -25,8 +25,9 @@ pub struct OutputArgs {
     pub show: Show,
     /// What each line begins with
     ///
-    /// On the console and in launch.log, with {rank}, {local_rank}, {host}, {time} and {stream}. `{{` and `}}` stand for braces. The time is UTC and that at
-    /// which the launcher has read the line.
+    /// On the console and in launch.log. It may hold `{rank}`, `{local_rank}`, `{host}`, `{time}` and
+    /// `{stream}`; `{{` and `}}` stand for braces. The time is UTC and that at which the launcher has
+    /// read the line.
     #[arg(long, value_name = "TEMPLATE", default_value = "[{rank}] ")]
     pub prefix: Template,
     /// Form of the lines: text, or json
