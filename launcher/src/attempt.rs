@@ -16,7 +16,11 @@ use crate::plan::Plan;
 use crate::procfs::Activity;
 use crate::report;
 use crate::summary::{AttemptRecord, RankRecord};
-use crate::sys::{Epoll, Interest};
+use crate::sys::{self, Epoll, Interest};
+
+/// What a worker's pipe is to hold, so that a burst of output does not wait for the launcher's turn on a
+/// CPU. The kernel takes memory for what is in it only.
+const PIPE_SIZE: i32 = 256 * 1024;
 
 /// What a descriptor in the epoll set stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -211,6 +215,7 @@ fn watch(worker: &mut Worker, pipes: &mut Vec<Pipe>, epoll: &Epoll) -> io::Resul
     }
     for stream in [Stream::Stdout, Stream::Stderr] {
         let Some(pipe) = worker.take_pipe(stream) else { continue };
+        sys::widen_pipe(pipe.as_fd(), PIPE_SIZE);
         epoll.add(pipe.as_fd(), Interest::Read, Token::Pipe(pipes.len()).pack())?;
         pipes.push(Pipe {
             file: Some(pipe.into()),
