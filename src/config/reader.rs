@@ -60,6 +60,15 @@ pub enum Auto<T> {
     Value(T),
 }
 
+/// A text, or a list of texts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum OneOrMany {
+    /// A text by itself.
+    One(String),
+    /// A list.
+    Many(Vec<String>),
+}
+
 /// What reading left behind, beside the values.
 #[derive(Debug, Default)]
 pub struct Log {
@@ -249,11 +258,27 @@ impl<'a> Fields<'a> {
     /// # Errors
     /// A mapping, or a list that holds one.
     pub fn strings(&mut self, key: &'static str) -> Result<Option<Setting<Vec<String>>>> {
+        let setting = self.one_or_many(key)?;
+        Ok(setting.map(|Setting { value, key, place }| {
+            let value = match value {
+                OneOrMany::One(text) => vec![text],
+                OneOrMany::Many(texts) => texts,
+            };
+            Setting { value, key, place }
+        }))
+    }
+
+    /// A text or a list of texts, told apart.
+    ///
+    /// # Errors
+    /// As [`Fields::strings`].
+    pub fn one_or_many(&mut self, key: &'static str) -> Result<Option<Setting<OneOrMany>>> {
         self.read(&[key], "a list of texts", |node| match &node.value {
             Value::Sequence(items) => {
-                items.iter().map(|item| item.text().map(str::to_owned)).collect()
+                let texts = items.iter().map(|item| item.text().map(str::to_owned));
+                texts.collect::<Option<_>>().map(OneOrMany::Many)
             }
-            _ => node.text().map(|text| vec![text.to_owned()]),
+            _ => node.text().map(|text| OneOrMany::One(text.to_owned())),
         })
     }
 
@@ -324,6 +349,25 @@ impl<'a> Fields<'a> {
         let log = child.finish()?;
         self.log.absorb(log);
         Ok((value, place))
+    }
+
+    /// As [`Fields::section`]; `None` where no layer has the mapping. An empty one is there.
+    ///
+    /// # Errors
+    /// As [`Fields::section`].
+    pub fn optional_section<T>(
+        &mut self,
+        key: &'static str,
+        read: impl FnOnce(&mut Fields<'a>) -> Result<T>,
+    ) -> Result<Option<T>> {
+        let mut given = self.layers.iter().filter_map(|layer| entry(layer, key));
+        let origin = given
+            .find(|entry| !entry.node.is_null())
+            .map(|entry| Origin { key: key.to_owned(), place: entry.place.clone() });
+        let (value, _) = self.section(key, read)?;
+        let is_given = origin.is_some();
+        self.log.origins.extend(origin.map(|origin| (format!("{}{key}", self.prefix), origin)));
+        Ok(is_given.then_some(value))
     }
 
     /// Keys that are legal but have no meaning here; those given are listed once.

@@ -8,7 +8,7 @@ use tch::Tensor;
 use super::Engine;
 use crate::comm::{Groups, Pending, Place};
 use crate::error::Result;
-use crate::model::{ForwardContext, PackedBatch};
+use crate::model::{ForwardContext, PackedBatch, Views};
 use crate::seed;
 use crate::shard::Reducing;
 use crate::torch_ext::autograd::backward;
@@ -57,7 +57,7 @@ impl Engine {
             gathering = self.gather_at(index + 1, None, groups)?;
             if batch.sequences() > 0 {
                 let context = ForwardContext { batch, dropout_seed: None };
-                x = Some(stage.forward(unit.views(), x.as_ref(), context)?);
+                x = Some(stage.forward(Views::new(unit.views()), x.as_ref(), context)?);
             }
             unit.release()?;
         }
@@ -151,7 +151,7 @@ impl Engine {
         let dropout_seed = seed::of_stage(seed, step, micro_batch, rank, index);
         tch::manual_seed(dropout_seed);
         let context = ForwardContext { batch: pass.batch, dropout_seed: Some(dropout_seed) };
-        self.stages[index].forward(self.units[index].views(), input, context)
+        self.stages[index].forward(Views::new(self.units[index].views()), input, context)
     }
 
     /// Starts gathering unit `index`; nothing beyond the last.

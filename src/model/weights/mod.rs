@@ -275,6 +275,13 @@ fn spellings(name: &str) -> Vec<String> {
     all
 }
 
+/// A name without the prefix of the trunk, where it has one.
+#[must_use]
+pub fn without_trunk(name: &str) -> &str {
+    let inside = TRUNK_PREFIXES.iter().find_map(|prefix| name.strip_prefix(prefix));
+    inside.unwrap_or(name)
+}
+
 fn shard_names(path: &Path) -> Result<BTreeSet<String>> {
     let text = std::fs::read_to_string(path).map_err(|source| Error::Io {
         path: path.to_owned(),
@@ -312,6 +319,11 @@ pub fn initialise(spec: &TensorSpec, seed: u64) -> Result<Tensor> {
         Ok(Tensor::f_from_slice(&values)?.f_reshape(&spec.shape[..])?)
     };
     match spec.init {
+        Init::Uniform(bound) => {
+            let draws = seed::uniforms(seed::of_name(seed, &spec.name)).take(spec.elements());
+            let values: Vec<f32> = draws.map(|draw| ((2.0 * draw - 1.0) * bound) as f32).collect();
+            Ok(Tensor::f_from_slice(&values)?.f_reshape(&spec.shape[..])?)
+        }
         Init::Zeros => Ok(Tensor::f_zeros(&spec.shape[..], options)?),
         Init::Ones => Ok(Tensor::f_ones(&spec.shape[..], options)?),
         Init::Normal(std) => normal(std, f64::INFINITY),
