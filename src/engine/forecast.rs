@@ -29,12 +29,18 @@ impl MemoryForecast {
         let width = kind.elt_size_in_bytes();
         let rates = ParameterGroups { lr: 0.0, weight_decay: 0.0, special: Vec::new() };
         let stages = crate::model::stages(config);
-        let lengths: Vec<usize> = stages
+        let lengths: Vec<[usize; 2]> = stages
             .iter()
-            .map(|stage| UnitLayout::new(&stage.parameters(), &rates, share.world_size).length)
+            .map(|stage| {
+                let (trained, frozen): (Vec<_>, Vec<_>) =
+                    stage.parameters().into_iter().partition(|parameter| parameter.trained);
+                [trained, frozen].map(|parameters| {
+                    UnitLayout::new(&parameters, &rates, share.world_size).length
+                })
+            })
             .collect();
-        let elements: usize = lengths.iter().sum();
-        let largest = lengths.iter().max().copied().unwrap_or(0);
+        let elements: usize = lengths.iter().map(|[trained, _]| trained).sum();
+        let frozen: usize = lengths.iter().map(|[_, frozen]| frozen).sum();
         let part = |divided: bool| if divided { elements / share.world_size } else { elements };
         let sharding = share.sharding;
         let low = kind != Kind::Float;
@@ -59,16 +65,27 @@ impl MemoryForecast {
             };
             *home += part(sharding.states) * 4;
         }
-        let buffers = usize::from(sharding.parameters) + usize::from(sharding.gradients);
-        let saved = stages.iter().map(|stage| stage.saved_bytes_per_token(width));
+        // Frozen parameters are kept as they are computed with.
+        let divisor = if sharding.parameters { share.world_size } else { 1 };
+        let is_offloaded = sharding.parameters && offload.parameters;
+        *(if is_offloaded { &mut held.host } else { &mut held.parameters }) +=
+            frozen / divisor * width;
+        let largest = |of: fn(&[usize; 2]) -> usize| lengths.iter().map(of).max().unwrap_or(0);
+        let gathered = if sharding.parameters { largest(|[own, frozen]| own + frozen) } else { 0 };
+        let reduced = if sharding.gradients { largest(|[own, _]| *own) } else { 0 };
+        // Below the lowest stage that learns, nothing is kept.
+        let lowest = lengths.iter().position(|[own, _]| *own > 0).unwrap_or(0);
+        let kept = &stages[lowest..];
+        let saved = kept.iter().map(|stage| stage.saved_bytes_per_token(width));
         let per_token = if recompute {
             // Every stage's input, and one stage in full.
-            let inputs = config.hidden() * width * stages.len();
+            let inputs = config.hidden() * width * kept.len();
             inputs + saved.max().unwrap_or(0)
         } else {
             saved.sum()
         };
-        Self { held, working: 2 * largest * width * buffers, activations: per_token * tokens }
+        let working = 2 * (gathered + reduced) * width;
+        Self { held, working, activations: per_token * tokens }
     }
 
     /// All of it, except what is offloaded.
