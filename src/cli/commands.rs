@@ -168,6 +168,11 @@ fn evaluate(args: &EvalArgs) -> Result<()> {
 }
 
 fn convert(args: &ConvertArgs) -> Result<()> {
+    let form = match (&args.merge, args.to) {
+        (Some(adapter), _) => return merge(adapter, &args.output),
+        (None, Some(form)) => form,
+        (None, None) => return Err(Error::Usage("--to or --merge is missing".into())),
+    };
     let labels = LabelRange { min: args.min_label, max: args.max_label };
     if labels.min >= labels.max || !(labels.max - labels.min).is_finite() {
         return Err(Error::Usage(format!(
@@ -176,7 +181,7 @@ fn convert(args: &ConvertArgs) -> Result<()> {
         )));
     }
     let options = ConvertOptions {
-        to: args.to.into(),
+        to: form.into(),
         label_key: args.label_key.clone(),
         labels,
         positive_from: args.positive_from,
@@ -201,6 +206,16 @@ fn convert(args: &ConvertArgs) -> Result<()> {
             Ok(())
         }
     }
+}
+
+/// An adapter and its base model to one model directory.
+fn merge(adapter: &str, target: &Path) -> Result<()> {
+    if target == Path::new("-") {
+        return Err(Error::Usage("--merge writes a directory; name it by --output".into()));
+    }
+    let base = convert::merge(adapter, target)?;
+    eprintln!("merged {adapter} into {base}: {}", target.display());
+    Ok(())
 }
 
 /// Where result lines go.

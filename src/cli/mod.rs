@@ -33,7 +33,7 @@ pub enum Command {
     Score(ScoreArgs),
     /// Measure nDCG@10, MRR@10 and MAP on grouped data
     Eval(EvalArgs),
-    /// Convert data between pointwise, grouped and pos/neg records
+    /// Convert data between pointwise, grouped and pos/neg records, or merge an adapter
     Convert(ConvertArgs),
 }
 
@@ -146,8 +146,14 @@ pub struct ConvertArgs {
     #[arg(long, value_name = "FILE", default_value = "-")]
     output: PathBuf,
     /// Form of the output
-    #[arg(long, value_enum)]
-    to: RecordFormArg,
+    #[arg(long, value_enum, required_unless_present = "merge")]
+    to: Option<RecordFormArg>,
+    /// An adapter (directory or hub id) to merge into its base model; --output is the directory of
+    /// the whole model, and data is left alone
+    #[arg(long, value_name = "MODEL", requires = "output", conflicts_with_all = [
+        "input", "to", "label_key", "max_label", "min_label", "positive_from", "gather", "lossy",
+    ])]
+    merge: Option<String>,
     /// Key of the labels
     #[arg(long, value_name = "KEY", default_value = "label")]
     label_key: String,

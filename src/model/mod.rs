@@ -6,6 +6,7 @@ pub mod encoder;
 mod layer_class;
 pub mod lora;
 pub mod modernbert;
+mod pretrained;
 pub mod rotary;
 pub mod stage;
 mod views;
@@ -14,6 +15,7 @@ pub mod weights;
 pub use config::{ModelConfig, Trunk};
 pub use layer_class::foreign_layer_classes;
 pub use lora::Lora;
+pub use pretrained::Pretrained;
 pub use stage::{ForwardContext, PackedBatch, Parameter, Stage};
 pub use views::Views;
 

@@ -24,9 +24,8 @@ pub use stream::{Scored, score_stream};
 use crate::comm::{Groups, Solo};
 use crate::engine::{Engine, EngineOptions};
 use crate::error::{Error, Result};
-use crate::hub;
 use crate::model::weights::WeightFiles;
-use crate::model::{ModelConfig, PackedBatch};
+use crate::model::{ModelConfig, PackedBatch, Pretrained};
 use crate::shard::ParameterGroups;
 use crate::text::{EncodedPair, PairTokenizer, TokenBatch, TokenPrompt};
 use form::Form;
@@ -69,7 +68,8 @@ pub struct CrossEncoder {
 pub type LlmDecoder = CrossEncoder;
 
 impl CrossEncoder {
-    /// Loads a Hugging Face model, a directory or a hub id ([`hub::resolve`]), on the CPU.
+    /// Loads a Hugging Face model, or an adapter of peft with the model that it is for, a directory or
+    /// a hub id ([`crate::hub::resolve`]), on the CPU.
     ///
     /// # Errors
     /// [`Error::Usage`] when there is no such model;
@@ -78,7 +78,8 @@ impl CrossEncoder {
         Self::on_device(dir, Device::Cpu)
     }
 
-    /// Loads a Hugging Face model, a directory or a hub id ([`hub::resolve`]), on `device`.
+    /// Loads a Hugging Face model, or an adapter of peft with the model that it is for, a directory or
+    /// a hub id ([`crate::hub::resolve`]), on `device`.
     ///
     /// # Errors
     /// As [`CrossEncoder::from_pretrained`]; [`Error::Torch`] when the device has no room.
@@ -96,10 +97,9 @@ impl CrossEncoder {
         device: Device,
         prompt: Option<&str>,
     ) -> Result<Self> {
-        let dir = hub::resolve(&dir.as_ref().to_string_lossy())?.path;
+        let Pretrained { dir, mut config, weights, .. } =
+            Pretrained::open(&dir.as_ref().to_string_lossy())?;
         let dir = dir.as_path();
-        let mut config = ModelConfig::from_dir(dir)?;
-        let weights = WeightFiles::open(dir)?;
         let Form { tokenizer, max_len, assumed } =
             Form::of_dir(dir, &mut config, &weights, prompt)?;
         let tokenizer = Arc::new(tokenizer);

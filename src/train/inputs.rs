@@ -10,9 +10,8 @@ use crate::config::{self, DatasetKind, ModelKind, Plan, Strategy};
 use crate::data::{CacheOptions, Dataset, LoadOptions, LoadReport, Sampler, SamplerOptions};
 use crate::engine::MemoryForecast;
 use crate::error::{Error, Result};
-use crate::hub::{self, ModelDir};
 use crate::model::weights::WeightFiles;
-use crate::model::{ModelConfig, foreign_layer_classes};
+use crate::model::{ModelConfig, Parameter, Pretrained, foreign_layer_classes, lora};
 use crate::optim::Schedule;
 use crate::score::{PairTexts, check_model};
 use crate::text::{LengthReport, PairTokenizer};
@@ -56,11 +55,14 @@ impl Inputs {
     /// # Errors
     /// User errors that name the file, the line or the setting.
     pub fn load(plan: &Plan, world_size: usize) -> Result<Self> {
-        let ModelDir { path: model_dir, revision: model_revision } = model_dir(plan)?;
-        let config = model_config(plan, &model_dir)?;
-        let weights = WeightFiles::open(&model_dir)?;
+        let pretrained = pretrained(plan)?;
+        let Pretrained { dir: model_dir, revision, mut config, weights, .. } = pretrained;
         let tokenizer = Arc::new(tokenizer(plan, &model_dir)?);
         let initialised = check_model(&model_dir, &config, &weights, &tokenizer)?;
+        if let Some(lora) = &plan.training.lora {
+            let lora = lora::resolve(lora, &config);
+            config.lora = Some(lora.map_err(|bad| plan.error(bad.key, bad.message))?);
+        }
 
         let data = &plan.data;
         // The smaller one first: what is wrong with it is known before a long load.
@@ -98,7 +100,7 @@ impl Inputs {
         let schedule = Schedule::new(total, training.warmup_proportion, training.stable_proportion);
         Ok(Self {
             model_dir,
-            model_revision,
+            model_revision: revision,
             config,
             weights,
             tokenizer,
@@ -148,6 +150,7 @@ impl Inputs {
             .iter()
             .flat_map(|stage| stage.parameters())
             .collect();
+        lines.extend(self.describe_lora(&parameters));
         for keyword in super::parameter_groups(plan).unmatched(&parameters) {
             lines.push(format!("special_lr_groups: {keyword:?} is in no parameter's name"));
         }
@@ -168,6 +171,25 @@ impl Inputs {
             ));
         }
         Ok(lines.join("\n"))
+    }
+
+    /// What of the model learns, where that is not all of it.
+    fn describe_lora(&self, parameters: &[Parameter]) -> Option<String> {
+        let lora = self.config.lora.as_ref()?;
+        let count = |parameters: &mut dyn Iterator<Item = &Parameter>| -> usize {
+            parameters.map(Parameter::elements).sum()
+        };
+        let trained = count(&mut parameters.iter().filter(|parameter| parameter.trained));
+        let all = count(&mut parameters.iter());
+        let saved: Vec<&str> = lora.saved_names.iter().map(String::as_str).collect();
+        Some(format!(
+            "LoRA of rank {} beside {} linear layers, and {} trained whole: {trained} of {all} \
+             parameters learn ({:.2} %)",
+            lora.r,
+            lora.targets.len(),
+            saved.join(", "),
+            100.0 * trained as f64 / all as f64
+        ))
     }
 
     /// What a worker will hold, and whether there is that much. Hybrid runs divide by the workers
@@ -223,24 +245,25 @@ fn shortfall(place: &str, needed: usize, available: Option<usize>) -> Option<Str
     ))
 }
 
-/// The base model's directory, downloaded where it is on the hub.
-fn model_dir(plan: &Plan) -> Result<ModelDir> {
-    hub::resolve(&plan.model.path).map_err(|error| match error {
+/// The base model, downloaded where it is on the hub; it must be of the kind that the plan names.
+fn pretrained(plan: &Plan) -> Result<Pretrained> {
+    let pretrained = Pretrained::open(&plan.model.path).map_err(|error| match error {
         Error::Usage(message) => plan.error("model_name_or_path", message),
         other => other,
-    })
-}
-
-/// The base model's configuration, which must be of the kind that the plan names.
-fn model_config(plan: &Plan, dir: &Path) -> Result<ModelConfig> {
-    let config = ModelConfig::from_dir(dir)?;
+    })?;
+    if pretrained.base.is_some() && plan.training.lora.is_some() {
+        let message = "is an adapter itself; merge it first with reranker convert --merge, or train \
+                       without lora, which goes on from the merged weights";
+        return Err(plan.error("model_name_or_path", format!("{} {message}", plan.model.path)));
+    }
+    let config = &pretrained.config;
     if config.kind() != plan.model.kind {
         return Err(plan.error(
             "model_type",
             format!(
                 "{} does not fit {}, whose config.json says {}; use {}",
                 plan.model.kind,
-                dir.display(),
+                pretrained.dir.display(),
                 config.model_type,
                 config.kind()
             ),
@@ -253,7 +276,7 @@ fn model_config(plan: &Plan, dir: &Path) -> Result<ModelConfig> {
             format!("{} is more than the model's {positions} positions", plan.data.max_len),
         ));
     }
-    Ok(config)
+    Ok(pretrained)
 }
 
 /// The base model's tokenizer with the run's texts around query and document.

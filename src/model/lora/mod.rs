@@ -11,11 +11,13 @@ use tch::Tensor;
 
 use super::stage::{ForwardContext, Init, Parameter, Stage, TensorSpec, dropout};
 use super::views::Views;
+use crate::config::TargetModules;
 use crate::error::Result;
 
+pub mod peft;
 mod targets;
 
-pub use targets::{BadModules, resolve, saved_names, target_names};
+pub use targets::{BadModules, resolve};
 
 /// What adapters a model has. Modules are named by their whole path, as in
 /// `bert.encoder.layer.0.attention.self.query`.
@@ -23,14 +25,18 @@ pub use targets::{BadModules, resolve, saved_names, target_names};
 pub struct Lora {
     /// Rank.
     pub r: i64,
-    /// What products with adapters are multiplied by.
-    pub scaling: f64,
+    /// Products with adapters are multiplied by `alpha / r`.
+    pub alpha: f64,
     /// Dropout on the adapters' input while training.
     pub dropout: f64,
     /// Linear layers with adapters.
     pub targets: BTreeSet<String>,
     /// Modules that are trained whole: the head, and those that were asked for.
     pub saved: BTreeSet<String>,
+    /// What peft is told to adapt.
+    pub target_names: TargetModules,
+    /// What peft is told to save whole.
+    pub saved_names: BTreeSet<String>,
 }
 
 /// The module that the tensor `name` belongs to.
@@ -190,7 +196,7 @@ impl Deltas<'_> {
             let dropped = dropout(x.shallow_clone(), lora.dropout, self.train)?;
             let inner = dropped.f_linear(&a.f_narrow(0, place, lora.r)?, None::<&Tensor>)?;
             let outer = b.f_narrow(0, row, out)?;
-            let inner = inner.f_mul_scalar(lora.scaling)?;
+            let inner = inner.f_mul_scalar(lora.alpha / lora.r as f64)?;
             deltas.push(inner.f_linear(&outer, None::<&Tensor>)?);
             (place, row) = (place + lora.r, row + out);
         }

@@ -82,21 +82,17 @@ pub fn resolve(plan: &LoraPlan, config: &ModelConfig) -> Result<Lora, BadModules
     let saved = saved(plan, &modules)?;
     let targets = targets(plan, config, &modules, &saved)
         .map_err(|message| BadModules { key: "lora.target_modules", message })?;
+    let mut saved_names = modules.heads;
+    saved_names.extend(plan.modules_to_save.iter().cloned());
     Ok(Lora {
         r: plan.r as i64,
-        scaling: plan.alpha / plan.r as f64,
+        alpha: plan.alpha,
         dropout: plan.dropout,
+        target_names: target_names(plan, &targets),
         targets,
         saved,
+        saved_names,
     })
-}
-
-/// The names under `modules_to_save` of an adapter of this plan: the head's, and those asked for.
-#[must_use]
-pub fn saved_names(plan: &LoraPlan, config: &ModelConfig) -> BTreeSet<String> {
-    let mut names = Modules::of(config).heads;
-    names.extend(plan.modules_to_save.iter().cloned());
-    names
 }
 
 /// The head, and what `modules_to_save` names.
@@ -176,9 +172,8 @@ fn targets(
     }
 }
 
-/// The names under `target_modules` of an adapter: as they were given, or what was chosen.
-#[must_use]
-pub fn target_names(plan: &LoraPlan, lora: &Lora) -> TargetModules {
+/// How peft is told of `targets`: as they were given, or by the last parts of their names.
+fn target_names(plan: &LoraPlan, targets: &BTreeSet<String>) -> TargetModules {
     match &plan.target_modules {
         Some(given @ TargetModules::Names(_)) => given.clone(),
         Some(TargetModules::Text(text)) if !text.eq_ignore_ascii_case(ALL_LINEAR) => {
@@ -186,7 +181,7 @@ pub fn target_names(plan: &LoraPlan, lora: &Lora) -> TargetModules {
         }
         _ => {
             let last = |module: &String| module.rsplit('.').next().unwrap_or_default().to_owned();
-            let names: BTreeSet<String> = lora.targets.iter().map(last).collect();
+            let names: BTreeSet<String> = targets.iter().map(last).collect();
             TargetModules::Names(names.into_iter().collect())
         }
     }

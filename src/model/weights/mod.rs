@@ -2,6 +2,7 @@
 //! safetensors or as `torch.save` writes them. Tensors are read one at a time, so that no more than
 //! one is held beside the model.
 
+mod adapter;
 mod pickle;
 mod safetensors;
 mod torch_file;
@@ -96,6 +97,8 @@ pub struct WeightFiles {
     files: Vec<(PathBuf, File)>,
     /// File and place of each tensor.
     entries: BTreeMap<String, (usize, Place)>,
+    /// Rank and scaling of the adapter of each module that has one.
+    scalings: BTreeMap<String, (i64, f64)>,
 }
 
 impl WeightFiles {
@@ -105,7 +108,12 @@ impl WeightFiles {
     /// [`Error::File`] or [`Error::Io`] for a directory without weights, a file that is missing,
     /// truncated or of another format.
     pub fn open(dir: &Path) -> Result<Self> {
-        let mut this = Self { dir: dir.to_owned(), files: Vec::new(), entries: BTreeMap::new() };
+        let mut this = Self {
+            dir: dir.to_owned(),
+            files: Vec::new(),
+            entries: BTreeMap::new(),
+            scalings: BTreeMap::new(),
+        };
         let Some((name, is_index)) = SOURCES.iter().find(|(name, _)| dir.join(name).exists())
         else {
             let names: Vec<_> = SOURCES.iter().map(|(name, _)| *name).collect();
@@ -180,7 +188,9 @@ impl WeightFiles {
     /// [`Error::File`] or [`Error::Io`] that names the tensor or the file.
     pub fn read(&self, spec: &TensorSpec) -> Result<Option<Tensor>> {
         match (self.find(spec)?, spec.init) {
-            (Some((file, place, kind)), _) => self.read_place(file, place, kind).map(Some),
+            (Some((file, place, kind)), _) => {
+                self.merge(spec, self.read_place(file, place, kind)?).map(Some)
+            }
             (None, Init::TokenRows { positive, negative, .. }) => {
                 let (file, table, kind) = self.token_table(spec)?;
                 let row = |row| self.read_place(file, &table.row(row, kind), kind);
