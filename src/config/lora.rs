@@ -68,7 +68,9 @@ impl LoraPlan {
     pub fn from_raw(raw: &RawLora) -> Result<Self> {
         let alpha = raw.alpha.as_ref();
         if let Some(setting) = alpha.filter(|setting| setting.value <= 0.0) {
-            return Err(setting.error(format!("expected a number above 0, found {}", setting.value)));
+            return Err(
+                setting.error(format!("expected a number above 0, found {}", setting.value))
+            );
         }
         let dropout = raw.dropout.as_ref();
         if let Some(setting) = dropout.filter(|setting| !(0.0..1.0).contains(&setting.value)) {

@@ -34,9 +34,8 @@ impl MemoryForecast {
             .map(|stage| {
                 let (trained, frozen): (Vec<_>, Vec<_>) =
                     stage.parameters().into_iter().partition(|parameter| parameter.trained);
-                [trained, frozen].map(|parameters| {
-                    UnitLayout::new(&parameters, &rates, share.world_size).length
-                })
+                [trained, frozen]
+                    .map(|parameters| UnitLayout::new(&parameters, &rates, share.world_size).length)
             })
             .collect();
         let elements: usize = lengths.iter().map(|[trained, _]| trained).sum();

@@ -66,8 +66,7 @@ impl Stage for Embeddings {
     fn parameters(&self) -> Vec<Parameter> {
         let c = &self.0;
         let name = "model.embeddings.tok_embeddings.weight";
-        let mut all =
-            vec![Parameter::one(TensorSpec::new(name, &[c.vocab_size, c.hidden]), true)];
+        let mut all = vec![Parameter::one(TensorSpec::new(name, &[c.vocab_size, c.hidden]), true)];
         all.extend(norm(c, "model.embeddings.norm"));
         all
     }

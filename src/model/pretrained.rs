@@ -50,8 +50,7 @@ impl Pretrained {
         let config = ModelConfig::from_dir(&base.path)?;
         let parameters: Vec<_> =
             stages(&config).iter().flat_map(|stage| stage.parameters()).collect();
-        let weights =
-            WeightFiles::open(&base.path)?.with_adapter(&dir, &adapter, &parameters)?;
+        let weights = WeightFiles::open(&base.path)?.with_adapter(&dir, &adapter, &parameters)?;
         // Adapters that peft saved have none of their own.
         let dir = if dir.join(TOKENIZER).exists() { dir } else { base.path };
         Ok(Self { dir, revision, config, weights, base: Some(adapter.base) })

@@ -22,7 +22,11 @@ impl<'a> Views<'a> {
     }
 
     /// The first `count` with the adapters behind them, which `deltas` makes of the rest.
-    pub(super) fn adapted(self, count: usize, deltas: impl FnOnce(&'a [Tensor]) -> Deltas<'a>) -> Self {
+    pub(super) fn adapted(
+        self,
+        count: usize,
+        deltas: impl FnOnce(&'a [Tensor]) -> Deltas<'a>,
+    ) -> Self {
         let (tensors, rest) = self.tensors.split_at(count);
         Self { tensors, taken: self.taken, deltas: Some(deltas(rest)) }
     }

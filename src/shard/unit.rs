@@ -5,7 +5,7 @@ use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 use super::layout::{ParameterGroups, UnitLayout};
-use super::sharding::{Share, Sharding};
+use super::sharding::{Sharding, Share};
 use super::values::{Keeping, Source, Values, cut, views_of};
 use crate::comm::{Communicator, Pending, Reduction};
 use crate::error::Result;
@@ -201,8 +201,7 @@ impl FlatUnit {
         if sharding.gradients {
             storage::give_back(&grads)?;
         }
-        let moments =
-            Moments::zeros(length, if offload.states { Device::Cpu } else { device })?;
+        let moments = Moments::zeros(length, if offload.states { Device::Cpu } else { device })?;
         self.training = Some(Training { grads, reduced, moments });
         Ok(())
     }

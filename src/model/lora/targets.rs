@@ -59,10 +59,12 @@ impl Modules {
         }
     }
 
-    /// The modules called `name`, or inside one that is.
+    /// The modules whose name ends in `name`, and those inside them.
     fn inside<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a String> {
-        let name = format!(".{name}.");
-        self.all.iter().filter(move |module| format!(".{module}.").contains(&name))
+        self.all.iter().filter(move |module| {
+            let ends = module.match_indices('.').map(|(end, _)| end).chain([module.len()]);
+            ends.into_iter().any(|end| module[..end].ends_with(name))
+        })
     }
 
     /// The last names of linear layers that are not in `saved`.
@@ -100,18 +102,17 @@ fn saved(plan: &LoraPlan, modules: &Modules) -> Result<BTreeSet<String>, BadModu
     let bad = |message| BadModules { key: "lora.modules_to_save", message };
     let mut saved: BTreeSet<String> = BTreeSet::new();
     for name in modules.heads.iter().chain(&plan.modules_to_save) {
-        let before = saved.len();
-        saved.extend(modules.inside(name).cloned());
-        if saved.len() == before && modules.inside(name).next().is_none() {
+        let found: Vec<_> = modules.inside(name).cloned().collect();
+        if found.is_empty() {
             let examples: BTreeSet<&str> =
                 modules.all.iter().filter_map(|module| module.rsplit('.').next()).collect();
             let examples: Vec<&str> = examples.into_iter().collect();
             return Err(bad(format!(
-                "{name:?} is no module of this model; known are whole names and their parts, such \
-                 as {}",
+                "no module's name ends in {name:?}, known are {}",
                 examples.join(", ")
             )));
         }
+        saved.extend(found);
     }
     // What is one product here is one parameter, which learns as a whole or not at all.
     for parameter in &modules.parameters {
