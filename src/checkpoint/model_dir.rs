@@ -60,15 +60,11 @@ impl ModelFiles {
         sidecar: Option<Sidecar>,
         max_shard_bytes: usize,
     ) -> Result<Self> {
-        let (name, json, form) = match (&config.lora, &sidecar) {
-            (Some(lora), Some(Sidecar { base_model, base_revision, .. })) => {
-                let json = lora.adapter_config(base_model, base_revision.as_deref());
-                (peft::CONFIG_FILE, json, WeightForm::adapter())
-            }
-            _ => {
-                let form = WeightForm::model(max_shard_bytes);
-                ("config.json", saved_config(config, base)?, form)
-            }
+        let (name, json, form) = if let (Some(lora), Some(sidecar)) = (&config.lora, &sidecar) {
+            let json = lora.adapter_config(&sidecar.base_model, sidecar.base_revision.as_deref());
+            (peft::CONFIG_FILE, json, WeightForm::adapter())
+        } else {
+            ("config.json", saved_config(config, base)?, WeightForm::model(max_shard_bytes))
         };
         let text = serde_json::to_string_pretty(&json).unwrap_or_default();
         let mut files = vec![(name.to_owned(), (text + "\n").into_bytes())];

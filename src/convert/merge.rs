@@ -26,8 +26,7 @@ pub fn merge(name: &str, target: &Path) -> Result<String> {
     };
     let sidecar = Sidecar::from_dir(&dir)?;
     let files = ModelFiles::read(&config, &dir, sidecar, MAX_SHARD_BYTES)?;
-    let stages = stages(&config);
-    let parameters = stages.iter().flat_map(|stage| stage.parameters());
+    let parameters = stages(&config).into_iter().flat_map(|stage| stage.parameters());
     let specs: Vec<_> = parameters.flat_map(|parameter| parameter.parts).collect();
     let staged = StagedDir::new(target)?;
     let mut writer = WeightWriter::new(staged.path(), specs.clone(), files.form)?;

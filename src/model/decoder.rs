@@ -56,7 +56,7 @@ impl Stage for Embeddings {
         _input: Option<&Tensor>,
         context: ForwardContext<'_>,
     ) -> Result<Tensor> {
-        let rows = embedding(views.next(), &context.batch.input_ids, self.0.padding)?;
+        let rows = embedding(views.one(), &context.batch.input_ids, self.0.padding)?;
         match self.0.embedding_scale {
             // The factor itself is rounded to the precision of the table.
             Some(scale) => Ok(rows.f_mul(&Tensor::from(scale as f32).f_to_kind(rows.f_kind()?)?)?),
@@ -104,7 +104,7 @@ impl Layer {
         let angles = c.rotary.angles(&context.batch.position_ids, qkv.f_kind()?)?;
         for part in &mut parts[..2] {
             if c.qk_norm {
-                *part = normalise(c, part, views.next())?;
+                *part = normalise(c, part, views.one())?;
             }
             *part = angles.rotate(part)?;
         }
@@ -178,7 +178,7 @@ impl Stage for Layer {
     ) -> Result<Tensor> {
         let c = &self.config;
         let residual = inner(input);
-        let x = normalise(c, residual, views.next())?;
+        let x = normalise(c, residual, views.one())?;
         let attended = self.attend(&x, &mut views, context)?;
         // The head reads one row of each sequence, and nothing after attention mixes rows: the last
         // layer computes only those.
@@ -189,7 +189,7 @@ impl Stage for Layer {
             (attended, residual.shallow_clone())
         };
         let residual = residual.f_add(&views.linear(&attended, c.output_bias)?)?;
-        let x = normalise(c, &residual, views.next())?;
+        let x = normalise(c, &residual, views.one())?;
         let gate_up = views.linear(&x, c.mlp_bias)?.f_chunk(2, -1)?;
         let gated = c.activation.apply(&gate_up[0])?.f_mul(&gate_up[1])?;
         Ok(residual.f_add(&views.linear(&gated, c.mlp_bias)?)?)
@@ -230,7 +230,7 @@ impl Stage for Head {
         input: Option<&Tensor>,
         _context: ForwardContext<'_>,
     ) -> Result<Tensor> {
-        let x = normalise(&self.0, inner(input), views.next())?;
+        let x = normalise(&self.0, inner(input), views.one())?;
         to_fp32(&views.linear(&x, false)?.f_squeeze_dim(1)?)
     }
 }

@@ -50,8 +50,8 @@ fn norm(config: &ModernBertConfig, name: &str) -> Vec<Parameter> {
 
 /// Layer normalisation of `x`.
 fn normalise(config: &ModernBertConfig, x: &Tensor, views: &mut Views<'_>) -> Result<Tensor> {
-    let weight = views.next();
-    let bias = config.norm_bias.then(|| views.next());
+    let weight = views.one();
+    let bias = config.norm_bias.then(|| views.one());
     Ok(x.f_layer_norm(weight.size(), Some(weight), bias, config.norm_eps, false)?)
 }
 
@@ -84,7 +84,7 @@ impl Stage for Embeddings {
         context: ForwardContext<'_>,
     ) -> Result<Tensor> {
         let padding = self.0.padding_id.unwrap_or(NO_PADDING);
-        let words = embedding(views.next(), &context.batch.input_ids, padding)?;
+        let words = embedding(views.one(), &context.batch.input_ids, padding)?;
         let normed = normalise(&self.0, &words, &mut views)?;
         dropout(normed, self.0.embedding_dropout, context.dropout_seed.is_some())
     }

@@ -36,7 +36,7 @@ impl<'a> Views<'a> {
     /// # Panics
     /// When a stage takes more than it lists.
     #[must_use]
-    pub fn next(&mut self) -> &'a Tensor {
+    pub fn one(&mut self) -> &'a Tensor {
         let view = &self.tensors[self.taken];
         self.taken += 1;
         view
@@ -45,7 +45,7 @@ impl<'a> Views<'a> {
     /// The next `N` views.
     #[must_use]
     pub fn take<const N: usize>(&mut self) -> [&'a Tensor; N] {
-        std::array::from_fn(|_| self.next())
+        std::array::from_fn(|_| self.one())
     }
 
     /// A linear layer: `x W^T`, `+ b` where there is a bias, and what its adapters add. `x` is
@@ -55,8 +55,8 @@ impl<'a> Views<'a> {
     /// [`crate::Error::Torch`] from libtorch.
     pub fn linear(&mut self, x: &Tensor, bias: bool) -> Result<Tensor> {
         let index = self.taken;
-        let weight = self.next();
-        let product = x.f_linear(weight, bias.then(|| self.next()))?;
+        let weight = self.one();
+        let product = x.f_linear(weight, bias.then(|| self.one()))?;
         match &self.deltas {
             Some(deltas) => deltas.add(index, x, product),
             None => Ok(product),
