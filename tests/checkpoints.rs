@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use std::time::Instant;
 
 use common::ranks::{Case, STEPS, STRATEGIES, Trainer, ZERO1, ZERO2, ZERO3, on_ranks};
 use common::{golden_dir, relative};
@@ -54,7 +55,7 @@ fn progress(step: usize) -> Progress {
 
 fn save(saver: &mut Saver, step: usize, job: Value, trainer: &Trainer, groups: &Groups) {
     let loss_scale = trainer.engine.loss_scale().copied();
-    let now = Moment { progress: progress(step), loss_scale, job };
+    let now = Moment { began: Instant::now(), progress: progress(step), loss_scale, job };
     saver.finish(groups).unwrap();
     saver.save(now, trainer.engine.units(), groups).unwrap();
 }
@@ -274,7 +275,7 @@ fn a_manifest_of_another_version_is_refused_by_name() {
     train_and_save(case, root.path(), &[1]);
     let dir = root.path().join("step-1");
     let mut manifest = Manifest::read(&dir).unwrap();
-    assert_eq!(manifest.identity.differences(&identity()), Vec::<String>::new());
+    assert_eq!(manifest.identity.differences(&identity(), |_| true), Vec::<String>::new());
     manifest.format_version = 99;
     manifest.write(&dir).unwrap();
     let message = Manifest::read(&dir).unwrap_err().to_string();
@@ -288,7 +289,11 @@ fn what_differs_between_two_runs_is_said() {
         ("loss_type".to_owned(), json!("listwise_ce")),
     ]));
     assert_eq!(
-        identity().differences(&other),
+        identity().differences(&other, |_| true),
         ["loss_type: nothing there, \"listwise_ce\" here", "lr: 0.001 there, 0.002 here"]
+    );
+    assert_eq!(
+        identity().differences(&other, |name| name != "loss_type"),
+        ["lr: 0.001 there, 0.002 here"]
     );
 }

@@ -221,6 +221,10 @@ fn a_damaged_newest_checkpoint_is_named_and_the_one_before_used() {
     assert_same(&dir, &whole, "after damage");
 }
 
+/// Another file of the same meaning is another file: nothing is guessed.
+const CHANGED_TOKENIZER: fn(&mut Vec<u8>) = |json| json.push(b'\n');
+const CHANGED_WEIGHTS: fn(&mut Vec<u8>) = |file| *file.last_mut().unwrap() ^= 1;
+
 #[test]
 fn another_run_is_refused_with_what_differs() {
     let (bench, _) = bench();
@@ -245,6 +249,20 @@ fn another_run_is_refused_with_what_differs() {
     let (_, said) = fail(&mut command(&bench, "run", &[]));
     assert!(said.contains("training data (CRC-32): "), "{said}");
     fs::write(&pairs, text).unwrap();
+    for (file, changed, says) in [
+        ("base/tokenizer.json", CHANGED_TOKENIZER, "tokenizer (CRC-32): "),
+        ("base/model.safetensors", CHANGED_WEIGHTS, "base weights (sum of bits): "),
+    ] {
+        let path = bench.root.path().join(file);
+        let original = fs::read(&path).unwrap();
+        let mut other = original.clone();
+        changed(&mut other);
+        fs::write(&path, other).unwrap();
+        let (code, said) = fail(&mut command(&bench, "run", &[]));
+        assert_eq!(code, 2, "{said}");
+        assert!(said.contains(says), "{said}");
+        fs::write(&path, original).unwrap();
+    }
     // Beginning anew beside an earlier run's checkpoints would mix them.
     let (code, said) = fail(command(&bench, "run", &[]).args(["--resume", "never"]));
     assert_eq!(code, 2);

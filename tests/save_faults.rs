@@ -22,7 +22,7 @@ fn fault_disk() -> PathBuf {
     static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
     let make = || {
         let out = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("libfault_disk.so");
-        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fault_disk/fsync.c");
+        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fault_disk/fault_disk.c");
         let status = Command::new("cc")
             .args(["-std=c11", "-O1", "-shared", "-fPIC", "-o"])
             .arg(&out)
@@ -42,12 +42,43 @@ fn command(bench: &Bench, more: &[&str]) -> Command {
     command
 }
 
-/// Runs with the third flush of files whose path holds `path` failing on `rank`.
-fn run_with_fault(bench: &Bench, path: &str, rank: usize, more: &[&str]) -> Output {
-    let mut command = command(bench, more);
-    command.env("LD_PRELOAD", fault_disk()).env("FAULT_PATH", path);
-    command.env("FAULT_RANK", rank.to_string()).env("FAULT_AFTER", "3").env("FAULT_TIMES", "1");
-    command.output().unwrap()
+/// What goes wrong with a file.
+#[derive(Clone, Copy)]
+struct Fault {
+    /// A part of the file's path.
+    path: &'static str,
+    rank: usize,
+    /// `fsync`, `write` or `open`.
+    call: &'static str,
+    errno: i32,
+    /// What the system calls the error.
+    says: &'static str,
+}
+
+const EIO: (i32, &str) = (5, "Input/output error");
+const EROFS: (i32, &str) = (30, "Read-only file system");
+const EDQUOT: (i32, &str) = (122, "Disk quota exceeded");
+
+impl Fault {
+    const fn new(
+        path: &'static str,
+        rank: usize,
+        call: &'static str,
+        (errno, says): (i32, &'static str),
+    ) -> Self {
+        Self { path, rank, call, errno, says }
+    }
+
+    /// Runs with this fault, once, at the third checkpoint.
+    fn run(self, bench: &Bench, more: &[&str]) -> Output {
+        let mut command = command(bench, more);
+        command.env("LD_PRELOAD", fault_disk()).env("FAULT_PATH", self.path);
+        command.env("FAULT_CALL", self.call).env("FAULT_ERRNO", self.errno.to_string());
+        command.env("FAULT_RANK", self.rank.to_string()).env("FAULT_TIMES", "1");
+        // The names of the others have the third checkpoint's step in them.
+        command.env("FAULT_AFTER", if self.call == "fsync" { "3" } else { "1" });
+        command.output().unwrap()
+    }
 }
 
 /// Every checkpoint that is there is whole; returns their steps, oldest first.
@@ -61,23 +92,26 @@ fn whole_steps(root: &Path) -> Vec<usize> {
     steps
 }
 
-/// Files that each kind of rank flushes once a checkpoint.
-const FILES: [(&str, usize); 4] = [
-    ("rank-00001-of-00002.safetensors", 1),
-    ("rank-00001.partial", 1),
-    ("rank-00000-of-00002.safetensors", 0),
-    ("manifest.json", 0),
+/// A failing disk under each kind of file, one that has become read-only, a quota that is used up.
+const FAULTS: [Fault; 6] = [
+    Fault::new("rank-00001-of-00002.safetensors", 1, "fsync", EIO),
+    Fault::new("rank-00001.partial", 1, "fsync", EIO),
+    Fault::new("rank-00000-of-00002.safetensors", 0, "fsync", EIO),
+    Fault::new("manifest.json", 0, "fsync", EIO),
+    Fault::new("/.step-6.", 1, "write", EDQUOT),
+    Fault::new("/.step-6.", 0, "open", EROFS),
 ];
 
 #[test]
 fn a_failing_disk_ends_the_run_and_the_earlier_checkpoints_stay() {
-    for (file, rank) in FILES {
+    for fault in FAULTS {
+        let file = fault.path;
         let bench = Bench::new(0.1);
-        let output = run_with_fault(&bench, file, rank, &[]);
+        let output = fault.run(&bench, &[]);
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(CANNOT_SAVE), "{file}: {said}");
         assert!(said.contains("cannot save a checkpoint: "), "{file}: {said}");
-        assert!(said.contains("Input/output error"), "{file}: {said}");
+        assert!(said.contains(fault.says), "{file}: {said}");
         assert!(said.contains("start again to go on from them"), "{file}: {said}");
         assert_eq!(whole_steps(bench.root.path()), [2, 4], "{file}");
         // The disk is well again.
@@ -89,9 +123,10 @@ fn a_failing_disk_ends_the_run_and_the_earlier_checkpoints_stay() {
 
 #[test]
 fn a_run_may_go_on_without_a_checkpoint() {
-    for (file, rank) in FILES {
+    for fault in FAULTS {
+        let file = fault.path;
         let bench = Bench::new(0.1);
-        let output = run_with_fault(&bench, file, rank, &["save_failure=continue"]);
+        let output = fault.run(&bench, &["save_failure=continue"]);
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(output.status.success(), "{file}: {said}");
         assert!(
@@ -152,4 +187,14 @@ fn a_disk_that_fills_up_while_writing_leaves_the_earlier_checkpoints_whole() {
     assert!(said.contains("No space left on device"), "{said}");
     let steps = whole_steps(&bench.root.path().join("copy"));
     assert!(!steps.is_empty() && steps.len() < 7, "{steps:?}");
+}
+
+#[test]
+fn a_directory_that_cannot_be_written_is_seen_before_training() {
+    let bench = Bench::new(0.1);
+    let Some(output) = on_small_disk(&bench, "ro,size=1m", &[]) else { return };
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(said.contains("run") && said.contains("Read-only file system"), "{said}");
+    assert!(!said.contains("trained step"), "{said}");
 }

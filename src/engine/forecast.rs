@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use tch::Kind;
+use tch::{Device, Kind};
 
 use super::EngineOptions;
 use crate::model::{ModelConfig, Parameter, Stage};
@@ -36,7 +36,10 @@ impl MemoryForecast {
         // Below the lowest stage that learns, nothing is kept.
         let lowest = lengths.iter().position(|l| l.trained > 0).unwrap_or(0);
         let kept = &stages[lowest..];
-        let saved = kept.iter().map(|stage| stage.saved_bytes_per_token(width));
+        // The fp32 copies that `model::linear` multiplies are what its graph keeps.
+        let on_host = kind == Kind::Half && options.device == Device::Cpu;
+        let copied = if on_host { size_of::<f32>() } else { width };
+        let saved = kept.iter().map(|stage| stage.saved_bytes_per_token(copied));
         let per_token = if options.recompute {
             // Every stage's input, and one stage in full.
             let inputs = config.hidden() * width * kept.len();

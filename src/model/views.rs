@@ -3,6 +3,7 @@
 use tch::Tensor;
 
 use super::lora::Deltas;
+use super::stage::linear;
 use crate::error::Result;
 
 /// Views of a stage's parameters, taken in the order in which the stage lists them.
@@ -56,7 +57,7 @@ impl<'a> Views<'a> {
     pub fn linear(&mut self, x: &Tensor, bias: bool) -> Result<Tensor> {
         let index = self.taken;
         let weight = self.one();
-        let product = x.f_linear(weight, bias.then(|| self.one()))?;
+        let product = linear(x, weight, bias.then(|| self.one()))?;
         match &self.deltas {
             Some(deltas) => deltas.add(index, x, product),
             None => Ok(product),

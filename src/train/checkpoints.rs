@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use serde_json::{Value, json};
 use tracing::{info, warn};
@@ -27,8 +28,9 @@ const WEIGHTS: &str = "base weights (sum of bits)";
 
 /// Settings whose change makes no other run: where and when things are written or shown, how the
 /// work is spread, and what is counted in items per step instead.
-const FREE: [&str; 5] = [
+const FREE: [&str; 6] = [
     "batch_size",
+    "cache_dir",
     "gradient_accumulation_steps",
     "gradient_checkpointing",
     "train_dataset",
@@ -221,7 +223,11 @@ fn compare(
     manifest: &Manifest,
     world_size: usize,
 ) -> Result<Vec<String>> {
-    let mut differences = manifest.identity.differences(identity);
+    let mut differences = manifest.identity.differences(identity, |name| {
+        // What the version that wrote it did not know yet was as it is by default.
+        let is_new = !manifest.identity.0.contains_key(name) && !plan.origins.contains_key(name);
+        !is_new && !FREE.contains(&name)
+    });
     let mut notes = Vec::new();
     let (there, here) = (manifest.items_per_step, items_per_step(plan, world_size));
     if there != here {
@@ -364,11 +370,12 @@ impl<'a> Checkpoints<'a> {
         let is_due = saving.save_steps.is_some_and(|every| progress.step.is_multiple_of(every))
             || (saving.save_on_epoch_end && last_of_epoch);
         if is_due {
+            let began = Instant::now();
             let earlier = self.saver.finish(groups);
             self.judge(earlier)?;
             let outcome = {
                 let loss_scale = engine.loss_scale().copied();
-                let now = Moment { progress, loss_scale, job: job() };
+                let now = Moment { began, progress, loss_scale, job: job() };
                 self.saver.save(now, engine.units(), groups)
             };
             return self.judge(outcome);

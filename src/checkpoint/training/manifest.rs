@@ -51,14 +51,15 @@ impl Progress {
 pub struct Identity(pub BTreeMap<String, Value>);
 
 impl Identity {
-    /// What differs in `other`, a line each: `lr: 2e-5 there, 1e-5 here`.
+    /// What differs in `other`, a line each: `lr: 2e-5 there, 1e-5 here`; among the names that
+    /// `counts` holds for.
     #[must_use]
-    pub fn differences(&self, other: &Self) -> Vec<String> {
+    pub fn differences(&self, other: &Self, counts: impl Fn(&str) -> bool) -> Vec<String> {
         let names: std::collections::BTreeSet<_> = self.0.keys().chain(other.0.keys()).collect();
         let text = |value: Option<&Value>| value.map_or("nothing".to_owned(), Value::to_string);
         names
             .into_iter()
-            .filter(|name| self.0.get(*name) != other.0.get(*name))
+            .filter(|name| self.0.get(*name) != other.0.get(*name) && counts(name))
             .map(|name| {
                 let (there, here) = (text(self.0.get(name)), text(other.0.get(name)));
                 format!("{name}: {there} there, {here} here")

@@ -44,6 +44,8 @@ pub struct SaveOptions {
 /// Where a run is when it saves, beside what its units hold.
 #[derive(Debug)]
 pub struct Moment {
+    /// When training stopped for the save.
+    pub began: Instant,
     /// How far it is.
     pub progress: Progress,
     /// The loss scale of an fp16 run.
@@ -80,6 +82,8 @@ struct Job {
     writer: (usize, usize),
     /// What rank 0 writes last.
     manifest: Option<Manifest>,
+    /// How long training stood still for the copy.
+    pause: Duration,
     cancel: Arc<AtomicBool>,
 }
 
@@ -149,6 +153,7 @@ impl Saver {
             staging: self.store.staging(now.progress.step, self.nonce),
             writer: (groups.shard().rank(), groups.shard().world_size()),
             manifest,
+            pause: now.began.elapsed(),
             cancel: Arc::clone(&self.cancel),
         };
         self.writing = Some(Writing::start(job, buffers)?);
@@ -270,7 +275,10 @@ impl Job {
             })?;
             let (megabytes, seconds) = (bytes as f64 / 1e6, started.elapsed().as_secs_f64());
             let path = self.store.path(step);
-            info!("saved {} ({megabytes:.1} MB) in {seconds:.1} s", path.display());
+            let (path, pause) = (path.display(), self.pause.as_secs_f64());
+            info!(
+                "saved {path} ({megabytes:.1} MB) in {seconds:.1} s; training paused for {pause:.3} s"
+            );
             return Ok(());
         }
         let receipt = serde_json::to_vec(&record).unwrap_or_default();

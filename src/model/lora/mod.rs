@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use tch::Tensor;
 
-use super::stage::{ForwardContext, Init, Parameter, Stage, TensorSpec, dropout};
+use super::stage::{ForwardContext, Init, Parameter, Stage, TensorSpec, dropout, linear};
 use super::views::Views;
 use crate::config::TargetModules;
 use crate::error::Result;
@@ -194,10 +194,10 @@ impl Deltas<'_> {
             }
             // As in peft, every adapter drops elements of its own.
             let dropped = dropout(x.shallow_clone(), lora.dropout, self.train)?;
-            let inner = dropped.f_linear(&a.f_narrow(0, place, lora.r)?, None::<&Tensor>)?;
+            let inner = linear(&dropped, &a.f_narrow(0, place, lora.r)?, None)?;
             let outer = b.f_narrow(0, row, out)?;
             let inner = inner.f_mul_scalar(lora.alpha / lora.r as f64)?;
-            deltas.push(inner.f_linear(&outer, None::<&Tensor>)?);
+            deltas.push(linear(&inner, &outer, None)?);
             (place, row) = (place + lora.r, row + out);
         }
         let delta = match deltas.len() {
