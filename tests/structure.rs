@@ -64,7 +64,7 @@ const FLAGS: &[(&str, &str)] = &[
     ),
     (
         "reranker convert",
-        "--gather --help --input --label-key --lossy --max-label --min-label --output \
+        "--gather --help --input --label-key --lossy --max-label --merge --min-label --output \
          --positive-from --to",
     ),
 ];
