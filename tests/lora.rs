@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::ranks::{Case, STRATEGIES, assert_close, train};
+use common::ranks::{Case, STRATEGIES, ZERO2, ZERO3, assert_close, train};
 use common::training::Bench;
 use common::{Golden, floats, golden_dir, named, options, relative, solo, worst};
 use reranker::config::{LoraPlan, LossKind, TargetModules};
@@ -181,6 +181,37 @@ fn every_strategy_takes_the_steps_of_one_rank() {
                         assert_close(case, outcome, reference, 1e-5);
                         assert_eq!(outcome.forecast.held, outcome.held, "{case:?}: the forecast");
                     }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn hybrid_sharding_takes_the_steps_of_one_rank() {
+    let base = Case { lora: true, ..Case::reference(2, Some(0.5)) };
+    let reference = &train(base)[0];
+    for sharding in [ZERO2, ZERO3] {
+        for (ranks, block) in [(2, 1), (4, 2)] {
+            let case = Case { sharding, ranks, block: Some(block), recompute: true, ..base };
+            for outcome in &train(case) {
+                assert_close(case, outcome, reference, 1e-5);
+            }
+        }
+    }
+}
+
+#[test]
+fn low_precision_stays_near_fp32() {
+    let base = Case { lora: true, ..Case::reference(2, Some(0.5)) };
+    let reference = &train(base)[0];
+    for (kind, tolerance) in [(Kind::BFloat16, 3e-2), (Kind::Half, 5e-3)] {
+        for (_, sharding) in STRATEGIES {
+            for reduce_fp32 in [false, true] {
+                let case = Case { sharding, ranks: 2, kind, reduce_fp32, ..base };
+                for outcome in &train(case) {
+                    assert_close(case, outcome, reference, tolerance);
+                    assert_eq!(outcome.forecast.held, outcome.held, "{case:?}: the forecast");
                 }
             }
         }
@@ -416,6 +447,18 @@ fn a_resumed_run_ends_with_the_same_adapter() {
         let states = std::fs::metadata(step.join("rank-00000-of-00002.safetensors")).unwrap().len();
         let base = std::fs::metadata(root.join("base/model.safetensors")).unwrap().len();
         assert!(states < base, "{strategy}: states of {states} bytes, a base of {base}");
+        // What is frozen belongs to the run all the same.
+        let weights = root.join("base/model.safetensors");
+        let good = std::fs::read(&weights).unwrap();
+        let mut other = good.clone();
+        // In the embeddings, which come first by name and do not learn.
+        let header = 8 + u64::from_le_bytes(good[..8].try_into().unwrap()) as usize;
+        other[header + 3000] ^= 0x10;
+        std::fs::write(&weights, other).unwrap();
+        let refused = command(&cut).output().unwrap();
+        let said = String::from_utf8_lossy(&refused.stderr);
+        assert!(said.contains("base weights (sum of bits)"), "{strategy}: {said}");
+        std::fs::write(&weights, good).unwrap();
         let resumed = command(&cut).output().unwrap();
         let said = String::from_utf8_lossy(&resumed.stderr);
         assert!(resumed.status.success() && said.contains("going on from"), "{strategy}: {said}");

@@ -151,7 +151,9 @@ impl Inputs {
             .flat_map(|stage| stage.parameters())
             .collect();
         lines.extend(self.describe_lora(&parameters));
-        for keyword in super::parameter_groups(plan).unmatched(&parameters) {
+        let (trained, _): (Vec<_>, Vec<_>) =
+            parameters.into_iter().partition(|parameter| parameter.trained);
+        for keyword in super::parameter_groups(plan).unmatched(&trained) {
             lines.push(format!("special_lr_groups: {keyword:?} is in no parameter's name"));
         }
         let classes = &plan.parallel.layer_classes;
