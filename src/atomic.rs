@@ -157,12 +157,20 @@ impl StagedFile {
     /// # Errors
     /// [`Error::Io`]; the old file is then untouched.
     pub fn publish(mut self) -> Result<()> {
-        if let Some(file) = self.file.take() {
-            file.sync_all().map_err(io(&self.target, "flush"))?;
-        }
-        fs::rename(&self.staging, &self.target).map_err(io(&self.target, "rename to"))?;
-        sync_dir(self.target.parent().unwrap_or(Path::new(".")))
+        let file = self.file.take().map_or_else(|| File::open(&self.staging), Ok);
+        publish(&file.map_err(io(&self.target, "flush"))?, &self.staging, &self.target)
     }
+}
+
+/// Flushes `file`, which lies at `staging`, to the disk and moves it to `target` on the same file
+/// system, replacing what is there.
+///
+/// # Errors
+/// [`Error::Io`]; what was at `target` is then untouched.
+pub fn publish(file: &File, staging: &Path, target: &Path) -> Result<()> {
+    file.sync_all().map_err(io(target, "flush"))?;
+    fs::rename(staging, target).map_err(io(target, "rename to"))?;
+    sync_dir(target.parent().unwrap_or(Path::new(".")))
 }
 
 impl Drop for StagedFile {

@@ -50,6 +50,11 @@ const FLAGS: &[(&str, &str)] = &[
          --resume-anyway --set --skip-bad-records --timeout",
     ),
     (
+        "reranker distill",
+        "--config --config-file --config_file --device --help --overwrite --parallel --resume \
+         --resume-anyway --scores-only --set --skip-bad-records --timeout",
+    ),
+    (
         "reranker check",
         "--config --config-file --config_file --device --for-launch --gpus --help --nproc --overwrite \
          --parallel --resume --resume-anyway --set --skip-bad-records --timeout",
@@ -404,9 +409,9 @@ fn key_literals(path: &str) -> BTreeSet<String> {
 #[test]
 fn the_configuration_page_names_every_key_and_no_other() {
     let page = read("docs/configuration.md");
-    let training = key_literals("src/config/training.rs");
-    let parallel = key_literals("src/config/parallel.rs");
-    let keys: BTreeSet<_> = training.union(&parallel).cloned().collect();
+    let files = ["training", "teacher", "parallel"];
+    let read = files.map(|file| key_literals(&format!("src/config/{file}.rs")));
+    let keys: BTreeSet<_> = read.into_iter().flatten().collect();
     assert!(keys.contains("train_group_size") && keys.contains("zero_stage"), "{keys:?}");
     let deepspeed = key_literals("src/config/deepspeed_file.rs");
     assert!(deepspeed.contains("zero_optimization"), "{deepspeed:?}");

@@ -1,6 +1,11 @@
 //! The command line of `reranker`. Parsing here, deciding in [`crate::config`], doing in the jobs.
 
 mod commands;
+mod convert;
+mod eval;
+mod model;
+mod output;
+mod score;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -8,10 +13,12 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::config;
-use crate::data::RecordForm;
 use crate::error::Result;
 
 pub use commands::run;
+pub use convert::ConvertArgs;
+pub use eval::EvalArgs;
+pub use score::ScoreArgs;
 
 /// Trains text rerankers, and scores with them.
 #[derive(Debug, Parser)]
@@ -27,11 +34,13 @@ pub struct Cli {
 pub enum Command {
     /// Train as one worker; rr-launch, torchrun, srun or a hand starts it
     Train(PlanArgs),
+    /// Train as one worker on a teacher's scores of the training data
+    Distill(DistillArgs),
     /// Check a configuration and everything it names, and print the plan
     Check(CheckArgs),
     /// Score query-document pairs
     Score(ScoreArgs),
-    /// Measure nDCG@10, MRR@10 and MAP on grouped data
+    /// Measure nDCG, MRR, MAP and recall of models, or of rankings in TREC files
     Eval(EvalArgs),
     /// Convert data between pointwise, grouped and pos/neg records, or merge an adapter
     Convert(ConvertArgs),
@@ -76,6 +85,16 @@ fn seconds(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| "expected a number of seconds above 0, such as 600".to_owned())
 }
 
+/// Arguments of `distill`.
+#[derive(Debug, Args)]
+pub struct DistillArgs {
+    #[command(flatten)]
+    plan: PlanArgs,
+    /// End when the teacher has scored the training data
+    #[arg(long)]
+    scores_only: bool,
+}
+
 /// Arguments of `check`.
 #[derive(Debug, Args)]
 pub struct CheckArgs {
@@ -92,106 +111,6 @@ pub struct CheckArgs {
     for_launch: bool,
 }
 
-/// Arguments of `score`.
-#[derive(Debug, Args)]
-pub struct ScoreArgs {
-    /// Model directory or hub id
-    #[arg(long, value_name = "MODEL")]
-    model: PathBuf,
-    /// Pairs to score, `-` for standard input: JSON lines with query and content, or TSV
-    #[arg(long, value_name = "FILE", default_value = "-")]
-    input: PathBuf,
-    /// Form of the input; by default from its name, JSON lines where that does not say
-    #[arg(long, value_enum)]
-    format: Option<FormatArg>,
-    /// Where the scores go, `-` for standard output: a JSON line for each pair, in order
-    #[arg(long, value_name = "FILE", default_value = "-")]
-    output: PathBuf,
-    /// Repeat the texts in the output
-    #[arg(long)]
-    echo: bool,
-    #[command(flatten)]
-    options: ModelArgs,
-}
-
-/// Arguments of `eval`.
-#[derive(Debug, Args)]
-pub struct EvalArgs {
-    /// Model directory or hub id
-    #[arg(long, value_name = "MODEL", required_unless_present = "bm25")]
-    model: Option<PathBuf>,
-    /// Grouped data, or pointwise data that is gathered by query
-    #[arg(long, value_name = "FILE")]
-    data: PathBuf,
-    /// Key of the labels
-    #[arg(long, value_name = "KEY", default_value = "label")]
-    label_key: String,
-    /// Rank by BM25 as well
-    #[arg(long)]
-    bm25: bool,
-    /// Print one JSON object instead of a table
-    #[arg(long)]
-    json: bool,
-    #[command(flatten)]
-    options: ModelArgs,
-}
-
-/// Arguments of `convert`.
-#[derive(Debug, Args)]
-pub struct ConvertArgs {
-    /// Records of any form, plain, gzip or zstd; `-` for standard input
-    #[arg(long, value_name = "FILE", default_value = "-")]
-    input: PathBuf,
-    /// Where the records go, compressed where the name ends in .gz or .zst; `-` for standard output
-    #[arg(long, value_name = "FILE", default_value = "-")]
-    output: PathBuf,
-    /// Form of the output
-    #[arg(long, value_enum, required_unless_present = "merge")]
-    to: Option<RecordFormArg>,
-    /// An adapter (directory or hub id) to merge into its base model; --output is the directory of
-    /// the whole model, and data is left alone
-    #[arg(long, value_name = "MODEL", requires = "output", conflicts_with_all = [
-        "input", "to", "label_key", "max_label", "min_label", "positive_from", "gather", "lossy",
-    ])]
-    merge: Option<String>,
-    /// Key of the labels
-    #[arg(long, value_name = "KEY", default_value = "label")]
-    label_key: String,
-    /// Label of positives without scores
-    #[arg(long, value_name = "LABEL", default_value_t = 1.0, allow_negative_numbers = true)]
-    max_label: f64,
-    /// Label of negatives without scores
-    #[arg(long, value_name = "LABEL", default_value_t = 0.0, allow_negative_numbers = true)]
-    min_label: f64,
-    /// The least label of a positive, for pos/neg records of graded labels
-    #[arg(long, value_name = "LABEL", allow_negative_numbers = true)]
-    positive_from: Option<f64>,
-    /// Gather pointwise records by query in memory; without it those of a query have to stand
-    /// together
-    #[arg(long)]
-    gather: bool,
-    /// Leave out what the output's form cannot hold, instead of stopping
-    #[arg(long)]
-    lossy: bool,
-}
-
-/// How a model is run.
-#[derive(Debug, Args)]
-pub struct ModelArgs {
-    /// Pairs per forward pass
-    #[arg(long, value_name = "N", default_value_t = 32)]
-    batch_size: usize,
-    /// The most tokens of a pair; by default what the model was trained with
-    #[arg(long, value_name = "N")]
-    max_len: Option<usize>,
-    /// How to ask a language model without a score head: qwen3-reranker or bge-reranker-gemma
-    #[arg(long, value_name = "NAME")]
-    prompt: Option<String>,
-    /// Kind of device; by default a GPU where there is one
-    #[arg(long, value_enum)]
-    device: Option<DeviceArg>,
-}
-
 /// The kinds of devices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum DeviceArg {
@@ -199,36 +118,6 @@ pub enum DeviceArg {
     Cpu,
     /// An NVIDIA GPU
     Cuda,
-}
-
-/// The forms of scoring input.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum FormatArg {
-    /// {"query": …, "content": …} a line
-    Jsonl,
-    /// query, a tab, content
-    Tsv,
-}
-
-/// The forms of records.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum RecordFormArg {
-    /// {"query", "content", "label"}: a document a line
-    Pointwise,
-    /// {"query", "hits": [{"content", "label"}]}: a query a line
-    Grouped,
-    /// {"query", "pos", "neg"}, with scores where labels need them
-    Posneg,
-}
-
-impl From<RecordFormArg> for RecordForm {
-    fn from(form: RecordFormArg) -> Self {
-        match form {
-            RecordFormArg::Pointwise => Self::Pointwise,
-            RecordFormArg::Grouped => Self::Grouped,
-            RecordFormArg::Posneg => Self::PosNeg,
-        }
-    }
 }
 
 impl From<DeviceArg> for config::Device {

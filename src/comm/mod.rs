@@ -8,7 +8,9 @@ mod solo;
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
+use rr_launch::contract::WorkerEnv;
 use tch::Tensor;
 
 pub use gloo::Gloo;
@@ -79,6 +81,17 @@ pub trait Communicator: fmt::Debug {
     fn leave(&self) -> Result<()> {
         self.barrier()
     }
+}
+
+/// The longest wait for another rank where nothing else is asked for.
+pub const TIMEOUT: Duration = Duration::from_secs(600);
+
+/// The ranks that `env` describes, for work that moves host values only: over TCP, or a world of one.
+///
+/// # Errors
+/// As [`Gloo::join`].
+pub fn join_hosts(env: &WorkerEnv) -> Result<Box<dyn Communicator>> {
+    Ok(if env.world_size == 1 { Box::new(Solo) } else { Box::new(Gloo::join(env, TIMEOUT)?) })
 }
 
 /// What a collective is for.

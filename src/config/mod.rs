@@ -17,6 +17,7 @@ mod resolve;
 mod resolve_parallel;
 mod scalar;
 mod support;
+mod teacher;
 mod training;
 mod tree;
 
@@ -30,4 +31,5 @@ pub use plan::{
     Tracker, TrainingPlan, ValidationPlan, ZeroStage,
 };
 pub use reader::Origin;
+pub use teacher::TeacherPlan;
 pub use tree::Place;

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize, Serializer};
 
 use super::lora::LoraPlan;
 use super::reader::Origin;
+use super::teacher::TeacherPlan;
 use crate::error::Error;
 
 /// What the command line hands to the configuration.
@@ -170,6 +171,9 @@ pub struct DataPlan {
     pub cache_dir: Option<PathBuf>,
     /// Drop bad records and report them, instead of stopping.
     pub skip_bad_records: bool,
+    /// Whose scores are the training labels, in place of those in the records.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub teacher: Option<TeacherPlan>,
 }
 
 /// The forms of a data set.

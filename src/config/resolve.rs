@@ -13,6 +13,7 @@ use super::plan::{
 };
 use super::reader::{Auto, Fields, Log, Origin, Setting, unknown_override};
 use super::support;
+use super::teacher::TeacherPlan;
 use super::training::{RawTraining, TRACKERS};
 use super::tree::{Mapping, Place, read};
 use crate::error::{Error, Result};
@@ -188,11 +189,18 @@ impl Resolver<'_> {
         Ok(plan)
     }
 
-    fn data(&self, raw: &RawTraining, sources: &Sources) -> Result<DataPlan> {
+    fn data(&mut self, raw: &RawTraining, sources: &Sources) -> Result<DataPlan> {
         let train = self.required(raw.train_dataset.as_ref(), "train_dataset", "a JSONL file")?;
         let validation = text(raw.val_dataset.as_ref(), "");
         let cache_dir = text(raw.cache_dir.as_ref(), "");
         let group_size = count(raw.train_group_size.as_ref(), 8, 1)?;
+        let teacher = raw.teacher.as_ref();
+        let teacher =
+            teacher.map(|section| TeacherPlan::from_raw(section, raw, sources)).transpose()?;
+        if let (Some(_), Some(setting)) = (&teacher, &raw.train_label_key) {
+            let Setting { place, key, .. } = setting;
+            self.notices.push(format!("{place}: {key} has no effect: a teacher gives the labels"));
+        }
         Ok(DataPlan {
             train: train.into(),
             validation: (!validation.is_empty()).then(|| PathBuf::from(validation)),
@@ -206,6 +214,7 @@ impl Resolver<'_> {
             shuffle_rate: share(raw.shuffle_rate.as_ref(), 0.0)?,
             cache_dir: (!cache_dir.is_empty()).then(|| PathBuf::from(cache_dir)),
             skip_bad_records: sources.skip_bad_records,
+            teacher,
         })
     }
 

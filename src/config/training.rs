@@ -7,6 +7,7 @@ use super::plan::{
     DatasetKind, LossKind, LrGroup, Metric, ModelKind, Precision, SaveFailure, Tracker,
 };
 use super::reader::{Fields, Setting};
+use super::teacher::RawTeacher;
 use super::tree::Place;
 use crate::error::Result;
 
@@ -34,6 +35,8 @@ pub struct RawTraining {
     pub max_len: Option<Setting<i64>>,
     pub shuffle_rate: Option<Setting<f64>>,
     pub cache_dir: Option<Setting<String>>,
+    /// The section, where it is given.
+    pub teacher: Option<RawTeacher>,
 
     pub loss_type: Option<Setting<LossKind>>,
 
@@ -146,6 +149,7 @@ impl RawTraining {
             max_len: fields.integer(&["max_len"])?,
             shuffle_rate: fields.float("shuffle_rate")?,
             cache_dir: fields.string("cache_dir")?,
+            teacher: fields.optional_section("teacher", RawTeacher::read)?,
             loss_type: fields.choice("loss_type", LOSSES)?,
             output_dir: fields.string("output_dir")?,
             epochs: fields.integer(&["epochs", "epoch"])?,

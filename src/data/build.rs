@@ -233,7 +233,10 @@ impl<'a> Builder<'a> {
             pairs: dataset.pair_count(),
             queries: dataset.query_count(),
             groups: dataset.group_count(),
-            labels: LabelHistogram::of(dataset.pairs().map(|pair| pair.label)),
+            labels: match self.options.label_key {
+                Some(_) => LabelHistogram::of(dataset.pairs().map(|pair| pair.label)),
+                None => LabelHistogram::Values(Vec::new()),
+            },
             dropped: self.dropped,
             notes,
         };

@@ -95,7 +95,7 @@ struct Key {
     bytes: u64,
     times: [i64; 4],
     kind: Option<DatasetKind>,
-    label_key: String,
+    label_key: Option<String>,
     label_range: [f64; 2],
     skip_bad_records: bool,
     tokenizer: u64,

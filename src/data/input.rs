@@ -1,107 +1,177 @@
 //! Pairs to score, read as they come.
 
 use std::io::BufRead;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::Serialize;
+use serde_json::{Map, Value};
 
 use super::lines::{Line, Lines, too_long};
-use super::record::{parse_object, string_at, strip};
+use super::record::{RecordError, list_at, parse_object, string_at, strip, wrong_type};
 use crate::error::{Error, Result};
 
-/// How a line holds a pair.
+/// Lines and bytes after which a chunk ends: enough to sort by length and to fill a GPU, few enough
+/// to stream and to share out over ranks.
+const CHUNK_LINES: usize = 512;
+const CHUNK_BYTES: usize = 1 << 20;
+
+/// How a line holds its pairs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum InputFormat {
-    /// `{"query": .., "content": ..}`; other keys are ignored.
+    /// `{"query": .., "content": ..}`, or a record of several documents: `"hits"` of objects with
+    /// `"content"`, or lists of texts `"pos"` and `"neg"`. Other keys, labels too, are ignored.
     JsonLines,
     /// `query<TAB>content`.
     Tsv,
 }
 
 /// A pair to score.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct InputPair {
-    /// One-based line.
-    pub line: u32,
-    /// Stripped.
+    /// Stripped, never empty.
     pub query: String,
     /// Stripped.
     pub content: String,
 }
 
-/// Pairs from any reader, one line at a time; blank lines are skipped. After an error it ends.
-pub struct InputPairs<R> {
-    lines: Lines<R>,
-    name: PathBuf,
+/// Consecutive lines of an input, not yet parsed. Where chunks begin depends on the input alone.
+#[derive(Debug)]
+pub struct InputChunk {
+    /// Number of the chunk, from 0.
+    pub number: u64,
+    name: Arc<Path>,
     format: InputFormat,
-    failed: bool,
+    /// One-based numbers of lines that are not blank, with their bytes; none where a line is too
+    /// long to be read.
+    lines: Vec<(u32, Option<Box<[u8]>>)>,
 }
 
-impl InputPairs<Box<dyn BufRead + Send>> {
-    /// Pairs from a plain, gzip or zstd file.
+impl InputChunk {
+    /// The pairs, in order: one for each document of each line.
+    ///
+    /// # Errors
+    /// [`Error::Data`] with the first line that cannot be used.
+    pub fn pairs(&self) -> Result<Vec<InputPair>> {
+        let mut pairs = Vec::with_capacity(self.lines.len());
+        for (line, bytes) in &self.lines {
+            let parsed = match (bytes, self.format) {
+                (None, _) => Err(too_long()),
+                (Some(bytes), InputFormat::JsonLines) => json_pairs(bytes),
+                (Some(bytes), InputFormat::Tsv) => tsv_pair(bytes).map(|pair| vec![pair]),
+            };
+            pairs.extend(parsed.map_err(|message| Error::Data {
+                path: self.name.to_path_buf(),
+                line: *line as usize,
+                message,
+            })?);
+        }
+        Ok(pairs)
+    }
+}
+
+/// The chunks of any reader; blank lines are skipped. After an error it ends.
+pub struct InputChunks<R> {
+    lines: Lines<R>,
+    name: Arc<Path>,
+    format: InputFormat,
+    number: u64,
+    ended: bool,
+}
+
+impl InputChunks<Box<dyn BufRead + Send>> {
+    /// Chunks of a plain, gzip or zstd file.
     ///
     /// # Errors
     /// [`Error::Io`] when it cannot be opened.
-    pub fn open(path: impl Into<PathBuf>, format: InputFormat) -> Result<Self> {
-        let name = path.into();
-        Ok(Self { lines: Lines::open(&name)?.0, name, format, failed: false })
+    pub fn open(path: &Path, format: InputFormat) -> Result<Self> {
+        Ok(Self::over(Lines::open(path)?.0, path.into(), format))
     }
 }
 
-impl<R: BufRead> InputPairs<R> {
-    /// Pairs from a reader; `name` stands for it in errors, such as `<stdin>`.
+impl<R: BufRead> InputChunks<R> {
+    /// Chunks of a reader; `name` stands for it in errors, such as `<stdin>`.
     pub fn new(reader: R, name: impl Into<PathBuf>, format: InputFormat) -> Self {
-        Self { lines: Lines::new(reader), name: name.into(), format, failed: false }
+        Self::over(Lines::new(reader), name.into(), format)
     }
 
-    fn next_pair(&mut self) -> Result<Option<InputPair>> {
-        loop {
+    fn over(lines: Lines<R>, name: PathBuf, format: InputFormat) -> Self {
+        Self { lines, name: name.into(), format, number: 0, ended: false }
+    }
+
+    fn next_chunk(&mut self) -> Result<Option<InputChunk>> {
+        let (mut lines, mut bytes) = (Vec::new(), 0);
+        while lines.len() < CHUNK_LINES && bytes < CHUNK_BYTES {
             let before = self.lines.number();
             let line = self.lines.next().map_err(|source| Error::File {
-                path: self.name.clone(),
+                path: self.name.to_path_buf(),
                 message: format!("cannot read on after line {before}: {source}"),
             })?;
-            let parsed = match line {
-                None => return Ok(None),
-                Some(Line::Bytes(bytes)) if bytes.trim_ascii().is_empty() => continue,
-                Some(Line::Bytes(bytes)) => match self.format {
-                    InputFormat::JsonLines => json_pair(bytes),
-                    InputFormat::Tsv => tsv_pair(bytes),
-                },
-                Some(Line::TooLong) => Err(too_long()),
-            };
-            let line = before + 1;
-            return match parsed {
-                Ok((query, content)) => Ok(Some(InputPair { line, query, content })),
-                Err(message) => {
-                    Err(Error::Data { path: self.name.clone(), line: line as usize, message })
+            match line {
+                None => break,
+                Some(Line::Bytes(text)) if text.trim_ascii().is_empty() => {}
+                Some(Line::Bytes(text)) => {
+                    bytes += text.len();
+                    lines.push((before + 1, Some(text.into())));
                 }
-            };
+                Some(Line::TooLong) => lines.push((before + 1, None)),
+            }
         }
+        let (number, name) = (self.number, Arc::clone(&self.name));
+        self.number += 1;
+        let chunk = InputChunk { number, name, format: self.format, lines };
+        Ok((!chunk.lines.is_empty()).then_some(chunk))
     }
 }
 
-impl<R: BufRead> Iterator for InputPairs<R> {
-    type Item = Result<InputPair>;
+impl<R: BufRead> Iterator for InputChunks<R> {
+    type Item = Result<InputChunk>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.failed {
+        if self.ended {
             return None;
         }
-        let pair = self.next_pair();
-        self.failed = pair.is_err();
-        pair.transpose()
+        let chunk = self.next_chunk();
+        self.ended = !matches!(chunk, Ok(Some(_)));
+        chunk.transpose()
     }
 }
 
-fn json_pair(line: &[u8]) -> Result<(String, String), String> {
-    let pair = || {
-        let object = parse_object(line)?;
-        let text = |key| string_at(&object, key, "").map(|text| strip(text).to_owned());
-        Ok((text("query")?, text("content")?))
-    };
-    pair().map_err(|error: super::record::RecordError| error.message).and_then(with_query)
+fn json_pairs(line: &[u8]) -> Result<Vec<InputPair>, String> {
+    let object = parse_object(line).map_err(|error| error.message)?;
+    let parts = || Ok((string_at(&object, "query", "")?, documents(&object)?));
+    let (query, documents) = parts().map_err(|error: RecordError| error.message)?;
+    if documents.is_empty() {
+        return Err("no documents in the record, expected at least one".to_owned());
+    }
+    documents.into_iter().map(|content| pair(query, content)).collect()
 }
 
-fn tsv_pair(line: &[u8]) -> Result<(String, String), String> {
+/// The documents of a record of any form, in order; of a pos/neg record the positives first.
+fn documents(object: &Map<String, Value>) -> Result<Vec<&str>, RecordError> {
+    let has = |key| object.contains_key(key);
+    if has("content") || !["hits", "pos", "neg"].into_iter().any(has) {
+        return Ok(vec![string_at(object, "content", "")?]);
+    }
+    let mut documents = Vec::new();
+    for (i, hit) in list_at(object, "hits")?.iter().enumerate() {
+        documents.push(match hit {
+            Value::Object(hit) => string_at(hit, "content", &format!("hits[{i}]."))?,
+            other => return wrong_type(&format!("hits[{i}]"), other, "an object"),
+        });
+    }
+    for key in ["pos", "neg"] {
+        for (i, text) in list_at(object, key)?.iter().enumerate() {
+            documents.push(match text {
+                Value::String(text) => text,
+                other => return wrong_type(&format!("{key}[{i}]"), other, "a string"),
+            });
+        }
+    }
+    Ok(documents)
+}
+
+fn tsv_pair(line: &[u8]) -> Result<InputPair, String> {
     let text = std::str::from_utf8(line).map_err(|error| {
         format!("not UTF-8 at byte {} of the line, expected UTF-8", error.valid_up_to() + 1)
     })?;
@@ -111,11 +181,15 @@ fn tsv_pair(line: &[u8]) -> Result<(String, String), String> {
         let plural = if count == 1 { "" } else { "s" };
         return Err(format!("{count} column{plural}, expected a query, a tab and a document"));
     };
-    with_query((strip(query).to_owned(), strip(content).to_owned()))
+    pair(query, content)
 }
 
-fn with_query(pair: (String, String)) -> Result<(String, String), String> {
-    if pair.0.is_empty() { Err("the query is empty, expected text".to_owned()) } else { Ok(pair) }
+fn pair(query: &str, content: &str) -> Result<InputPair, String> {
+    let (query, content) = (strip(query).to_owned(), strip(content).to_owned());
+    if query.is_empty() {
+        return Err("the query is empty, expected text".to_owned());
+    }
+    Ok(InputPair { query, content })
 }
 
 #[cfg(test)]
@@ -123,25 +197,57 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
     use super::*;
 
+    fn pairs_of(bytes: &[u8], format: InputFormat) -> Result<Vec<(String, String)>> {
+        let mut all = Vec::new();
+        for chunk in InputChunks::new(bytes, "in", format) {
+            all.extend(chunk?.pairs()?.into_iter().map(|pair| (pair.query, pair.content)));
+        }
+        Ok(all)
+    }
+
+    fn owned(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
+        pairs.iter().map(|&(query, content)| (query.to_owned(), content.to_owned())).collect()
+    }
+
     #[test]
-    fn both_formats_are_read_with_their_lines() {
+    fn both_formats_are_read() {
         let json = "\u{feff}{\"query\": \" q \", \"content\": \"d\\t\", \"id\": 4}\r\n\n{\"query\":\"问\",\"content\":\"\"}";
         let tsv = "q\td\n  \n问\t\n";
         for (text, format) in [(json, InputFormat::JsonLines), (tsv, InputFormat::Tsv)] {
-            let pairs = InputPairs::new(text.as_bytes(), "in", format);
-            let pairs: Vec<_> = pairs.map(|pair| pair.unwrap()).collect();
-            let pair = |line, query: &str, content: &str| InputPair {
-                line,
-                query: query.to_owned(),
-                content: content.to_owned(),
-            };
-            assert_eq!(pairs, [pair(1, "q", "d"), pair(3, "问", "")], "{format:?}");
+            let expected = owned(&[("q", "d"), ("问", "")]);
+            assert_eq!(pairs_of(text.as_bytes(), format).unwrap(), expected, "{format:?}");
         }
     }
 
     #[test]
-    fn bad_lines_are_named_and_end_the_stream() {
-        let cases: [(&[u8], InputFormat, &str); 6] = [
+    fn records_of_several_documents_give_a_pair_for_each() {
+        let lines = r#"{"query": "a", "hits": [{"content": "1", "label": 2}, {"content": "2"}]}
+                       {"query": "b", "neg": ["4"], "pos": [" 3"]}
+                       {"query": "c", "content": "5", "pos": ["no"]}"#;
+        let expected = owned(&[("a", "1"), ("a", "2"), ("b", "3"), ("b", "4"), ("c", "5")]);
+        assert_eq!(pairs_of(lines.as_bytes(), InputFormat::JsonLines).unwrap(), expected);
+    }
+
+    #[test]
+    fn chunks_are_numbered_and_hold_a_bounded_number_of_lines_and_bytes() {
+        let short = "q\td\n\n".repeat(2 * CHUNK_LINES + 1);
+        let long = format!("q\t{}\n", "d".repeat(CHUNK_BYTES)).repeat(2);
+        for (text, expected) in [
+            (short, vec![CHUNK_LINES, CHUNK_LINES, 1]),
+            (long, vec![1, 1]),
+            (String::new(), vec![]),
+        ] {
+            let chunks = InputChunks::new(text.as_bytes(), "in", InputFormat::Tsv);
+            let chunks: Vec<_> = chunks.map(|chunk| chunk.unwrap()).collect();
+            assert!(chunks.iter().map(|chunk| chunk.number).eq(0..expected.len() as u64));
+            let sizes: Vec<_> = chunks.iter().map(|chunk| chunk.pairs().unwrap().len()).collect();
+            assert_eq!(sizes, expected);
+        }
+    }
+
+    #[test]
+    fn bad_lines_are_named() {
+        let cases: [(&[u8], InputFormat, &str); 10] = [
             (
                 b"{\"query\":\"q\"}",
                 InputFormat::JsonLines,
@@ -151,6 +257,26 @@ mod tests {
                 b"{\"query\":\" \",\"content\":\"d\"}",
                 InputFormat::JsonLines,
                 "in:2: the query is empty, expected text",
+            ),
+            (
+                b"{\"query\":\"q\",\"hits\":[]}",
+                InputFormat::JsonLines,
+                "in:2: no documents in the record, expected at least one",
+            ),
+            (
+                b"{\"query\":\"q\",\"hits\":[{}]}",
+                InputFormat::JsonLines,
+                "in:2: no \"hits[0].content\" (no keys found), expected a string there",
+            ),
+            (
+                b"{\"query\":\"q\",\"hits\":[3]}",
+                InputFormat::JsonLines,
+                "in:2: \"hits[0]\" is a number, expected an object",
+            ),
+            (
+                b"{\"query\":\"q\",\"pos\":[null]}",
+                InputFormat::JsonLines,
+                "in:2: \"pos[0]\" is null, expected a string",
             ),
             (
                 b"one column",
@@ -171,9 +297,7 @@ mod tests {
         ];
         for (bytes, format, expected) in cases {
             let input = [b"\n", bytes, b"\nq\td\n"].concat();
-            let mut pairs = InputPairs::new(input.as_slice(), "in", format);
-            assert_eq!(pairs.next().unwrap().unwrap_err().to_string(), expected);
-            assert!(pairs.next().is_none());
+            assert_eq!(pairs_of(&input, format).unwrap_err().to_string(), expected);
         }
     }
 }

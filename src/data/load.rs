@@ -26,8 +26,8 @@ pub struct LoadOptions {
     pub path: PathBuf,
     /// How to use the records; `None` takes it from the first record.
     pub kind: Option<DatasetKind>,
-    /// The key of the label, in a pointwise record or in a hit.
-    pub label_key: String,
+    /// The key of the label, in a pointwise record or in a hit; `None` reads no labels, and all are 0.
+    pub label_key: Option<String>,
     /// The pointwise label that becomes 0.
     pub label_min: f64,
     /// The pointwise label that becomes 1.
@@ -44,7 +44,7 @@ impl LoadOptions {
         Self {
             path: path.into(),
             kind: None,
-            label_key: "label".to_owned(),
+            label_key: Some("label".to_owned()),
             label_min: 0.0,
             label_max: 1.0,
             skip_bad_records: false,

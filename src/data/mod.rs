@@ -31,7 +31,7 @@ pub use cache::CacheOptions;
 pub use chars::is_cjk;
 pub use encode::Encode;
 pub(crate) use encode::QueryKey;
-pub use input::{InputFormat, InputPair, InputPairs};
+pub use input::{InputChunk, InputChunks, InputFormat, InputPair};
 pub use load::LoadOptions;
 pub use report::{DropReason, Dropped, LabelHistogram, LoadReport};
 pub use sampler::{Epoch, MicroBatchPlan, Sampler, SamplerOptions, SamplerReport, StepPlan};

@@ -39,7 +39,8 @@ pub(crate) struct Record {
 /// How labels are found and what they become.
 #[derive(Debug, Clone)]
 pub(crate) struct LabelRule {
-    pub(crate) key: String,
+    /// `None` where labels are not read, and all are 0.
+    pub(crate) key: Option<String>,
     /// Pointwise labels are mapped onto `[0, 1]`, grouped ones are kept.
     pub(crate) kind: DatasetKind,
     pub(crate) min: f64,
@@ -151,7 +152,7 @@ fn document(
     place: &str,
 ) -> RecordResult<(Box<str>, f64)> {
     let content = strip(string_at(object, "content", place)?);
-    let key = rule.key.as_str();
+    let Some(key) = rule.key.as_deref() else { return Ok((content.into(), 0.0)) };
     let Some(value) = object.get(key) else {
         let message = format!(
             "no \"{place}{key}\" ({}), expected a number there or another label key",
@@ -165,8 +166,9 @@ fn document(
 fn hits(object: &Map<String, Value>, rule: &LabelRule) -> RecordResult<Documents> {
     let hits = list_at(object, "hits")?;
     if hits.is_empty() {
+        let key = rule.key.iter().map(|key| format!(", \"{key}\""));
         let message =
-            format!("\"hits\" is empty, expected {{\"content\", \"{}\"}} in it", rule.key);
+            format!("\"hits\" is empty, expected {{\"content\"{}}} in it", key.collect::<String>());
         return bad(DropReason::NoDocuments, message);
     }
     hits.iter()
@@ -206,7 +208,9 @@ fn positives_and_negatives(
             let Value::String(content) = text else {
                 return wrong_type(&format!("{key}[{i}]"), text, "a string");
             };
-            let label = if let Some(scores) = scores {
+            let label = if rule.key.is_none() {
+                0.0
+            } else if let Some(scores) = scores {
                 label(&scores[i], rule, &format!("\"{scores_key}[{i}]\""))?
             } else {
                 implied = true;
@@ -249,7 +253,8 @@ pub(crate) fn string_at<'a>(
     }
 }
 
-fn list_at<'a>(object: &'a Map<String, Value>, key: &str) -> RecordResult<&'a [Value]> {
+/// The list under `key`, empty where there is none.
+pub(crate) fn list_at<'a>(object: &'a Map<String, Value>, key: &str) -> RecordResult<&'a [Value]> {
     match object.get(key) {
         Some(Value::Array(list)) => Ok(list),
         Some(other) => wrong_type(key, other, "a list"),
@@ -257,7 +262,8 @@ fn list_at<'a>(object: &'a Map<String, Value>, key: &str) -> RecordResult<&'a [V
     }
 }
 
-fn wrong_type<T>(place: &str, found: &Value, expected: &str) -> RecordResult<T> {
+/// What is said of a value of another type than `expected`.
+pub(crate) fn wrong_type<T>(place: &str, found: &Value, expected: &str) -> RecordResult<T> {
     let message = format!("\"{place}\" is {}, expected {expected}", type_name(found));
     bad(DropReason::WrongType, message)
 }

@@ -62,7 +62,8 @@ pub struct Dropped {
 /// How often each label occurs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum LabelHistogram {
-    /// Up to [`LabelHistogram::MAX_DISTINCT`] distinct values: each with its count, ascending.
+    /// Up to [`LabelHistogram::MAX_DISTINCT`] distinct values: each with its count, ascending. None
+    /// where labels were not read.
     Values(Vec<(f32, usize)>),
     /// More than that: counts in equal bins between the smallest and the largest label.
     Bins {
@@ -112,6 +113,7 @@ impl LabelHistogram {
 impl fmt::Display for LabelHistogram {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Values(values) if values.is_empty() => f.write_str("not read"),
             Self::Values(values) => {
                 let shown: Vec<_> =
                     values.iter().map(|(v, n)| format!("{v} x {}", grouped(*n))).collect();

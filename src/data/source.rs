@@ -90,7 +90,8 @@ impl SourceRecords {
         LabelRange { min, max }: LabelRange,
     ) -> Self {
         // Labels of grouped data are kept as they are.
-        let rule = LabelRule { key: label_key.to_owned(), kind: DatasetKind::Grouped, min, max };
+        let rule =
+            LabelRule { key: Some(label_key.to_owned()), kind: DatasetKind::Grouped, min, max };
         Self { lines, path: path.to_owned(), rule, failed: false }
     }
 
@@ -145,7 +146,7 @@ fn source(
     object: &Map<String, Value>,
     rule: &LabelRule,
 ) -> SourceRecord {
-    let label_key = rule.key.as_str();
+    let label_key = rule.key.as_deref().unwrap_or_default();
     let form = if record.is_single {
         RecordForm::Pointwise
     } else if object.contains_key("hits") {

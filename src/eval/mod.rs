@@ -49,7 +49,7 @@ impl Evaluation {
 pub fn load(path: &std::path::Path, label_key: &str) -> Result<Dataset> {
     let options = LoadOptions {
         kind: Some(DatasetKind::Grouped),
-        label_key: label_key.to_owned(),
+        label_key: Some(label_key.to_owned()),
         ..LoadOptions::new(path)
     };
     Ok(Dataset::load(&options)?.0)

@@ -10,33 +10,50 @@
 //! # Ok(()) }
 //! ```
 
+mod file;
 mod form;
+mod pipeline;
+mod store;
 mod stream;
 
 use std::path::Path;
 use std::sync::Arc;
 
+use serde_json::{Value, json};
 use tch::{Device, Kind};
 
+pub use file::{FileJob, Progress};
 pub use form::PairTexts;
+pub use pipeline::score_pairs;
+pub use store::{Due, Earlier, ScoreStore};
 pub use stream::{Scored, score_stream};
 
 use crate::comm::{Groups, Solo};
+use crate::data::Encode as _;
 use crate::engine::{Engine, EngineOptions};
 use crate::error::{Error, Result};
 use crate::model::weights::WeightFiles;
 use crate::model::{ModelConfig, PackedBatch, Pretrained};
-use crate::shard::ParameterGroups;
+use crate::shard::{FlatUnit, ParameterGroups};
 use crate::text::{EncodedPair, PairTokenizer, TokenBatch, TokenPrompt};
 use form::Form;
 
 /// The head that a checkpoint lacks is drawn from this seed when scoring without training.
 const UNTRAINED_HEAD_SEED: u64 = 666;
 
+/// Pairs per forward pass, at most, when nothing else is asked for: so many that tokens decide.
+pub const DEFAULT_BATCH_SIZE: usize = 512;
+
+/// Tokens per forward pass on the CPU, whose caches should hold the rows, and on a GPU, which wants
+/// enough rows to be busy.
+const BATCH_TOKENS_CPU: usize = 4096;
+const BATCH_TOKENS_GPU: usize = 16_384;
+
 /// How to score.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ScoreOptions {
-    /// Pairs per forward pass.
+    /// Pairs per forward pass, at most: a batch ends before it has more than 4,096 tokens on the CPU
+    /// or 16,384 on a GPU.
     pub batch_size: usize,
     /// The most tokens of a pair; `None` takes what the model was trained with.
     pub max_len: Option<usize>,
@@ -46,7 +63,7 @@ pub struct ScoreOptions {
 
 impl Default for ScoreOptions {
     fn default() -> Self {
-        Self { batch_size: 32, max_len: None, normalize: true }
+        Self { batch_size: DEFAULT_BATCH_SIZE, max_len: None, normalize: true }
     }
 }
 
@@ -59,6 +76,7 @@ pub struct CrossEncoder {
     tokenizer: Arc<PairTokenizer>,
     max_len: usize,
     positions: usize,
+    config_crc: u32,
     initialised: Vec<String>,
     assumed: Option<&'static TokenPrompt>,
 }
@@ -97,20 +115,34 @@ impl CrossEncoder {
         device: Device,
         prompt: Option<&str>,
     ) -> Result<Self> {
-        let Pretrained { dir, mut config, weights, .. } =
-            Pretrained::open(&dir.as_ref().to_string_lossy())?;
-        let dir = dir.as_path();
-        let Form { tokenizer, max_len, assumed } =
-            Form::of_dir(dir, &mut config, &weights, prompt)?;
+        let Opened { config, weights, form, initialised } = Opened::new(dir.as_ref(), prompt)?;
+        let Form { tokenizer, max_len, assumed } = form;
         let tokenizer = Arc::new(tokenizer);
-        let initialised = check_model(dir, &config, &weights, &tokenizer)?;
         let rates = ParameterGroups { lr: 0.0, weight_decay: 0.0, special: Vec::new() };
         let options = EngineOptions::whole(device);
         let engine = Engine::load(&config, &weights, UNTRAINED_HEAD_SEED, &rates, options)?;
         let positions = config.max_positions();
         let max_len = max_len.unwrap_or(positions).min(positions);
         let groups = Groups::flat(Box::new(Solo));
-        Ok(Self { engine, groups, tokenizer, max_len, positions, initialised, assumed })
+        let config_crc = crc32fast::hash(config.raw.to_string().as_bytes());
+        Ok(Self { engine, groups, tokenizer, max_len, positions, config_crc, initialised, assumed })
+    }
+
+    /// Checks all that can be wrong with a model and `max_len` without reading its weights; returns
+    /// what [`CrossEncoder::initialised`] would.
+    ///
+    /// # Errors
+    /// As [`CrossEncoder::with_prompt`]; [`Error::Usage`] for a `max_len` that the model cannot take.
+    pub fn examine(
+        dir: impl AsRef<Path>,
+        prompt: Option<&str>,
+        max_len: Option<usize>,
+    ) -> Result<Vec<String>> {
+        let Opened { config, form, initialised, .. } = Opened::new(dir.as_ref(), prompt)?;
+        if let Some(max_len) = max_len {
+            check_max_len(max_len, &form.tokenizer, config.max_positions())?;
+        }
+        Ok(initialised)
     }
 
     /// The most tokens of a pair that the model takes when nothing else is asked for.
@@ -152,6 +184,23 @@ impl CrossEncoder {
         Ok(if options.normalize { logits.into_iter().map(sigmoid).collect() } else { logits })
     }
 
+    /// What scores depend on besides the pair and `max_len`: weights, configuration, tokenizer and
+    /// the texts around a pair. Equal for equal models, wherever they lie.
+    ///
+    /// # Errors
+    /// [`Error::Training`] when the tokenizer refuses a text.
+    pub fn identity(&self) -> Result<Value> {
+        let weights = self.engine.units().iter().map(FlatUnit::fingerprint);
+        // Holds the template's tokens, and those of a prompt.
+        let sample = self.tokenizer.encode_pair("a query", "a document", self.positions)?;
+        Ok(json!({
+            "weights": format!("{:016x}", weights.fold(0, i64::wrapping_add)),
+            "config": format!("{:08x}", self.config_crc),
+            "tokenizer": format!("{:016x}", self.tokenizer.fingerprint()),
+            "sample": sample.input_ids,
+        }))
+    }
+
     /// The tokenizer, shared with background threads.
     pub(crate) fn tokenizer(&self) -> Arc<PairTokenizer> {
         Arc::clone(&self.tokenizer)
@@ -160,13 +209,7 @@ impl CrossEncoder {
     /// `max_len` as asked for, or the model's own.
     pub(crate) fn checked_max_len(&self, asked: Option<usize>) -> Result<usize> {
         let max_len = asked.unwrap_or(self.max_len);
-        self.tokenizer.check_max_len(max_len)?;
-        if max_len > self.positions {
-            return Err(Error::Usage(format!(
-                "max_len {max_len} is more than the model's {} positions",
-                self.positions
-            )));
-        }
+        check_max_len(max_len, &self.tokenizer, self.positions)?;
         Ok(max_len)
     }
 
@@ -179,18 +222,61 @@ impl CrossEncoder {
         // Longest first: a batch that does not fit fails at once, not after an hour.
         order.sort_by_key(|&i| (std::cmp::Reverse(pairs[i].input_ids.len()), i));
         let mut logits = vec![0.0; pairs.len()];
-        for chunk in order.chunks(batch) {
+        let mut rest = order.as_slice();
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at(self.batch_len(rest, pairs, batch));
             let mut tokens = TokenBatch::default();
-            for &i in chunk {
+            for &i in now {
                 tokens.push(&pairs[i]);
             }
-            for (&i, score) in chunk.iter().zip(score_tokens(&self.engine, &tokens, &self.groups)?)
-            {
+            for (&i, score) in now.iter().zip(score_tokens(&self.engine, &tokens, &self.groups)?) {
                 logits[i] = score;
             }
+            rest = later;
         }
         Ok(logits)
     }
+
+    /// How many of the pairs that are left, in `order`, are the next batch: at least one.
+    fn batch_len(&self, order: &[usize], pairs: &[EncodedPair], batch: usize) -> usize {
+        let most = match self.engine.device() {
+            Device::Cpu => BATCH_TOKENS_CPU,
+            _ => BATCH_TOKENS_GPU,
+        };
+        let mut tokens = 0;
+        let fits = |&&i: &&usize| {
+            tokens += pairs[i].input_ids.len();
+            tokens <= most
+        };
+        order.iter().take(batch).take_while(fits).count().max(1)
+    }
+}
+
+/// A model of which all but the weights has been read.
+struct Opened {
+    config: ModelConfig,
+    weights: WeightFiles,
+    form: Form,
+    initialised: Vec<String>,
+}
+
+impl Opened {
+    fn new(dir: &Path, prompt: Option<&str>) -> Result<Self> {
+        let Pretrained { dir, mut config, weights, .. } = Pretrained::open(&dir.to_string_lossy())?;
+        let form = Form::of_dir(&dir, &mut config, &weights, prompt)?;
+        let initialised = check_model(&dir, &config, &weights, &form.tokenizer)?;
+        Ok(Self { config, weights, form, initialised })
+    }
+}
+
+/// Refuses a `max_len` that leaves no room for a text, or is beyond the model's positions.
+fn check_max_len(max_len: usize, tokenizer: &PairTokenizer, positions: usize) -> Result<()> {
+    tokenizer.check_max_len(max_len)?;
+    if max_len <= positions {
+        return Ok(());
+    }
+    let message = format!("max_len {max_len} is more than the model's {positions} positions");
+    Err(Error::Usage(message))
 }
 
 /// Checks that the weights and the tokenizer fit the configuration; returns the names of

@@ -1,107 +1,74 @@
-//! Scoring a stream of pairs: tokenized ahead in the background, scored in chunks, given back in
-//! order.
+//! Scoring a stream of pairs, each result given out as soon as it is there.
+
+use std::io::BufRead;
 
 use serde::Serialize;
 
+use super::pipeline::score_chunks;
 use super::{CrossEncoder, ScoreOptions, sigmoid};
-use crate::data::InputPair;
-use crate::error::{Error, Result};
-use crate::ordered::ordered_map;
+use crate::data::{InputChunk, InputChunks, InputPair};
+use crate::error::Result;
 use crate::text::EncodedPair;
 
-/// Batches per chunk: enough pairs to sort by length, few enough to stream.
-const BATCHES_PER_CHUNK: usize = 32;
-
-/// Threads that tokenize, and chunks that may wait.
-const TOKENIZER_THREADS: usize = 2;
-const CHUNKS_AHEAD: usize = 2;
-
-/// The score of one input line.
+/// The score of one pair of the input.
 #[derive(Debug, Clone, Serialize)]
 pub struct Scored {
     /// Number of the pair, from 0 in the order of the input.
-    pub index: usize,
+    pub index: u64,
     /// The sigmoid of the logit.
     pub score: f32,
     /// The model's output.
     pub logit: f32,
     /// The pair itself, where it is to be repeated.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
-    pub pair: Option<Texts>,
+    pub pair: Option<InputPair>,
 }
 
-/// A pair's texts as they were scored.
-#[derive(Debug, Clone, Serialize)]
-pub struct Texts {
-    /// The query.
-    pub query: String,
-    /// The document.
-    pub content: String,
+impl Scored {
+    pub(super) fn new(index: u64, logit: f32, pair: Option<InputPair>) -> Self {
+        Self { index, score: sigmoid(logit), logit, pair }
+    }
 }
 
-/// Scores `pairs` as they come and hands each result to `sink`, in order. `echo` repeats the
-/// texts in the results.
+/// Scores the pairs of `chunks` as they come and hands each result to `sink`, in order. `echo`
+/// repeats the texts in the results.
 ///
 /// # Errors
-/// The first bad pair; what the model or the sink reports.
-pub fn score_stream(
+/// The first bad line; what the model or the sink reports.
+pub fn score_stream<R: BufRead + Send + 'static>(
     model: &CrossEncoder,
-    pairs: impl Iterator<Item = Result<InputPair>> + Send + 'static,
+    chunks: InputChunks<R>,
     options: &ScoreOptions,
     echo: bool,
     mut sink: impl FnMut(&Scored) -> Result<()>,
-) -> Result<usize> {
-    let max_len = model.checked_max_len(options.max_len)?;
-    let tokenizer = model.tokenizer();
-    let size = options.batch_size.max(1) * BATCHES_PER_CHUNK;
-    let chunks = Chunks { pairs, size, error: None };
-    let tokenize = move |chunk: Vec<InputPair>| -> Result<Vec<(InputPair, EncodedPair)>> {
-        chunk
-            .into_iter()
-            .map(|pair| {
-                let encoded = tokenizer.encode_pair(&pair.query, &pair.content, max_len)?;
-                Ok((pair, encoded))
-            })
-            .collect()
+) -> Result<u64> {
+    let encode = encoder(model, options)?;
+    let encode = move |chunk: InputChunk| {
+        let pairs = chunk.pairs()?;
+        let encoded = encode(&pairs)?;
+        Ok((if echo { pairs } else { Vec::new() }, encoded))
     };
     let mut index = 0;
-    for chunk in ordered_map(chunks, TOKENIZER_THREADS, CHUNKS_AHEAD, tokenize)? {
-        let (texts, encoded): (Vec<_>, Vec<_>) = chunk?.into_iter().unzip();
-        let logits = model.score_encoded(&encoded, options.batch_size)?;
-        for (text, logit) in texts.into_iter().zip(logits) {
-            let pair = echo.then_some(Texts { query: text.query, content: text.content });
-            sink(&Scored { index, score: sigmoid(logit), logit, pair })?;
+    score_chunks(model, chunks, encode, options.batch_size, |pairs, logits| {
+        let mut pairs = pairs.into_iter();
+        for logit in logits {
+            sink(&Scored::new(index, logit, pairs.next()))?;
             index += 1;
         }
-    }
+        Ok(())
+    })?;
     Ok(index)
 }
 
-/// Groups a stream into lists of `size`; an error comes out after the pairs before it.
-struct Chunks<I> {
-    pairs: I,
-    size: usize,
-    error: Option<Error>,
-}
-
-impl<I: Iterator<Item = Result<InputPair>>> Iterator for Chunks<I> {
-    type Item = Result<Vec<InputPair>>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        if let Some(error) = self.error.take() {
-            return Some(Err(error));
-        }
-        let mut chunk = Vec::new();
-        for pair in self.pairs.by_ref().take(self.size) {
-            match pair {
-                Ok(pair) => chunk.push(pair),
-                Err(error) if chunk.is_empty() => return Some(Err(error)),
-                Err(error) => {
-                    self.error = Some(error);
-                    break;
-                }
-            }
-        }
-        (!chunk.is_empty()).then_some(Ok(chunk))
-    }
+/// What turns pairs of an input into tokens, for background threads.
+pub(super) fn encoder(
+    model: &CrossEncoder,
+    options: &ScoreOptions,
+) -> Result<impl Fn(&[InputPair]) -> Result<Vec<EncodedPair>> + Send + Sync + use<>> {
+    let max_len = model.checked_max_len(options.max_len)?;
+    let tokenizer = model.tokenizer();
+    Ok(move |pairs: &[InputPair]| {
+        let encoded = |pair: &InputPair| tokenizer.encode_pair(&pair.query, &pair.content, max_len);
+        pairs.iter().map(encoded).collect()
+    })
 }

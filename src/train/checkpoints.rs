@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use tracing::{info, warn};
 
 use super::inputs::Inputs;
-use super::output;
+use super::{output, teacher};
 use crate::checkpoint::Sidecar;
 use crate::checkpoint::model_dir::{MAX_SHARD_BYTES, ModelFiles};
 use crate::checkpoint::training::{
@@ -25,6 +25,9 @@ const LOCK: &str = ".lock";
 
 /// The base weights in an identity.
 const WEIGHTS: &str = "base weights (sum of bits)";
+
+/// The contents of the training data in an identity.
+const DATA: &str = "training data (CRC-32)";
 
 /// Settings whose change makes no other run: where and when things are written or shown, how the
 /// work is spread, and what is counted in items per step instead.
@@ -121,9 +124,12 @@ pub fn check(plan: &Plan, inputs: &Inputs, world_size: usize) -> Result<()> {
     });
     let Some((path, manifest)) = readable else { return Ok(()) };
     let mut identity = identity(plan, inputs, None)?;
-    identity
-        .0
-        .extend(manifest.identity.0.get(WEIGHTS).map(|sum| (WEIGHTS.to_owned(), sum.clone())));
+    // The weights, and a teacher's scores where they have to be made again, are compared later.
+    for late in [WEIGHTS, DATA] {
+        let there = manifest.identity.0.get(late);
+        let entry = identity.0.entry(late.to_owned());
+        there.map(|there| entry.or_insert_with(|| there.clone()));
+    }
     compare(plan, &identity, &path, &manifest, world_size).map(|_| ())
 }
 
@@ -295,7 +301,10 @@ fn identity(plan: &Plan, inputs: &Inputs, engine: Option<&Engine>) -> Result<Ide
     }
     let contents =
         |path: &Path| -> Result<Value> { Ok(json!(format!("{:08x}", file_crc32(path)?))) };
-    all.insert("training data (CRC-32)".into(), contents(&plan.data.train)?);
+    // Of a teacher's scores, before they are there, nothing is known.
+    if let Some(data) = teacher::labelled(plan) {
+        all.insert(DATA.into(), contents(&data)?);
+    }
     let tokenizer = inputs.model_dir.join("tokenizer.json");
     all.insert("tokenizer (CRC-32)".into(), contents(&tokenizer)?);
     if let Some(engine) = engine {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tracing::info;
 
-use super::{best, checkpoints};
+use super::{best, checkpoints, teacher};
 use crate::config::{self, DatasetKind, ModelKind, Plan, Strategy};
 use crate::data::{CacheOptions, Dataset, LoadOptions, LoadReport, Sampler, SamplerOptions};
 use crate::engine::MemoryForecast;
@@ -296,10 +296,13 @@ fn tokenizer(plan: &Plan, dir: &Path) -> Result<PairTokenizer> {
 
 fn load_train(plan: &Plan, tokenizer: &Arc<PairTokenizer>) -> Result<(Dataset, LoadReport)> {
     let data = &plan.data;
-    let options = LoadOptions {
-        kind: data.train_kind,
-        label_key: data.train_label_key.clone(),
-        ..load_options(plan, &data.train)
+    let options = match &data.teacher {
+        Some(teacher) => teacher::load_options(plan, teacher)?,
+        None => LoadOptions {
+            kind: data.train_kind,
+            label_key: Some(data.train_label_key.clone()),
+            ..load_options(plan, &data.train)
+        },
     };
     let document_texts = data.shuffle_rate > 0.0;
     Dataset::open(&options, &CacheOptions { document_texts, ..cache_options(plan, tokenizer) })
@@ -313,7 +316,7 @@ fn load_validation(
     let data = &plan.data;
     let options = LoadOptions {
         kind: data.validation_kind,
-        label_key: data.validation_label_key.clone(),
+        label_key: Some(data.validation_label_key.clone()),
         ..load_options(plan, path)
     };
     Dataset::open(&options, &cache_options(plan, tokenizer))

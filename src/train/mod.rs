@@ -6,6 +6,7 @@ pub mod inputs;
 mod memory;
 mod output;
 mod report;
+pub mod teacher;
 mod trackers;
 mod validate;
 
@@ -26,7 +27,7 @@ pub use validate::Validation;
 use crate::checkpoint::model_dir::MAX_SHARD_BYTES;
 use crate::checkpoint::training::Progress;
 use crate::checkpoint::{SavedModel, Sidecar, save_model};
-use crate::comm::{Communicator, Gloo, Groups, Nccl, Reduction, Solo, reduce_values};
+use crate::comm::{Communicator, Gloo, Groups, Nccl, Reduction, Solo, TIMEOUT, reduce_values};
 use crate::config::{self, Plan, Precision, Strategy, ZeroStage};
 use crate::data::{Augment, Dataset, StepPlan};
 use crate::engine::{Engine, EngineOptions, StepOptions, StepReport, TrainBatch};
@@ -42,9 +43,6 @@ use checkpoints::Checkpoints;
 use memory::Memory;
 use report::Reporter;
 
-/// Deadline of the rendezvous and of every collective, where `--timeout` gives none.
-const TIMEOUT: Duration = Duration::from_secs(600);
-
 /// Micro-batches that may be tokenized ahead of the step.
 const BATCHES_AHEAD: usize = 4;
 
@@ -55,10 +53,15 @@ const BATCHES_AHEAD: usize = 4;
 pub fn run(plan: &Plan, env: &WorkerEnv) -> Result<()> {
     output::check(plan)?;
     check_machines(plan, env.world_size, env.local_world_size)?;
-    let inputs = Inputs::load(plan, env.world_size)?;
+    // What is wrong with the data is known before the ranks meet; a teacher's scores are data that
+    // they make together.
+    let inputs = match plan.data.teacher {
+        None => Some(Inputs::load(plan, env.world_size)?),
+        Some(_) => None,
+    };
     let device = runtime::device(plan.parallel.device, env.local_rank)?;
     let groups = join(plan, env, device)?;
-    let outcome = train(plan, env, &inputs, device, &groups);
+    let outcome = train(plan, env, inputs, device, &groups);
     if outcome.is_err() {
         // A rank that fails keeps its connections until its process ends: the others, who fail for
         // want of it, must not end before it and be taken for the cause.
@@ -71,11 +74,18 @@ pub fn run(plan: &Plan, env: &WorkerEnv) -> Result<()> {
 fn train(
     plan: &Plan,
     env: &WorkerEnv,
-    inputs: &Inputs,
+    inputs: Option<Inputs>,
     device: Device,
     groups: &Groups,
 ) -> Result<()> {
     let lock = checkpoints::lock(plan, groups)?;
+    if let Some(teacher) = &plan.data.teacher {
+        teacher::teach(plan, teacher, device, groups.world.as_ref())?;
+    }
+    let inputs = &match inputs {
+        Some(inputs) => inputs,
+        None => Inputs::load(plan, env.world_size)?,
+    };
     if env.rank == 0 {
         inputs.log(plan, env.world_size)?;
     }

@@ -1,0 +1,161 @@
+#!/usr/bin/env python3
+"""Trains a teacher on the example data and distils it into a smaller student that sees no label.
+
+The teacher is the quick start's run of MiniLM. The student starts from MiniLM's first layers, with a
+head of random numbers, and learns the teacher's scores of the same pairs. Reported are nDCG@10 and
+MRR@10 on the held-out queries, by `reranker eval`, of BM25, both untrained models, the teacher and the
+student; and how much of the teacher's gain over its own untrained start the student has. Exit code 1
+where that is below 85 %. Also reported is the stricter share: of the gain over BM25.
+
+usage: check_distillation.py --minilm DIRECTORY [--layers 3] [--keep DIRECTORY] [--result FILE]
+       --minilm   what `scripts/setup.sh --quickstart` prints
+       --keep     where models go, and stay; a teacher that is there is taken
+       --result   writes the figures there as JSON
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release"
+TRAIN = ROOT / "example_data/train_pointwise.jsonl"
+EVAL = ROOT / "example_data/eval_grouped.jsonl"
+MAX_LEN = 64
+LEAST_SHARE = 0.85
+LAYER = "encoder.layer."
+STUDENT = {
+    "model_type": "bert_encoder",
+    "val_dataset": EVAL,
+    "val_dataset_type": "grouped",
+    "max_len": MAX_LEN,
+    "loss_type": "pointwise_bce",
+    "epochs": 6,
+    "lr": "2e-4",
+    "batch_size": 8,
+    "warmup_proportion": 0.1,
+    "max_grad_norm": 1.0,
+}
+
+
+def first_layers(model: Path, layers: int, to: Path) -> None:
+    """Writes the model of the first `layers` layers."""
+    to.mkdir()
+    for path in model.iterdir():
+        if path.name.startswith("tokenizer") or path.name == "special_tokens_map.json":
+            shutil.copy(path, to)
+    config = json.loads((model / "config.json").read_text())
+    config["num_hidden_layers"] = layers
+    (to / "config.json").write_text(json.dumps(config))
+
+    def stays(name: str) -> bool:
+        _, found, rest = name.partition(LAYER)
+        return not found or int(rest.split(".")[0]) < layers
+
+    weights = load_file(model / "model.safetensors")
+    save_file({name: w for name, w in weights.items() if stays(name)}, to / "model.safetensors")
+
+
+def without_labels(source: Path, to: Path) -> None:
+    """The same records, with nothing but their texts."""
+    with to.open("w") as out:
+        for line in source.read_text("utf-8").splitlines():
+            record = json.loads(line)
+            texts = {key: record[key] for key in ("query", "content")}
+            out.write(json.dumps(texts, ensure_ascii=False) + "\n")
+
+
+def launch(config: Path, *more: str) -> float:
+    """Trains with two workers; returns the seconds it took."""
+    begin = time.perf_counter()
+    command = [BIN / "rr-launch", "--cpu", "--nproc", "2", "--config", config]
+    for setting in more:
+        command += ["--set", setting]
+    if subprocess.run([*command, "--overwrite"], cwd=ROOT).returncode != 0:
+        sys.exit(f"this command failed: {' '.join(map(str, command))}")
+    return time.perf_counter() - begin
+
+
+def evaluate(model: Path, bm25: bool = False) -> dict[str, dict]:
+    """nDCG@10 and MRR@10 of a model, and of BM25 on request, by ranking."""
+    command = [BIN / "reranker", "eval", "--model", model, "--data", EVAL, "--json"]
+    command += ["--max-len", str(MAX_LEN)] + (["--bm25"] if bm25 else [])
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout)
+
+
+def main() -> None:
+    """Parses the arguments, trains both, prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--minilm", type=Path, required=True)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--keep", type=Path)
+    parser.add_argument("--result", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        work = (arguments.keep or Path(name)).resolve()
+        work.mkdir(parents=True, exist_ok=True)
+        report = distil(arguments, work)
+    print(f"{'ranking':20}  nDCG@10   MRR@10")
+    for name, ranking in report["rankings"].items():
+        print(f"{name:20}  {ranking['ndcg@10']:7.4f}  {ranking['mrr@10']:7.4f}")
+    for start in ("share of the gain", "share of the gain over BM25"):
+        print(f"{start}: {report[start]:.1%}")
+    if arguments.result:
+        arguments.result.write_text(json.dumps(report, indent=1) + "\n")
+    if report["share of the gain"] < LEAST_SHARE:
+        sys.exit(f"the student has less than {LEAST_SHARE:.0%} of the teacher's gain")
+
+
+def distil(arguments: argparse.Namespace, work: Path) -> dict:
+    """The whole flow in the directory `work`."""
+    teacher, student = work / "teacher/model", work / "student-start"
+    seconds = {}
+    if not teacher.exists():
+        quick = ROOT / "config/quickstart.yaml"
+        settings = [f"model_name_or_path={arguments.minilm}", f"output_dir={work / 'teacher'}"]
+        seconds["teacher"] = launch(quick, *settings)
+    shutil.rmtree(student, ignore_errors=True)
+    first_layers(arguments.minilm, arguments.layers, student)
+    data = work / "unlabelled.jsonl"
+    without_labels(TRAIN, data)
+    config = work / "distilling.yaml"
+    settings = STUDENT | {"model_name_or_path": student, "train_dataset": data}
+    settings["output_dir"] = work / "student"
+    lines = "".join(f"{key}: {value}\n" for key, value in settings.items())
+    config.write_text(f"{lines}teacher:\n  model_name_or_path: {teacher}\n")
+    seconds["distillation"] = launch(config)
+
+    rankings = {
+        "untrained": evaluate(arguments.minilm, bm25=True),
+        "teacher": evaluate(teacher),
+        "student, untrained": evaluate(student),
+        "student": evaluate(work / "student/model"),
+    }
+    table = {"BM25": rankings["untrained"]["bm25"]}
+    table |= {name: ranking["model"] for name, ranking in rankings.items()}
+    ndcg = {name: ranking["ndcg@10"] for name, ranking in table.items()}
+
+    def share(start: str) -> float:
+        return (ndcg["student"] - ndcg[start]) / (ndcg["teacher"] - ndcg[start])
+
+    return {
+        "rankings": table,
+        "share of the gain": share("untrained"),
+        "share of the gain over BM25": share("BM25"),
+        "seconds": seconds,
+        "student": {name: str(value) for name, value in STUDENT.items()},
+        "cores": len(os.sched_getaffinity(0)),
+    }
+
+
+if __name__ == "__main__":
+    main()

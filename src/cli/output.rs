@@ -1,0 +1,58 @@
+//! Lines on standard output or in a file.
+
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+
+/// Where result lines go.
+pub(super) struct Sink {
+    path: PathBuf,
+    out: Box<dyn Write>,
+}
+
+impl Sink {
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let out: Box<dyn Write> = if path == Path::new("-") {
+            Box::new(BufWriter::new(io::stdout().lock()))
+        } else {
+            let file = File::create(path).map_err(|source| Error::Io {
+                path: path.to_owned(),
+                action: "create",
+                source,
+            })?;
+            Box::new(BufWriter::new(file))
+        };
+        Ok(Self { path: path.to_owned(), out })
+    }
+
+    pub(super) fn line(&mut self, line: &str) -> Result<()> {
+        let written = writeln!(self.out, "{line}");
+        self.done(written)
+    }
+
+    pub(super) fn flush(&mut self) -> Result<()> {
+        let flushed = self.out.flush();
+        self.done(flushed)
+    }
+
+    fn done(&self, result: io::Result<()>) -> Result<()> {
+        match result {
+            // `| head` has seen enough: a good end.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => std::process::exit(0),
+            result => result.map_err(|source| Error::Io {
+                path: self.path.clone(),
+                action: "write",
+                source,
+            }),
+        }
+    }
+}
+
+/// Prints text on standard output.
+pub(super) fn print(text: &str) -> Result<()> {
+    let mut sink = Sink::open(Path::new("-"))?;
+    sink.line(text.trim_end())?;
+    sink.flush()
+}

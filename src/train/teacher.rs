@@ -1,0 +1,240 @@
+//! The teacher of a distillation, whose scores become the training labels.
+//!
+//! `<output_dir>/teacher/train.jsonl` holds them, a line a pair in the order of the training data,
+//! and `job.json` beside it what they were made of. An interrupted job goes on where it was.
+
+use std::fs::{self, Metadata};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, UNIX_EPOCH};
+
+use rr_launch::contract::WorkerEnv;
+use serde_json::{Value, json};
+use tch::Device;
+use tracing::{info, warn};
+
+use crate::atomic::{create_dir, write_synced};
+use crate::comm::{Communicator, Reduction, reduce_values};
+use crate::config::{Plan, TeacherPlan};
+use crate::data::{DatasetKind, InputFormat, LoadOptions};
+use crate::error::{Error, Result};
+use crate::hub;
+use crate::score::{CrossEncoder, Earlier, FileJob, Progress, ScoreOptions};
+use crate::torch_ext::runtime;
+
+/// The directory inside the output directory.
+const DIR: &str = "teacher";
+const SCORES: &str = "train.jsonl";
+const JOB: &str = "job.json";
+/// The label's key in a line of scores: the sigmoid of the teacher's logit.
+const LABEL: &str = "score";
+/// Between two lines of the log that say how far it is.
+const SAY: Duration = Duration::from_secs(10);
+/// Between two looks for what rank 0 writes.
+const LOOK: Duration = Duration::from_millis(20);
+
+fn place(plan: &Plan, name: &str) -> PathBuf {
+    plan.saving.output_dir.join(DIR).join(name)
+}
+
+/// How the training data is read for a run with a teacher: with its scores once they are there,
+/// without any labels before.
+///
+/// # Errors
+/// As [`identity`].
+pub(super) fn load_options(plan: &Plan, teacher: &TeacherPlan) -> Result<LoadOptions> {
+    let kind = Some(DatasetKind::Pointwise);
+    Ok(if is_done(plan, &identity(plan, teacher)?) {
+        LoadOptions { kind, label_key: Some(LABEL.into()), ..LoadOptions::new(place(plan, SCORES)) }
+    } else {
+        LoadOptions { kind, label_key: None, ..LoadOptions::new(&plan.data.train) }
+    })
+}
+
+/// The file whose contents are the training data: the teacher's scores where there is a teacher,
+/// `None` before they are there.
+pub(super) fn labelled(plan: &Plan) -> Option<PathBuf> {
+    match plan.data.teacher {
+        None => Some(plan.data.train.clone()),
+        Some(_) => Some(place(plan, SCORES)).filter(|path| path.exists()),
+    }
+}
+
+/// Opens the teacher and throws it away: what is wrong with it is known before a launch.
+///
+/// # Errors
+/// As loading it for good.
+pub fn check(plan: &Plan) -> Result<()> {
+    let Some(teacher) = &plan.data.teacher else { return Ok(()) };
+    let examined = CrossEncoder::examine(&teacher.path, teacher.prompt.as_deref(), teacher.max_len);
+    let unscored = examined.map_err(|error| named(plan, error))?;
+    if unscored.is_empty() {
+        return Ok(());
+    }
+    Err(plan.error(
+        "teacher.model_name_or_path",
+        format!(
+            "{} has no {}, so that its scores mean nothing; expected a reranker",
+            teacher.path,
+            unscored.join(", ")
+        ),
+    ))
+}
+
+/// Scores the training data with the teacher as one of the workers that `env` describes, and trains
+/// nothing.
+///
+/// # Errors
+/// [`Error::File`] when the plan has no teacher; what scoring reports.
+pub fn run_scores(plan: &Plan, env: &WorkerEnv) -> Result<()> {
+    let Some(teacher) = &plan.data.teacher else { return Err(missing(plan)) };
+    super::check_output(plan)?;
+    let device = runtime::device(plan.parallel.device, env.local_rank)?;
+    let groups = super::join(plan, env, device)?;
+    let outcome = super::checkpoints::lock(plan, &groups)
+        .and_then(|_lock| teach(plan, teacher, device, groups.world.as_ref()));
+    if outcome.is_err() {
+        std::mem::forget(groups);
+        return outcome;
+    }
+    groups.world.leave()
+}
+
+/// The error of a distillation without a teacher.
+pub fn missing(plan: &Plan) -> Error {
+    let message = "no teacher; expected a section teacher with model_name_or_path";
+    Error::File { path: plan.sources.training.clone(), message: message.into() }
+}
+
+/// Scores the training data with the teacher, over all ranks of `comm`, which call it together,
+/// unless an earlier start has done so.
+///
+/// # Errors
+/// What reading, scoring or writing reports; [`Error::Comm`] from `comm`.
+pub(super) fn teach(
+    plan: &Plan,
+    teacher: &TeacherPlan,
+    device: Device,
+    comm: &dyn Communicator,
+) -> Result<()> {
+    let identity = identity(plan, teacher)?;
+    let mut missing = [if is_done(plan, &identity) { 0.0 } else { 1.0 }];
+    reduce_values(comm, &mut missing, Reduction::Max)?;
+    let path = place(plan, SCORES);
+    if missing[0] == 0.0 {
+        if comm.rank() == 0 {
+            info!("the scores of {} are in {}", teacher.path, path.display());
+        }
+        return Ok(());
+    }
+    let job = FileJob {
+        input: plan.data.train.clone(),
+        format: InputFormat::JsonLines,
+        output: path,
+        echo: true,
+    };
+    let chunks = job.check(comm)?;
+    if comm.rank() == 0 {
+        create_dir(&plan.saving.output_dir.join(DIR))?;
+        // From here on what is there is not whole.
+        match fs::remove_file(place(plan, JOB)) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::Io { path: place(plan, JOB), action: "remove", source: error });
+            }
+            _ => {}
+        }
+    }
+    score(teacher, &job, chunks, device, comm).map_err(|error| named(plan, error))?;
+    if comm.rank() == 0 {
+        return write_synced(&place(plan, JOB), identity.to_string().as_bytes());
+    }
+    // Rank 0 may have more left to do than a collective's deadline allows.
+    while !is_done(plan, &identity) {
+        std::thread::sleep(LOOK);
+    }
+    Ok(())
+}
+
+fn score(
+    teacher: &TeacherPlan,
+    job: &FileJob,
+    chunks: u64,
+    device: Device,
+    comm: &dyn Communicator,
+) -> Result<()> {
+    let (started, is_first) = (Instant::now(), comm.rank() == 0);
+    let TeacherPlan { path, prompt, max_len, batch_size } = teacher;
+    let model = CrossEncoder::with_prompt(path, device, prompt.as_deref())?;
+    let options = ScoreOptions { batch_size: *batch_size, max_len: *max_len, normalize: true };
+    let (store, earlier) = job.open(&model, &options, comm)?;
+    match earlier {
+        Earlier::Scores(scores) if is_first => {
+            info!("{path} goes on scoring: {scores} pairs are scored already");
+        }
+        Earlier::OtherJob(keys) if is_first => {
+            warn!("scores of another job ({} differs) are made anew", keys.join(", "));
+        }
+        _ if is_first => info!("{path} scores {}", job.input.display()),
+        _ => {}
+    }
+    let mut said = started;
+    let pairs = job.run(&model, store, chunks, &options, |Progress { due, done, .. }| {
+        if is_first && said.elapsed() >= SAY {
+            said = Instant::now();
+            let left = started.elapsed().as_secs_f64() * (due - done) as f64 / done.max(1) as f64;
+            info!("scored {} %, {left:.0} s left", 100 * done / due.max(1));
+        }
+    })?;
+    if let Some(pairs) = pairs {
+        let (to, seconds) = (job.output.display(), started.elapsed().as_secs_f64());
+        info!("{path} scored {pairs} pairs in {seconds:.1} s: {to}");
+    }
+    Ok(())
+}
+
+/// Whether the scores are whole and were made of what `identity` says.
+fn is_done(plan: &Plan, identity: &Value) -> bool {
+    let said = fs::read(place(plan, JOB)).unwrap_or_default();
+    serde_json::from_slice(&said).is_ok_and(|said: Value| said == *identity)
+        && place(plan, SCORES).exists()
+}
+
+/// What the scores depend on, by the names, sizes and times of files, so that nothing large is read
+/// to see that they are there.
+fn identity(plan: &Plan, teacher: &TeacherPlan) -> Result<Value> {
+    let dir = hub::resolve(&teacher.path).map_err(|error| named(plan, error))?.path;
+    let read = |path: &Path| {
+        let path = path.to_owned();
+        move |source| Error::Io { path, action: "read", source }
+    };
+    let mut files = serde_json::Map::new();
+    for entry in fs::read_dir(&dir).map_err(read(&dir))? {
+        let path = entry.map_err(read(&dir))?.path();
+        let metadata = path.metadata().map_err(read(&path))?;
+        if metadata.is_file() {
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            files.insert(name, state(&metadata));
+        }
+    }
+    let data = &plan.data.train;
+    let metadata = data.metadata().map_err(read(data))?;
+    Ok(json!({
+        "program": format!("reranker {}", env!("CARGO_PKG_VERSION")),
+        "teacher": {"path": dir, "files": files},
+        "asked": teacher,
+        "data": {"path": data, "state": state(&metadata)},
+    }))
+}
+
+/// The size and the time of the last change of a file.
+fn state(metadata: &Metadata) -> Value {
+    let modified = metadata.modified().ok().and_then(|at| at.duration_since(UNIX_EPOCH).ok());
+    json!([metadata.len(), modified.map_or(0, |since| since.as_nanos()).to_string()])
+}
+
+/// An error about the teacher, at the place where it was asked for.
+fn named(plan: &Plan, error: Error) -> Error {
+    match error {
+        Error::Usage(message) => plan.error("teacher.model_name_or_path", message),
+        other => other,
+    }
+}

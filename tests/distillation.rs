@@ -1,0 +1,171 @@
+//! Distillation through the whole program: teachers of every kind, over two ranks, on data without
+//! labels; what is made once is not made again; what cannot work is refused before a launch.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod common;
+#[path = "common/launch.rs"]
+mod launch;
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use common::training::Bench;
+use launch::run;
+use serde_json::{Value, json};
+
+/// Golden models that can judge, as an encoder, a decoder with a head, and language models that are
+/// asked for one token or for two.
+const TEACHERS: [(&str, Option<&str>); 4] = [
+    ("bert_tiny", None),
+    ("qwen2_tiny", None),
+    ("qwen3_prompt", Some("qwen3-reranker")),
+    ("gemma_prompt", Some("bge-reranker-gemma")),
+];
+
+/// The bench's records of single pairs and of lists, with their labels left out.
+fn write_unlabelled(bench: &Bench) {
+    let mut text = String::new();
+    for line in fs::read_to_string(bench.root.path().join("pairs.jsonl")).unwrap().lines() {
+        let record: Value = serde_json::from_str(line).unwrap();
+        let (query, content) = (&record["query"], &record["content"]);
+        writeln!(text, "{}", json!({"query": query, "content": content})).unwrap();
+    }
+    let hits = json!([{"content": "tea water"}, {"content": "the cup"}]);
+    writeln!(text, "{}", json!({"query": "how to tea", "hits": hits})).unwrap();
+    writeln!(text, "{}", json!({"query": "the bank", "pos": ["loan bank"], "neg": ["leaf"]}))
+        .unwrap();
+    fs::write(bench.root.path().join("unlabelled.jsonl"), text).unwrap();
+}
+
+fn bench() -> Bench {
+    let bench = Bench::new(0.0);
+    for (teacher, _) in TEACHERS {
+        launch::copy_model(teacher, &bench.root.path().join(teacher));
+    }
+    write_unlabelled(&bench);
+    bench
+}
+
+/// The command that distils `teacher` with two workers into `name`.
+fn command(bench: &Bench, name: &str, teacher: &str, more: &[&str]) -> Command {
+    let teacher = format!("teacher.model_name_or_path={teacher}");
+    let settings = ["train_dataset=unlabelled.jsonl", "loss_type=pointwise_mse", &teacher];
+    let mut command = bench.command(name, 2, &[&settings[..], more].concat());
+    command.env("OMP_NUM_THREADS", "1");
+    command
+}
+
+fn succeed(command: &mut Command) -> String {
+    let outcome = run(command);
+    assert_eq!(outcome.code, Some(0), "{command:?}: {}", outcome.stderr);
+    outcome.stderr
+}
+
+fn scores(dir: &Path) -> Vec<Value> {
+    let text = fs::read_to_string(dir.join("teacher/train.jsonl")).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// What `reranker score` says of the same pairs.
+fn scored_alone(bench: &Bench, teacher: &str, prompt: Option<&str>) -> Vec<Value> {
+    let output = PathBuf::from(format!("{teacher}.jsonl"));
+    let mut command = Command::new(env!("CARGO_BIN_EXE_reranker"));
+    command.current_dir(bench.root.path()).args(["score", "--echo", "--model", teacher]);
+    command.args(["--input", "unlabelled.jsonl", "--output"]).arg(&output);
+    command.args(prompt.map(|name| format!("--prompt={name}")));
+    succeed(&mut command);
+    let text = fs::read_to_string(bench.root.path().join(output)).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[test]
+fn teachers_of_every_kind_hand_over_their_scores() {
+    let bench = bench();
+    for (teacher, prompt) in TEACHERS {
+        let prompt_setting = prompt.map(|name| format!("teacher.prompt={name}"));
+        let more: Vec<&str> = prompt_setting.as_deref().into_iter().collect();
+        let said = succeed(&mut command(&bench, &format!("by-{teacher}"), teacher, &more));
+        assert!(said.contains(&format!("{teacher} scored 57 pairs")), "{said}");
+        let dir = bench.root.path().join(format!("by-{teacher}"));
+        let labels = scores(&dir);
+        assert_eq!(labels, scored_alone(&bench, teacher, prompt), "{teacher}");
+        assert_eq!(labels.len(), 57, "53 pairs, and two of each list");
+        let card = fs::read_to_string(dir.join("model/reranker.json")).unwrap();
+        let card: Value = serde_json::from_str(&card).unwrap();
+        assert_eq!(card["run"]["data"]["teacher"]["model_name_or_path"], teacher);
+    }
+}
+
+#[test]
+fn scores_are_made_once() {
+    let bench = bench();
+    let settings = ["save_steps=2"];
+    let whole = bench.root.path().join("whole");
+    succeed(&mut command(&bench, "whole", "bert_tiny", &settings));
+    // Scores alone, then a training that is killed, then the rest.
+    let mut only = Command::new(env!("CARGO_BIN_EXE_reranker").replace("reranker", "rr-launch"));
+    let launcher = command(&bench, "run", "bert_tiny", &settings);
+    only.current_dir(bench.root.path()).args(["--cpu", "--nproc", "2", "--"]);
+    only.arg(env!("CARGO_BIN_EXE_reranker")).args(["distill", "--scores-only"]);
+    only.args(launcher.get_args().skip_while(|&word| word != "--config"));
+    let said = succeed(&mut only);
+    assert!(said.contains("bert_tiny scored 57 pairs"), "{said}");
+    let run_dir = bench.root.path().join("run");
+    assert!(!run_dir.join("model").exists());
+    let mut killed = command(&bench, "run", "bert_tiny", &settings);
+    let outcome = run(killed.env("RR_FAIL_POINT", "before_states:2@0"));
+    assert_eq!(outcome.code, Some(137), "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("the scores of bert_tiny are in"), "{}", outcome.stderr);
+    let said = succeed(&mut command(&bench, "run", "bert_tiny", &settings));
+    assert!(said.contains("going on from run/checkpoints/step-2"), "{said}");
+    let model = |dir: &Path| fs::read(dir.join("model/model.safetensors")).unwrap();
+    assert!(model(&run_dir) == model(&whole), "other weights");
+    // Another teacher is another run, and so is other data.
+    let outcome = run(&mut command(&bench, "run", "qwen2_tiny", &["resume=auto"]));
+    assert_eq!(outcome.code, Some(2), "{}", outcome.stderr);
+}
+
+#[test]
+fn labels_are_neither_read_nor_needed() {
+    let bench = bench();
+    succeed(&mut command(&bench, "without", "bert_tiny", &["train_dataset=unlabelled.jsonl"]));
+    let path = bench.root.path().join("unlabelled.jsonl");
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, text.replace("{\"content\"", "{\"label\":\"none\",\"content\"")).unwrap();
+    succeed(&mut command(&bench, "with", "bert_tiny", &["train_dataset=unlabelled.jsonl"]));
+    let [without, with] = ["without", "with"].map(|name| {
+        fs::read(bench.root.path().join(name).join("model/model.safetensors")).unwrap()
+    });
+    assert!(without == with, "labels made a difference");
+}
+
+#[test]
+fn what_cannot_work_is_refused_before_a_launch() {
+    let bench = bench();
+    let cases: [(&str, &[&str], &str); 6] = [
+        (
+            "bert_tiny",
+            &["loss_type=listwise_ce"],
+            "a teacher scores single pairs; use pointwise_mse",
+        ),
+        ("bert_tiny", &["train_dataset_type=grouped"], "leave the key out"),
+        ("bert_tiny", &["teacher.max_len=100000"], "max_len 100000 is more than the model's"),
+        ("bert_tiny", &["teacher.maxlen=8"], "did you mean"),
+        ("nowhere/at-all/there", &[], "nowhere/at-all/there"),
+        ("qwen3_prompt", &["teacher.prompt=ask-nicely"], "\"ask-nicely\" is not known"),
+    ];
+    for (number, (teacher, settings, says)) in cases.into_iter().enumerate() {
+        let name = format!("refused{number}");
+        let outcome = run(&mut command(&bench, &name, teacher, settings));
+        assert_eq!(outcome.code, Some(2), "{settings:?}: {}", outcome.stderr);
+        assert!(outcome.stderr.contains(says), "{settings:?}: {}", outcome.stderr);
+        assert!(!bench.root.path().join(&name).exists(), "{settings:?}");
+    }
+    let mut without = Command::new(env!("CARGO_BIN_EXE_reranker"));
+    without.current_dir(bench.root.path()).args(["distill", "--config", "t.yaml"]);
+    let outcome = run(&mut without);
+    assert_eq!(outcome.code, Some(2));
+    assert!(outcome.stderr.contains("t.yaml: no teacher; expected a section teacher"));
+}
