@@ -25,7 +25,8 @@ pub struct TokenPrompt {
     pub positive: &'static str,
     /// The token whose logit is taken away: the sigmoid of the difference is the softmax over both.
     pub negative: Option<&'static str>,
-    /// The most tokens of a pair when nothing else is asked for.
+    /// The most tokens of a pair when nothing else is asked for, all texts around it included.
+    /// (FlagEmbedding's `max_length` leaves out what stands after the document.)
     pub max_len: usize,
 }
 

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use tracing::{info, warn};
 
 use super::inputs::Inputs;
+use super::report::METRICS;
 use super::{output, teacher};
 use crate::checkpoint::Sidecar;
 use crate::checkpoint::model_dir::{MAX_SHARD_BYTES, ModelFiles};
@@ -274,6 +275,10 @@ pub(super) fn outlook(plan: &Plan) -> Result<Option<String>> {
         return Ok(None);
     }
     let newest = store(plan).steps()?.first().copied();
+    if newest.is_none() && !plan.saving.output_dir.join(output::RUNS).join(METRICS).exists() {
+        // The lock of this very run, or a teacher's scores.
+        return Ok(None);
+    }
     Ok(Some(match (newest, &plan.saving.resume) {
         (Some(step), Resume::Auto) => {
             format!(

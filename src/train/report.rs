@@ -21,7 +21,7 @@ use crate::engine::StepReport;
 use crate::error::{Error, Result};
 
 /// The file of metrics, one JSON object a line.
-const METRICS: &str = "metrics.jsonl";
+pub(super) const METRICS: &str = "metrics.jsonl";
 
 /// The least time between two drawings of the status line.
 const REDRAW: Duration = Duration::from_millis(100);
