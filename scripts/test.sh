@@ -9,7 +9,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-readonly STEPS=(fmt clippy doc build test linkage golden training quickstart interop gpu torchrun)
+readonly STEPS=(fmt clippy doc build test linkage golden training quickstart interop trackers report
+    gpu torchrun)
 readonly BIN=${CARGO_TARGET_DIR:-target}/release
 # The model in tests/golden that stands for its family.
 readonly FAMILIES=(roberta_tiny xlm_roberta_odd modernbert_tiny modernbert_odd)
@@ -20,6 +21,7 @@ export QUICKSTART_OUTPUT=output/test-quickstart
 
 current=""
 passed=0
+skipped=()
 python=""
 
 describe() {
@@ -34,6 +36,8 @@ describe() {
     golden) echo "golden files are what transformers and PyTorch compute" ;;
     training) echo "a short training run is the one of a plain PyTorch loop" ;;
     quickstart) echo "the quick start in short form" ;;
+    trackers) echo "TensorBoard and wandb read back what a run logged" ;;
+    report) echo "the report page in a real browser" ;;
     gpu) echo "what the GPU check can do without one" ;;
     torchrun) echo "two machines under torchrun, where network namespaces can be made" ;;
     interop) echo "transformers, sentence-transformers and peft give our scores, huggingface_hub our cache" ;;
@@ -131,6 +135,26 @@ step_interop() {
     "$python" scripts/check_hub_cache.py "$BIN/reranker" "$QUICKSTART_OUTPUT/model"
 }
 
+step_trackers() {
+    cargo build --release --workspace
+    local tracking
+    tracking=$(scripts/setup.sh --trackers)
+    "$tracking" scripts/check_trackers.py "$BIN/reranker"
+}
+
+# Pictures of the page are left in output/screenshots, to be looked at.
+step_report() {
+    cargo build --release --workspace
+    local browser
+    browser=$(scripts/setup.sh --browser)
+    if [[ -z $browser ]]; then
+        skipped+=("report: there is no browser here, and none could be installed (see above)")
+        echo "SKIPPED ${skipped[-1]}"
+        return
+    fi
+    "$python" scripts/check_report.py "$BIN/reranker" "$browser" --screenshots output/screenshots
+}
+
 step_gpu() {
     cargo build --release --workspace --examples
     scripts/gpu-check.sh --cpu
@@ -143,8 +167,9 @@ step_torchrun() {
 
 # Errors leave through here too (set -e), so that the last line always tells how it went.
 report() {
-    local status=$?
+    local status=$? reason
     if [[ -z $current ]]; then return; fi
+    for reason in "${skipped[@]}"; do printf '\nskipped: %s\n' "$reason"; done
     if ((status == 0)); then
         printf '\n%d steps in %d s\n%d passed, 0 failed\n' "$passed" "$SECONDS" "$passed"
     else

@@ -165,7 +165,7 @@ fn a_run_leaves_a_model_directory_and_metrics() {
 
 /// 12 pairs, 2 a step, 3 epochs: the last step is the 18th.
 fn check_metrics(trained: &Trained, last_ndcg: f64) {
-    assert_eq!(names_in(&trained.path().join("out/runs")), ["metrics.jsonl"]);
+    assert_eq!(names_in(&trained.path().join("out/runs")), ["metrics.jsonl", "report.html"]);
     let text = fs::read_to_string(trained.path().join("out/runs/metrics.jsonl")).unwrap();
     let lines = lines_of(&text);
     let of_type = |kind: &str| lines.iter().filter(|line| line["type"] == kind).collect::<Vec<_>>();
@@ -173,6 +173,10 @@ fn check_metrics(trained: &Trained, last_ndcg: f64) {
     let steps: Vec<u64> = train.iter().map(|line| line["step"].as_u64().unwrap()).collect();
     assert_eq!(steps, [10, 18]);
     assert_eq!(train[1]["pairs"], 36);
+    assert_eq!(train[1]["left_s"], 0.0);
+    for key in ["lr", "grad_norm", "pairs_per_s", "tokens_per_s", "memory_bytes"] {
+        assert!(train[0][key].as_f64().is_some_and(|figure| figure > 0.0), "{key}: {}", train[0]);
+    }
     assert!(train.iter().all(|line| line["loss"].as_f64().unwrap().is_finite()), "{text}");
     let epochs: Vec<u64> = validation.iter().map(|line| line["epoch"].as_u64().unwrap()).collect();
     assert_eq!(epochs, [1, 2, 3]);

@@ -56,8 +56,8 @@ const FLAGS: &[(&str, &str)] = &[
     ),
     (
         "reranker check",
-        "--config --config-file --config_file --device --for-launch --gpus --help --nproc --overwrite \
-         --parallel --resume --resume-anyway --set --skip-bad-records --timeout",
+        "--config --config-file --config_file --device --for-launch --gpus --help --json --nproc \
+         --overwrite --parallel --resume --resume-anyway --set --skip-bad-records --timeout",
     ),
     (
         "reranker score",

@@ -2,12 +2,11 @@
 
 use std::io::{self, IsTerminal, Write};
 
-use rr_launch::contract::{LaunchPlan, WorkerEnv};
+use rr_launch::contract::WorkerEnv;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::time::ChronoUtc;
 
-use super::output::print;
-use super::{CheckArgs, Cli, Command, DeviceArg, DistillArgs, PlanArgs, convert, eval, score};
+use super::{Cli, Command, DistillArgs, PlanArgs, check, convert, eval, score};
 use crate::config::Plan;
 use crate::error::{Error, Result};
 use crate::train;
@@ -20,7 +19,7 @@ pub fn run(cli: &Cli) -> Result<()> {
     match &cli.command {
         Command::Train(args) => train(args),
         Command::Distill(args) => distill(args),
-        Command::Check(args) => check(args),
+        Command::Check(args) => check::run(args),
         Command::Score(args) => score::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Convert(args) => convert::run(args),
@@ -49,7 +48,7 @@ fn as_worker(args: &PlanArgs, job: impl FnOnce(&Plan, &WorkerEnv) -> Result<()>)
 }
 
 /// Rank 0 tells what happens; the others only what is wrong. `RUST_LOG` decides otherwise.
-fn start_log(rank: usize) {
+pub(super) fn start_log(rank: usize) {
     let default = if rank == 0 { "info" } else { "warn" };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
     tracing_subscriber::fmt()
@@ -75,46 +74,5 @@ impl Write for LogLine {
 
     fn flush(&mut self) -> io::Result<()> {
         self.0.flush()
-    }
-}
-
-fn check(args: &CheckArgs) -> Result<()> {
-    start_log(0);
-    let device = args.gpus.map(|_| DeviceArg::Cuda).or(args.plan.device);
-    let plan = args.plan.plan(args.gpus.or(args.nproc), device)?;
-    train::check_output(&plan)?;
-    let workers = plan.parallel.processes.unwrap_or(1);
-    if args.for_launch {
-        // rr-launch starts the workers of one machine.
-        train::check_machines(&plan, workers, workers)?;
-    }
-    let inputs = train::Inputs::load(&plan, workers)?;
-    train::check_resume(&plan, &inputs, workers)?;
-    train::check_trackers(&plan)?;
-    train::teacher::check(&plan)?;
-    if args.for_launch {
-        let launch = LaunchPlan {
-            processes: plan.parallel.processes,
-            device: plan.parallel.device.map(|device| device.to_string()),
-            gpu_ids: plan.parallel.gpu_ids.clone(),
-            text: plan.describe(),
-        };
-        return print(&serde_json::to_string(&launch).unwrap_or_default());
-    }
-    let mut lines = vec![plan.describe().trim_end().to_owned()];
-    lines.extend(plan.notices.iter().map(|notice| format!("note: {notice}")));
-    lines.push(inputs.describe(&plan, workers)?);
-    print(&lines.join("\n"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_plan_is_one_line_for_the_launcher() {
-        let plan =
-            LaunchPlan { processes: Some(2), device: None, gpu_ids: None, text: "a\nb".to_owned() };
-        assert!(!serde_json::to_string(&plan).unwrap_or_default().contains('\n'));
     }
 }

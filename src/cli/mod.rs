@@ -1,5 +1,6 @@
 //! The command line of `reranker`. Parsing here, deciding in [`crate::config`], doing in the jobs.
 
+mod check;
 mod commands;
 mod convert;
 mod eval;
@@ -106,6 +107,9 @@ pub struct CheckArgs {
     /// Number of workers the plan is for, each on a GPU; none need be here
     #[arg(long, value_name = "N", conflicts_with_all = ["nproc", "device"])]
     gpus: Option<usize>,
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    json: bool,
     /// Print one JSON line for rr-launch instead of the plan
     #[arg(long, hide = true)]
     for_launch: bool,

@@ -33,6 +33,7 @@ pub use encode::Encode;
 pub(crate) use encode::QueryKey;
 pub use input::{InputChunk, InputChunks, InputFormat, InputPair};
 pub use load::LoadOptions;
+pub(crate) use report::grouped;
 pub use report::{DropReason, Dropped, LabelHistogram, LoadReport};
 pub use sampler::{Epoch, MicroBatchPlan, Sampler, SamplerOptions, SamplerReport, StepPlan};
 pub use source::{RecordForm, SourceRecord, SourceRecords};

@@ -10,6 +10,8 @@
 use std::fmt;
 use std::sync::Arc;
 
+use serde::Serialize;
+
 use super::groups::{GroupDrawer, has_two_labels};
 use super::report::grouped;
 use super::rng::SeededRng;
@@ -91,7 +93,7 @@ impl StepPlan {
 }
 
 /// What a sampler makes of a data set.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct SamplerReport {
     /// Pairs (pointwise) or groups (grouped) per epoch.
     pub items: usize,

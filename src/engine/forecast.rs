@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use serde::Serialize;
 use tch::{Device, Kind};
 
 use super::EngineOptions;
@@ -9,7 +10,7 @@ use crate::model::{ModelConfig, Parameter, Stage};
 use crate::shard::{HeldBytes, ParameterGroups, Share, UnitLayout};
 
 /// Bytes that one rank needs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 pub struct MemoryForecast {
     /// Parameters, gradients and states between two steps: the formulas of the ZeRO paper
     /// (Rajbhandari et al., 2020, section 3).

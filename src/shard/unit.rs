@@ -67,7 +67,7 @@ pub struct Offload {
 }
 
 /// Bytes that a unit holds on this rank now.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]
 pub struct HeldBytes {
     /// Parameters that stages compute with, and this rank's part where they are divided.
     pub parameters: usize,

@@ -3,12 +3,14 @@
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 
+use serde::Serialize;
+
 use super::tokenizer::PairTokenizer;
 use crate::data::{Content, Dataset};
 use crate::error::Result;
 
 /// Token lengths over a data set, measured on all of its pairs or an evenly spaced sample.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct LengthReport {
     /// Pairs measured.
     pub measured: usize,
@@ -21,6 +23,11 @@ pub struct LengthReport {
     pub percentiles: [usize; 3],
     /// The longest measured.
     pub longest: usize,
+    /// Tokens that a bin of `bins` spans: 1, 2 or 5 times a power of ten.
+    pub bin_width: usize,
+    /// How many pairs measured have 1 to `bin_width` tokens, one more to twice that, and so on to
+    /// the longest; at most [`LengthReport::MAX_BINS`].
+    pub bins: Vec<usize>,
     /// Pairs measured that are truncated.
     pub truncated: usize,
     /// Queries of the whole data set that alone are too long, so that no document is left.
@@ -30,6 +37,9 @@ pub struct LengthReport {
 }
 
 impl LengthReport {
+    /// The most bins of the histogram.
+    pub const MAX_BINS: usize = 20;
+
     /// Measures every pair where the data set holds tokens, else tokenizes up to `sample` of them;
     /// also every query that may be too long.
     ///
@@ -58,13 +68,16 @@ impl LengthReport {
             };
             lengths.add(tokenizer.fixed_tokens() + query + document);
         }
+        let (bin_width, bins) = lengths.histogram();
         let (long_queries, long_query_lines) = long_queries(dataset, tokenizer, max_len)?;
         Ok(Self {
             measured,
             pairs,
             max_len,
             percentiles: [50, 90, 99].map(|percent| lengths.percentile(percent)),
-            longest: lengths.counts.keys().next_back().copied().unwrap_or(0),
+            longest: lengths.longest(),
+            bin_width,
+            bins,
             truncated: lengths.counts.range(max_len + 1..).map(|(_, &count)| count).sum(),
             long_queries,
             long_query_lines,
@@ -83,6 +96,24 @@ impl Lengths {
     fn add(&mut self, length: usize) {
         *self.counts.entry(length).or_default() += 1;
         self.total += 1;
+    }
+
+    fn longest(&self) -> usize {
+        self.counts.keys().next_back().copied().unwrap_or(0)
+    }
+
+    /// The width of the bins, as round as possible, and what they count.
+    fn histogram(&self) -> (usize, Vec<usize>) {
+        let longest = self.longest();
+        let widths = (0..).flat_map(|power| [1, 2, 5].map(|digit| digit * 10_usize.pow(power)));
+        let fits = |width: &usize| longest.div_ceil(*width) <= LengthReport::MAX_BINS;
+        let width = widths.into_iter().find(fits).unwrap_or(longest);
+        let mut bins = vec![0; longest.div_ceil(width)];
+        for (&length, &count) in &self.counts {
+            // Without any token it is with the shortest.
+            bins[length.saturating_sub(1) / width] += count;
+        }
+        (width, bins)
     }
 
     /// The smallest length that at least `percent` of 100 lengths do not exceed.
@@ -147,5 +178,24 @@ impl fmt::Display for LengthReport {
             )?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Lengths;
+
+    #[test]
+    fn bins_are_round_few_and_hold_every_length() {
+        for (longest, width) in [(1, 1), (20, 1), (21, 2), (40, 2), (41, 5), (101, 10), (8192, 500)]
+        {
+            let mut lengths = Lengths::default();
+            (1..=longest).for_each(|length| lengths.add(length));
+            let (found, bins) = lengths.histogram();
+            assert_eq!(found, width, "{longest}");
+            assert_eq!(bins.iter().sum::<usize>(), longest);
+            assert!(bins[..bins.len() - 1].iter().all(|&count| count == width), "{bins:?}");
+        }
+        assert_eq!(Lengths::default().histogram(), (1, vec![]));
     }
 }

@@ -14,7 +14,9 @@ pub use format::TextFormat;
 pub use lengths::LengthReport;
 pub use pipeline::{PipelineOptions, TokenBatch, WorkItem, token_batches};
 pub use prompt::TokenPrompt;
-pub use tokenizer::{DecoderTemplate, EncodedPair, PairTokenizer, Truncation, pad_token_id};
+pub use tokenizer::{
+    DecoderTemplate, EncodedPair, Ending, PairTokenizer, Truncation, pad_token_id,
+};
 
 /// Files that belong to the tokenizer of a model directory, as far as it has them.
 pub const TOKENIZER_FILES: [&str; 9] = [

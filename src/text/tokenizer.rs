@@ -49,6 +49,18 @@ pub struct DecoderTemplate {
     pub special_token: String,
 }
 
+/// The token of a template that an input can end in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ending {
+    /// Its id.
+    pub id: u32,
+    /// How the vocabulary writes it.
+    pub text: String,
+    /// Whether it stands behind the document, so that every input ends in it; otherwise those with an
+    /// empty document do.
+    pub behind_document: bool,
+}
+
 /// A part of the input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Piece {
@@ -268,6 +280,27 @@ impl PairTokenizer {
              expected at least {}",
             fixed + 2
         )))
+    }
+
+    /// The template's own token that an input can end in; `None` where a text always ends it.
+    #[must_use]
+    pub fn ending(&self) -> Option<Ending> {
+        let is_document = |piece: &Piece| matches!(piece, Piece::Document { .. });
+        let behind_document = !self.pieces.last().is_some_and(is_document);
+        // A document may be empty.
+        match self.pieces.iter().rev().find(|piece| !is_document(piece)) {
+            Some(&Piece::Fixed { id, .. }) => {
+                let text = self.tokenizer.id_to_token(id).unwrap_or_default();
+                Some(Ending { id, text, behind_document })
+            }
+            _ => None,
+        }
+    }
+
+    /// A text that tokenizes to `ids`, for people to read: what the tokenizer drops is lost.
+    #[must_use]
+    pub fn decode(&self, ids: &[u32]) -> String {
+        self.tokenizer.decode(ids, true).unwrap_or_default()
     }
 
     /// The largest segment id it can give; the model's segment table must be larger.

@@ -111,6 +111,22 @@ pub fn freest_gpu_memory() -> Option<usize> {
     (0..nvml.device_count().ok()?).filter_map(left).max()
 }
 
+/// The name of GPU `number` of those that this process may use, as the driver says; `None` where there
+/// is no driver.
+#[must_use]
+pub fn gpu_name(number: usize) -> Option<String> {
+    let nvml = nvml_wrapper::Nvml::builder().lib_path(NVML_LIBRARY.as_ref()).init().ok()?;
+    let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
+    let device = match visible.as_ref().map(|list| list.split(',').nth(number)) {
+        None => nvml.device_by_index(number as u32),
+        Some(entry) => match entry?.trim().parse() {
+            Ok(index) => nvml.device_by_index(index),
+            Err(_) => nvml.device_by_uuid(entry?.trim()),
+        },
+    };
+    device.ok()?.name().ok()
+}
+
 /// The most memory of the host in bytes that this process has had at once, libraries and buffers
 /// included; `None` where the system does not say.
 #[must_use]

@@ -78,6 +78,16 @@ pub(super) fn lock(plan: &Plan, groups: &Groups) -> Result<Option<Lock>> {
     Lock::take(&dir.join(LOCK), &holder).map(Some)
 }
 
+/// Refuses an output directory that a run holds now.
+fn check_free(plan: &Plan) -> Result<()> {
+    let path = plan.saving.output_dir.join(output::RUNS).join(LOCK);
+    if path.exists() {
+        // Given back at once.
+        Lock::take(&path, "a check of a configuration")?;
+    }
+    Ok(())
+}
+
 /// Whether the run begins anew, whatever is in its output directory.
 fn begins_anew(plan: &Plan) -> bool {
     plan.saving.resume == Resume::Never || !output::unfinished(plan)
@@ -110,6 +120,7 @@ fn check_mixture(plan: &Plan) -> Result<()> {
 /// # Errors
 /// [`Error::Config`] that says what differs and what to do.
 pub fn check(plan: &Plan, inputs: &Inputs, world_size: usize) -> Result<()> {
+    check_free(plan)?;
     check_mixture(plan)?;
     let (store, steps) = match &plan.saving.resume {
         Resume::Path(path) => {

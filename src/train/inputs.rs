@@ -3,22 +3,17 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use tracing::info;
+use serde_json::Value;
 
-use super::{best, checkpoints, teacher};
-use crate::config::{self, DatasetKind, ModelKind, Plan, Strategy};
+use super::{best, teacher};
+use crate::config::{DatasetKind, Plan};
 use crate::data::{CacheOptions, Dataset, LoadOptions, LoadReport, Sampler, SamplerOptions};
-use crate::engine::MemoryForecast;
 use crate::error::{Error, Result};
 use crate::model::weights::WeightFiles;
-use crate::model::{ModelConfig, Parameter, Pretrained, foreign_layer_classes, lora};
+use crate::model::{ModelConfig, Pretrained, lora};
 use crate::optim::Schedule;
 use crate::score::{PairTexts, check_model};
-use crate::text::{LengthReport, PairTokenizer};
-use crate::torch_ext::runtime;
-
-/// Pairs whose token lengths are measured for the report.
-const LENGTH_SAMPLE: usize = 256;
+use crate::text::{PairTokenizer, pad_token_id};
 
 /// A model directory, data sets and the schedule they make.
 #[derive(Debug)]
@@ -33,6 +28,8 @@ pub struct Inputs {
     pub weights: WeightFiles,
     /// Its tokenizer.
     pub tokenizer: Arc<PairTokenizer>,
+    /// The padding token, by `config.json` or else by the tokenizer.
+    pub padding: Option<u32>,
     /// Parameters that the weights lack.
     pub initialised: Vec<String>,
     /// The training data.
@@ -64,6 +61,10 @@ impl Inputs {
             config.lora = Some(lora.map_err(|bad| plan.error(bad.key, bad.message))?);
         }
 
+        let padding = match config.raw.get("pad_token_id").and_then(Value::as_u64) {
+            Some(id) => u32::try_from(id).ok(),
+            None => pad_token_id(&model_dir)?,
+        };
         let data = &plan.data;
         // The smaller one first: what is wrong with it is known before a long load.
         let (validation, validation_report) = match &data.validation {
@@ -104,6 +105,7 @@ impl Inputs {
             config,
             weights,
             tokenizer,
+            padding,
             initialised,
             train,
             train_report,
@@ -113,138 +115,6 @@ impl Inputs {
             schedule,
         })
     }
-
-    /// What was read, for people: data, lengths, steps.
-    ///
-    /// # Errors
-    /// When the tokenizer refuses a text.
-    pub fn describe(&self, plan: &Plan, world_size: usize) -> Result<String> {
-        let training = &plan.training;
-        let items = training.batch_size * training.accumulation * world_size;
-        let unit = if self.train.kind == DatasetKind::Grouped { "groups" } else { "pairs" };
-        let lengths = |dataset: &Dataset| {
-            LengthReport::measure(dataset, &self.tokenizer, plan.data.max_len, LENGTH_SAMPLE)
-        };
-        let mut lines = Vec::new();
-        lines.extend(
-            self.model_revision
-                .iter()
-                .map(|revision| format!("{}: revision {revision} of the hub", plan.model.path)),
-        );
-        lines.extend([
-            self.train_report.to_string(),
-            lengths(&self.train)?.to_string(),
-            self.sampler.report().to_string(),
-        ]);
-        if let (Some(dataset), Some(report)) = (&self.validation, &self.validation_report) {
-            lines.extend([report.to_string(), lengths(dataset)?.to_string()]);
-        }
-        lines.push(format!(
-            "{} optimizer steps: {} an epoch, {} epochs; {items} {unit} a step over {world_size} \
-             worker(s)",
-            self.schedule.total(),
-            self.sampler.steps_per_epoch(),
-            training.epochs,
-        ));
-        let parameters: Vec<_> = crate::model::stages(&self.config)
-            .iter()
-            .flat_map(|stage| stage.parameters())
-            .collect();
-        lines.extend(self.describe_lora(&parameters));
-        let (trained, _): (Vec<_>, Vec<_>) =
-            parameters.into_iter().partition(|parameter| parameter.trained);
-        for keyword in super::parameter_groups(plan).unmatched(&trained) {
-            lines.push(format!("special_lr_groups: {keyword:?} is in no parameter's name"));
-        }
-        let classes = &plan.parallel.layer_classes;
-        for line in foreign_layer_classes(classes, &self.config.model_type) {
-            lines.push(plan.warning("layer_classes", line));
-        }
-        if self.tokenizer.fixed_tokens() == 0 && plan.model.kind == ModelKind::BertEncoder {
-            lines.push("the tokenizer has no pair template: texts are joined as they are".into());
-        }
-        lines.extend(checkpoints::outlook(plan)?);
-        lines.push(self.forecast(plan, world_size));
-        if !self.initialised.is_empty() {
-            lines.push(format!(
-                "no weights for {}: initialised from seed {}",
-                self.initialised.join(", "),
-                training.seed
-            ));
-        }
-        Ok(lines.join("\n"))
-    }
-
-    /// What of the model learns, where that is not all of it.
-    fn describe_lora(&self, parameters: &[Parameter]) -> Option<String> {
-        let lora = self.config.lora.as_ref()?;
-        let count = |parameters: &mut dyn Iterator<Item = &Parameter>| -> usize {
-            parameters.map(Parameter::elements).sum()
-        };
-        let trained = count(&mut parameters.iter().filter(|parameter| parameter.trained));
-        let all = count(&mut parameters.iter());
-        let saved: Vec<&str> = lora.saved_names.iter().map(String::as_str).collect();
-        Some(format!(
-            "LoRA of rank {} beside {} linear layers, and {} trained whole: {trained} of {all} \
-             parameters learn ({:.2} %)",
-            lora.r,
-            lora.targets.len(),
-            saved.join(", "),
-            100.0 * trained as f64 / all as f64
-        ))
-    }
-
-    /// What a worker will hold, and whether there is that much. Hybrid runs divide by the workers
-    /// of a machine.
-    fn forecast(&self, plan: &Plan, world_size: usize) -> String {
-        let on_a_machine = world_size.div_ceil(plan.parallel.machines);
-        let dividing = match plan.parallel.strategy {
-            Strategy::Hybrid { .. } => on_a_machine,
-            Strategy::Ddp | Strategy::Zero { .. } => world_size,
-        };
-        let options = super::engine_options(plan, tch::Device::Cpu, 0, dividing);
-        let group = match self.train.kind {
-            DatasetKind::Pointwise => 1,
-            DatasetKind::Grouped => plan.data.group_size,
-        };
-        let tokens = plan.training.batch_size * group * plan.data.max_len;
-        let forecast = MemoryForecast::new(&self.config, &options, tokens);
-        let on_gpu = match plan.parallel.device {
-            Some(device) => device == config::Device::Cuda,
-            None => runtime::sees_gpu(),
-        };
-        let mut lines = vec![forecast.to_string()];
-        if on_gpu {
-            lines.extend(shortfall("a GPU", forecast.total(), runtime::freest_gpu_memory()));
-        }
-        let on_host = forecast.held.host + if on_gpu { 0 } else { forecast.total() };
-        let needed = on_host * on_a_machine;
-        lines.extend(shortfall("this machine", needed, runtime::available_memory()));
-        lines.join("\n")
-    }
-
-    /// Logs the plan's notices and what was read, a line at a time.
-    pub(super) fn log(&self, plan: &Plan, world_size: usize) -> Result<()> {
-        for notice in &plan.notices {
-            info!("{notice}");
-        }
-        for line in self.describe(plan, world_size)?.lines() {
-            info!("{line}");
-        }
-        Ok(())
-    }
-}
-
-/// What to say where `needed` bytes are more than there are `available`, if that is known.
-fn shortfall(place: &str, needed: usize, available: Option<usize>) -> Option<String> {
-    let available = available.filter(|&available| needed > available)?;
-    let gb = |bytes: usize| bytes as f64 / 1e9;
-    Some(format!(
-        "this does not fit: {place} has to hold {:.1} GB and has {:.1} GB left; lower batch_size or \
-         max_len, set gradient_checkpointing: true, or divide more",
-        gb(needed),
-        gb(available)
-    ))
 }
 
 /// The base model, downloaded where it is on the hub; it must be of the kind that the plan names.
@@ -334,23 +204,4 @@ fn load_options(plan: &Plan, path: &Path) -> LoadOptions {
 fn cache_options(plan: &Plan, tokenizer: &Arc<PairTokenizer>) -> CacheOptions {
     let encoder = Arc::clone(tokenizer) as _;
     CacheOptions { dir: plan.data.cache_dir.clone(), encoder, document_texts: false }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::shortfall;
-
-    #[test]
-    fn only_what_is_known_not_to_fit_is_told() {
-        assert_eq!(shortfall("a GPU", 80, Some(80)), None);
-        assert_eq!(shortfall("a GPU", 80, None), None);
-        let line = shortfall("a GPU", 96_000_000_000, Some(79_500_000_000));
-        assert_eq!(
-            line.as_deref(),
-            Some(
-                "this does not fit: a GPU has to hold 96.0 GB and has 79.5 GB left; lower \
-                 batch_size or max_len, set gradient_checkpointing: true, or divide more"
-            )
-        );
-    }
 }

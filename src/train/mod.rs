@@ -5,10 +5,14 @@ mod checkpoints;
 pub mod inputs;
 mod memory;
 mod output;
+mod page;
+mod preflight;
 mod report;
+mod status;
 pub mod teacher;
 mod trackers;
 mod validate;
+mod worst;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,6 +25,7 @@ use tracing::info;
 pub use checkpoints::check as check_resume;
 pub use inputs::Inputs;
 pub use output::check as check_output;
+pub use preflight::{DataSummary, ModelSummary, Preflight, Steps};
 pub use trackers::check as check_trackers;
 pub use validate::Validation;
 
@@ -41,6 +46,7 @@ use crate::torch_ext::{nccl, runtime};
 use best::{Best, Verdict};
 use checkpoints::Checkpoints;
 use memory::Memory;
+use page::About;
 use report::Reporter;
 
 /// Micro-batches that may be tokenized ahead of the step.
@@ -53,6 +59,9 @@ const BATCHES_AHEAD: usize = 4;
 pub fn run(plan: &Plan, env: &WorkerEnv) -> Result<()> {
     output::check(plan)?;
     check_machines(plan, env.world_size, env.local_world_size)?;
+    if env.rank == 0 {
+        trackers::check(plan)?;
+    }
     // What is wrong with the data is known before the ranks meet; a teacher's scores are data that
     // they make together.
     let inputs = match plan.data.teacher {
@@ -86,9 +95,7 @@ fn train(
         Some(inputs) => inputs,
         None => Inputs::load(plan, env.world_size)?,
     };
-    if env.rank == 0 {
-        inputs.log(plan, env.world_size)?;
-    }
+    let preflight = (env.rank == 0).then(|| tell(plan, inputs, env.world_size)).transpose()?;
     let rates = parameter_groups(plan);
     let shard = groups.shard();
     let options = engine_options(plan, device, shard.rank(), shard.world_size());
@@ -98,6 +105,7 @@ fn train(
     engine.prepare_training()?;
     let (checkpoints, earlier) = Checkpoints::open(plan, inputs, &mut engine, groups, lock)?;
     let progress = earlier.as_ref().map_or_else(Progress::default, |manifest| manifest.progress);
+    let about = preflight.as_ref().map(|preflight| About { plan, env, preflight, device });
     let mut best = Best::new(&plan.validation);
     if let (Some(best), Some(manifest)) = (&mut best, &earlier) {
         best.take_up(&manifest.job["best"]);
@@ -106,7 +114,7 @@ fn train(
         plan,
         inputs,
         groups,
-        reporter: Reporter::new(plan, env, inputs.schedule.total(), progress.step)?,
+        reporter: Reporter::new(plan, inputs, about.as_ref(), progress.step)?,
         best,
         checkpoints,
         progress,
@@ -120,6 +128,15 @@ fn train(
     job.reporter.finish(&memory)?;
     job.reporter.best(plan, job.best)?;
     groups.world.leave()
+}
+
+/// Logs the plan's notices and what lies ahead, a line at a time.
+fn tell(plan: &Plan, inputs: &Inputs, world_size: usize) -> Result<Preflight> {
+    let preflight = Preflight::new(inputs, plan, world_size)?;
+    for line in plan.notices.iter().map(String::as_str).chain(preflight.to_string().lines()) {
+        info!("{line}");
+    }
+    Ok(preflight)
 }
 
 /// The longest wait for another rank.
@@ -285,7 +302,8 @@ impl Job<'_> {
     fn validate(&mut self, data: &Arc<Dataset>, step: usize, epoch: usize) -> Result<Verdict> {
         let started = Instant::now();
         let (plan, groups) = (self.plan, self.groups);
-        let result = validate::validate(&self.engine, &self.inputs.tokenizer, data, plan, groups)?;
+        let (result, queries) =
+            validate::validate(&self.engine, &self.inputs.tokenizer, data, plan, groups)?;
         self.metrics = result.to_json();
         let verdict = match &mut self.best {
             Some(best) => best.judge(step, &result)?,
@@ -295,7 +313,7 @@ impl Job<'_> {
             self.save(output::BEST)?;
         }
         let is_best = self.best.is_some().then_some(verdict == Verdict::Best);
-        self.reporter.validation(step, epoch, &result, is_best, started.elapsed())?;
+        self.reporter.validation(step, epoch, (&result, &queries), is_best, started.elapsed())?;
         Ok(verdict)
     }
 

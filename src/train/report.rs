@@ -1,30 +1,31 @@
-//! What rank 0 tells while it trains: log lines, a status line, `metrics.jsonl`.
+//! What rank 0 tells while it trains: log lines, a status line, `metrics.jsonl`, the report page.
 
 use std::fs::File;
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rr_launch::contract::WorkerEnv;
 use serde_json::{Value, json};
 use tracing::{Level, debug, enabled, info};
 
 use super::best::Best;
+use super::inputs::Inputs;
 use super::memory::Memory;
 use super::output::{BEST, RUNS};
+use super::page::{self, About, Page};
+use super::status::{Progress, StatusLine};
 use super::trackers::Trackers;
 use super::validate::Validation;
+use super::worst::QueryReport;
 use crate::atomic::{create_dir, remove_dir};
 use crate::config::Plan;
 use crate::data::{MicroBatchPlan, StepPlan};
 use crate::engine::StepReport;
 use crate::error::{Error, Result};
+use crate::torch_ext::runtime;
 
 /// The file of metrics, one JSON object a line.
 pub(super) const METRICS: &str = "metrics.jsonl";
-
-/// The least time between two drawings of the status line.
-const REDRAW: Duration = Duration::from_millis(100);
 
 /// Collects what happened since the last line of metrics. Silent on all ranks but 0.
 pub(super) struct Reporter {
@@ -45,14 +46,45 @@ struct Sink {
     path: PathBuf,
     file: File,
     trackers: Trackers,
-    status: Option<Status>,
+    status: Option<StatusLine>,
+    page: Page,
+    device: tch::Device,
 }
 
-/// A line that is drawn over itself.
-struct Status {
-    drawn: Instant,
-    /// Whether stderr is the terminal itself, rather than the launcher's pipe.
-    direct: bool,
+impl Sink {
+    /// Creates the run's directory. A run that goes on keeps the metrics of its first `done` steps.
+    fn create(inputs: &Inputs, about: &About<'_>, done: usize) -> Result<Self> {
+        let dir = about.plan.saving.output_dir.join(RUNS);
+        create_dir(&dir)?;
+        let path = dir.join(METRICS);
+        let earlier = metrics_until(&path, done);
+        let create = |source| Error::Io { path: path.clone(), action: "create", source };
+        let mut file = File::create(&path).map_err(create)?;
+        file.write_all(earlier.as_bytes()).map_err(create)?;
+        Ok(Self {
+            file,
+            trackers: Trackers::start(about.plan, &dir, done)?,
+            status: StatusLine::new(about.env.progress),
+            page: Page::new(&dir, &earlier, inputs, about),
+            device: about.device,
+            path,
+        })
+    }
+
+    /// The most bytes that this worker has held: of its GPU, or of the host.
+    fn memory(&self) -> Option<usize> {
+        runtime::peak_gpu_memory(self.device).or_else(runtime::peak_host_memory)
+    }
+
+    fn write(&mut self, line: &Value) -> Result<()> {
+        self.trackers.log(line);
+        self.page.line(line);
+        writeln!(self.file, "{line}").map_err(|source| Error::Io {
+            path: self.path.clone(),
+            action: "write",
+            source,
+        })
+    }
 }
 
 /// Since the last line of metrics.
@@ -91,33 +123,19 @@ fn pairs_of(micro: &MicroBatchPlan) -> Value {
 }
 
 impl Reporter {
-    /// Creates the run's directory on rank 0. A run that goes on keeps the metrics of its first
-    /// `done` steps.
+    /// A reporter of a run that took `done` of `total_steps` before; rank 0, which knows what the
+    /// run is about, creates its directory.
     pub(super) fn new(
         plan: &Plan,
-        env: &WorkerEnv,
-        total_steps: usize,
+        inputs: &Inputs,
+        about: Option<&About<'_>>,
         done: usize,
     ) -> Result<Self> {
-        let sink = if env.rank == 0 {
-            let dir = plan.saving.output_dir.join(RUNS);
-            create_dir(&dir)?;
-            let path = dir.join(METRICS);
-            let earlier = metrics_until(&path, done);
-            let create = |source| Error::Io { path: path.clone(), action: "create", source };
-            let mut file = File::create(&path).map_err(create)?;
-            file.write_all(earlier.as_bytes()).map_err(create)?;
-            let direct = std::io::stderr().is_terminal();
-            let status = (direct || env.progress).then(|| Status { drawn: Instant::now(), direct });
-            let trackers = Trackers::start(plan, &dir, done)?;
-            Some(Sink { path, file, trackers, status })
-        } else {
-            None
-        };
+        let sink = about.map(|about| Sink::create(inputs, about, done)).transpose()?;
         Ok(Self {
             sink,
             interval: plan.logging.log_interval,
-            total_steps,
+            total_steps: inputs.schedule.total(),
             done,
             started: Instant::now(),
             paused: Duration::ZERO,
@@ -165,12 +183,7 @@ impl Reporter {
         self.window.pairs += pairs;
         self.window.tokens += report.tokens;
         self.window.last = Last { step, epoch, lr, grad_norm: report.grad_norm };
-        let elapsed = self.elapsed();
-        if let Some(Status { drawn, .. }) = self.sink.as_ref().and_then(|s| s.status.as_ref())
-            && drawn.elapsed() >= REDRAW
-        {
-            self.draw(&self.status_line(step, report.loss, lr, elapsed));
-        }
+        self.draw(step, report.loss, lr);
         if step.is_multiple_of(self.interval) || step == self.total_steps {
             self.flush()?;
         }
@@ -182,9 +195,8 @@ impl Reporter {
         let elapsed = self.elapsed();
         let window = std::mem::take(&mut self.window);
         self.window.since = elapsed;
-        if self.sink.is_none() || window.steps == 0 {
-            return Ok(());
-        }
+        let left_s = self.left(elapsed);
+        let Some(sink) = self.sink.as_mut().filter(|_| window.steps > 0) else { return Ok(()) };
         let Last { step, epoch, lr, grad_norm } = window.last;
         let seconds = (elapsed - window.since).max(1e-9);
         let loss = window.loss / window.steps as f64;
@@ -199,7 +211,8 @@ impl Reporter {
             pairs_per_s = format_args!("{pairs_per_s:.1}"),
             "trained"
         );
-        self.write(&json!({
+        let memory = sink.memory();
+        sink.write(&json!({
             "type": "train",
             "step": step,
             "epoch": epoch + 1,
@@ -209,8 +222,10 @@ impl Reporter {
             "pairs": self.pairs,
             "tokens": self.tokens,
             "elapsed_s": elapsed,
+            "left_s": left_s,
             "pairs_per_s": pairs_per_s,
             "tokens_per_s": tokens_per_s,
+            "memory_bytes": memory,
         }))
     }
 
@@ -220,14 +235,12 @@ impl Reporter {
         &mut self,
         step: usize,
         epoch: usize,
-        result: &Validation,
+        (result, queries): (&Validation, &QueryReport),
         is_best: Option<bool>,
         took: Duration,
     ) -> Result<()> {
         self.paused += took;
-        if self.sink.is_none() {
-            return Ok(());
-        }
+        let Some(sink) = &mut self.sink else { return Ok(()) };
         let mark = if is_best == Some(true) { ", the best so far" } else { "" };
         info!(step, epoch = epoch + 1, "validated: {result}{mark}");
         let mut line = result.to_json();
@@ -238,24 +251,24 @@ impl Reporter {
             fields.insert("seconds".into(), json!(took.as_secs_f64()));
             fields.extend(is_best.map(|is_best| ("best".to_owned(), json!(is_best))));
         }
-        self.write(&line)
+        sink.page.queries(step, queries);
+        sink.write(&line)
     }
 
     /// The last words of a run: where training ended, and what the workers held.
     pub(super) fn finish(&mut self, memory: &Memory) -> Result<()> {
         self.flush()?;
-        if self.sink.is_some() {
-            if self.last_step < self.total_steps {
-                info!("stopped early, after {} of {} steps", self.last_step, self.total_steps);
-            }
-            let seconds = self.elapsed();
-            info!("trained {} pairs ({} tokens) in {seconds:.1} s", self.pairs, self.tokens);
-            info!("{memory}");
+        let (last, total, seconds) = (self.last_step, self.total_steps, self.elapsed());
+        let Some(sink) = &mut self.sink else { return Ok(()) };
+        if last < total {
+            info!("stopped early, after {last} of {total} steps");
         }
-        self.write(&memory.to_json())?;
-        if let Some(sink) = &mut self.sink {
-            sink.trackers.finish();
-        }
+        info!("trained {} pairs ({} tokens) in {seconds:.1} s", self.pairs, self.tokens);
+        info!("{memory}");
+        sink.write(&memory.to_json())?;
+        sink.trackers.finish();
+        let status = if last < total { page::Status::StoppedEarly } else { page::Status::Finished };
+        sink.page.finish(status);
         Ok(())
     }
 
@@ -279,34 +292,26 @@ impl Reporter {
         }
     }
 
-    fn write(&mut self, line: &Value) -> Result<()> {
-        let Some(sink) = &mut self.sink else { return Ok(()) };
-        sink.trackers.log(line);
-        writeln!(sink.file, "{line}").map_err(|source| Error::Io {
-            path: sink.path.clone(),
-            action: "write",
-            source,
-        })
+    /// Seconds to the end at the rate so far, after `elapsed` of them.
+    fn left(&self, elapsed: f64) -> f64 {
+        let (taken, left) = (self.last_step - self.done, self.total_steps - self.last_step);
+        elapsed / taken.max(1) as f64 * left as f64
     }
 
-    fn status_line(&self, step: usize, loss: f64, lr: f64, elapsed: f64) -> String {
-        let left = elapsed / (step - self.done).max(1) as f64 * (self.total_steps - step) as f64;
-        format!(
-            "step {step}/{}  loss {loss:.4}  lr {lr:.1e}  {:.0} pairs/s  {} left",
-            self.total_steps,
-            self.pairs as f64 / elapsed.max(1e-9),
-            clock(left)
-        )
-    }
-
-    /// Draws a status line. Text that ends in a carriage return is what the launcher keeps below
-    /// the log and draws over; on a terminal of our own the rest of the line is cleared.
-    fn draw(&mut self, text: &str) {
-        let Some(Sink { status: Some(status), .. }) = &mut self.sink else { return };
-        status.drawn = Instant::now();
-        let end = if status.direct { "\x1b[K\r" } else { "\r" };
-        // Whoever closed stderr does not want to see progress; training goes on.
-        let _ = std::io::stderr().write_all(format!("{text}{end}").as_bytes());
+    /// Draws the status line where one is due.
+    fn draw(&mut self, step: usize, loss: f64, lr: f64) {
+        let elapsed = self.elapsed();
+        let left_s = self.left(elapsed);
+        let Some(sink) = &mut self.sink else { return };
+        if !sink.status.as_ref().is_some_and(StatusLine::is_due) {
+            return;
+        }
+        let (total, memory) = (self.total_steps, sink.memory());
+        let pairs_per_s = self.pairs as f64 / elapsed.max(1e-9);
+        let line = Progress { step, total, loss, lr, pairs_per_s, left_s, memory };
+        if let Some(status) = &mut sink.status {
+            status.draw(&line.to_string());
+        }
     }
 }
 
@@ -320,27 +325,4 @@ fn metrics_until(path: &Path, done: usize) -> String {
         step.is_some_and(|step| step as usize <= done)
     };
     text.lines().filter(is_kept).flat_map(|line| [line, "\n"]).collect()
-}
-
-/// `1:02:03` or `2:03`.
-fn clock(seconds: f64) -> String {
-    let seconds = seconds.max(0.0) as u64;
-    let (hours, minutes, seconds) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
-    if hours > 0 {
-        format!("{hours}:{minutes:02}:{seconds:02}")
-    } else {
-        format!("{minutes}:{seconds:02}")
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::clock;
-
-    #[test]
-    fn clocks() {
-        assert_eq!(clock(3.9), "0:03");
-        assert_eq!(clock(125.0), "2:05");
-        assert_eq!(clock(3723.0), "1:02:03");
-    }
 }

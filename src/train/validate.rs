@@ -6,6 +6,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 use tch::Tensor;
 
+use super::worst::QueryReport;
 use crate::comm::{Communicator, Groups, Reduction, reduce_values};
 use crate::config::{DatasetKind, LossKind, Metric, Plan};
 use crate::data::{Dataset, SamplerOptions, sampler};
@@ -65,14 +66,15 @@ impl fmt::Display for Validation {
     }
 }
 
-/// Scores `dataset`, every rank its share, and adds the results up. Dropout is off.
+/// Scores `dataset`, every rank its share, and adds the results up; also tells how its queries were
+/// ranked. Dropout is off.
 pub(super) fn validate(
     engine: &Engine,
     tokenizer: &Arc<PairTokenizer>,
     dataset: &Arc<Dataset>,
     plan: &Plan,
     groups: &Groups,
-) -> Result<Validation> {
+) -> Result<(Validation, QueryReport)> {
     let mut sums = Sums::default();
     for tokens in shares(tokenizer, dataset, plan, groups.world.as_ref())? {
         let tokens = tokens?;
@@ -84,10 +86,11 @@ pub(super) fn validate(
     values[6..].copy_from_slice(&[sums.loss, sums.weight]);
     reduce_values(groups.world.as_ref(), &mut values, Reduction::Sum)?;
     let ranking: [f64; 6] = std::array::from_fn(|i| values[i]);
-    Ok(Validation {
+    let validation = Validation {
         loss: (values[7] > 0.0).then(|| values[6] / values[7]),
         ranking: RankingSums::from_array(ranking).metrics(),
-    })
+    };
+    Ok((validation, sums.queries.reduce(groups.world.as_ref())?))
 }
 
 /// This rank's share of the data, tokenized in the background; groups stay whole.
@@ -120,6 +123,7 @@ fn shares(
 #[derive(Default)]
 struct Sums {
     ranking: RankingSums,
+    queries: QueryReport,
     loss: f64,
     weight: f64,
 }
@@ -134,7 +138,9 @@ impl Sums {
     ) -> Result<()> {
         for bounds in tokens.cu_groups.windows(2) {
             let group = bounds[0] as usize..bounds[1] as usize;
-            self.ranking.add(&scores[group.clone()], &tokens.labels[group])?;
+            let (scores, labels) = (&scores[group.clone()], &tokens.labels[group.clone()]);
+            self.ranking.add(scores, labels)?;
+            self.queries.add(&tokens.pairs[group], scores, labels)?;
         }
         let Some(labels) = loss_labels(tokens, plan, kind) else { return Ok(()) };
         if labels.is_empty() {

@@ -38,7 +38,7 @@ impl Trackers {
         let uses = |tracker| plan.logging.trackers.contains(&tracker);
         Ok(Self {
             events: uses(Tracker::Tensorboard).then(|| EventFile::create(dir, done)).transpose()?,
-            bridge: uses(Tracker::Wandb).then(|| Bridge::start(plan, dir)).transpose()?,
+            bridge: uses(Tracker::Wandb).then(|| Bridge::start(plan, dir, done)).transpose()?,
         })
     }
 
@@ -65,7 +65,7 @@ impl Trackers {
 }
 
 /// The numbers of a line, as `train/loss`, without those that say where in the run it is.
-fn figures(line: &Value) -> Vec<(String, f64)> {
+pub(super) fn figures(line: &Value) -> Vec<(String, f64)> {
     let kind = line["type"].as_str().unwrap_or("metrics");
     let all = line.as_object().into_iter().flatten();
     all.filter(|(key, _)| !matches!(key.as_str(), "step" | "type"))
