@@ -202,6 +202,7 @@ fn step_options(step: usize, pairs: usize) -> StepOptions {
         lr_factor: 1.0,
         max_grad_norm: Some(0.5),
         seed: 1,
+        stop: false,
     }
 }
 

@@ -87,14 +87,17 @@ pub enum Error {
         /// What the backend said.
         message: String,
     },
-    /// Training arrived at something it cannot go on from, such as a loss that is not finite.
+    /// Training ran off to values that are not finite: every start from the same weights would.
+    #[error("{0}")]
+    Diverged(String),
+    /// Training arrived at something it cannot go on from.
     #[error("{0}")]
     Training(String),
 }
 
 impl Error {
     /// The process exit code for this error: 2 where the user can mend it, 4 where
-    /// a checkpoint could not be saved, 1 otherwise.
+    /// a checkpoint could not be saved, 43 where starting again would end alike, 1 otherwise.
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
@@ -104,6 +107,7 @@ impl Error {
             | Self::Usage(_)
             | Self::Io { .. } => 2,
             Self::Save(_) => rr_launch::contract::exit_code::CANNOT_SAVE,
+            Self::Diverged(_) => rr_launch::contract::exit_code::DO_NOT_REQUEUE,
             Self::NoRoom { .. }
             | Self::PeerCannotSave(_)
             | Self::Torch(_)

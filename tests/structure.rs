@@ -40,8 +40,9 @@ const WITHIN_A_FLOOR: &[(&str, &str)] = &[
 const FLAGS: &[(&str, &str)] = &[
     (
         "rr-launch",
-        "--config --config-file --config_file --cpu --dry-run --gpus --grace --help --master-port \
-         --nproc --overwrite --parallel --resume --resume-anyway --set --skip-bad-records --timeout --version",
+        "--bind --config --config-file --config_file --cpu --dry-run --gpus --grace --hang-timeout --help \
+         --log-dir --master-port --max-restarts --nproc --overwrite --parallel --preempt-signal \
+         --resume --resume-anyway --set --skip-bad-records --timeout --version",
     ),
     ("reranker", "--help --version"),
     (
@@ -252,8 +253,8 @@ fn torch_stays_above_floor_two_and_unsafe_in_three_places() {
         }
     }
     for (path, code) in code_of("launcher/src/") {
-        if path != "launcher/src/sys.rs" {
-            assert!(!code.contains("unsafe "), "{path}: unsafe belongs into sys.rs");
+        if path != "launcher/src/sys.rs" && !path.starts_with("launcher/src/sys/") {
+            assert!(!code.contains("unsafe "), "{path}: unsafe belongs into sys.rs and its parts");
         }
     }
 }

@@ -8,7 +8,10 @@ use std::time::Duration;
 use clap::Parser;
 use clap::error::ErrorKind;
 
+pub use crate::binding::Binding;
+use crate::contract::{preemption, vars};
 use crate::error::LaunchError;
+use crate::supervise;
 
 const USAGE: &str = "rr-launch [OPTIONS] --config FILE
        rr-launch [OPTIONS] -- PROGRAM [ARG]...";
@@ -16,7 +19,7 @@ const USAGE: &str = "rr-launch [OPTIONS] --config FILE
 const EXAMPLES: &str = "Examples:
   rr-launch --gpus 0,1 --config config/training_llm.yaml
   rr-launch --gpus all --parallel config/deepspeed/zero2.yaml --config train.yaml --set lr=2e-5
-  rr-launch --cpu --nproc 2 --config train.yaml
+  rr-launch --max-restarts 3 --hang-timeout 600 --log-dir logs --config train.yaml
   rr-launch --gpus 0,1 -- python train.py";
 
 /// The flags of `rr-launch`.
@@ -30,7 +33,7 @@ const EXAMPLES: &str = "Examples:
 )]
 #[allow(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 pub struct Args {
-    /// GPUs by index or UUID (0,1) or `all` [default: the config's, else all]
+    /// GPUs by index, UUID or MIG UUID, or `all` [default: the config's, else all]
     #[arg(long, value_name = "LIST", conflicts_with = "cpu")]
     pub gpus: Option<GpuRequest>,
     /// Run on the CPU
@@ -74,6 +77,27 @@ pub struct Args {
     /// Time from TERM to KILL when workers must end
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds, allow_negative_numbers = true)]
     pub grace: Duration,
+    /// Restart all workers after a failure, at most N times
+    #[arg(long, value_name = "N", default_value = "0")]
+    pub max_restarts: u32,
+    /// End, or restart, when no worker makes progress for so long
+    #[arg(long, value_name = "SECONDS", value_parser = positive_seconds, allow_negative_numbers = true)]
+    pub hang_timeout: Option<Duration>,
+    /// A signal that makes workers save and end, beside USR1 and USR2
+    #[arg(long, value_name = "SIGNAL", value_parser = preempting_signal)]
+    pub preempt_signal: Option<i32>,
+    /// Directory for the launch's summary, launch.json
+    #[arg(long, value_name = "DIR")]
+    pub log_dir: Option<PathBuf>,
+    /// Tie workers to CPUs: a NUMA node, or cores of their own
+    #[arg(
+        long,
+        value_enum,
+        value_name = "numa|cores|none",
+        default_value = "none",
+        hide_possible_values = true
+    )]
+    pub bind: Binding,
     /// Print the plan and each worker's environment, start nothing
     #[arg(long)]
     pub dry_run: bool,
@@ -193,6 +217,30 @@ impl Args {
         }
     }
 
+    /// How the workers are to be watched. `RR_PREEMPT_SIGNAL` counts as the flag.
+    ///
+    /// # Errors
+    /// The variable names no signal.
+    pub(crate) fn supervision(&self) -> Result<supervise::Options, LaunchError> {
+        let inherited = || -> Result<Option<i32>, LaunchError> {
+            let Ok(text) = std::env::var(vars::RR_PREEMPT_SIGNAL) else { return Ok(None) };
+            let signal = preempting_signal(&text).map_err(|reason| {
+                LaunchError::Usage(format!("{} is `{text}`: {reason}", vars::RR_PREEMPT_SIGNAL))
+            })?;
+            Ok(Some(signal))
+        };
+        Ok(supervise::Options {
+            grace: self.grace,
+            max_restarts: self.max_restarts,
+            hang_timeout: self.hang_timeout,
+            preempt_signal: self
+                .preempt_signal
+                .map_or_else(inherited, |signal| Ok(Some(signal)))?,
+            master_port: self.master_port,
+            log_dir: self.log_dir.clone(),
+        })
+    }
+
     fn train_flags(&self, config: &Path) -> TrainFlags {
         let mut flags: Vec<OsString> = vec!["--config".into(), config.into()];
         if let Some(parallel) = &self.parallel {
@@ -297,6 +345,16 @@ fn seconds(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| "expected a number of seconds, such as 10 or 0.5".to_owned())
 }
 
+fn positive_seconds(text: &str) -> Result<Duration, String> {
+    let expected = "expected a number of seconds above 0, such as 600";
+    seconds(text).ok().filter(|time| !time.is_zero()).ok_or_else(|| expected.to_owned())
+}
+
+fn preempting_signal(text: &str) -> Result<i32, String> {
+    let expected = "expected a signal that can be caught, such as TERM or USR1";
+    preemption::parse_signal(text).ok_or_else(|| expected.to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test may end with a panic")]
@@ -319,7 +377,7 @@ mod tests {
     #[test]
     fn help_fits_one_screen() {
         let text = Args::command().term_width(100).render_help().to_string();
-        assert!(text.lines().count() <= 32, "{text}");
+        assert!(text.lines().count() <= 36, "{text}");
         assert!(text.contains("Examples:"), "{text}");
     }
 

@@ -5,6 +5,8 @@
 //! [`WorkerEnv::from_env`], which also understands torchrun, Slurm's `srun` and Open MPI's
 //! `mpirun`.
 
+pub mod heartbeat;
+pub mod preemption;
 mod slurm;
 
 use std::fmt::Display;
@@ -40,6 +42,10 @@ pub mod vars {
     pub const RR_RESTART_COUNT: &str = "RR_RESTART_COUNT";
     /// `1` for the one worker that may draw a progress bar: status lines that end in `\r`.
     pub const RR_PROGRESS: &str = "RR_PROGRESS";
+    /// Where this worker writes its heartbeats (see [`super::heartbeat`]).
+    pub const RR_HEARTBEAT: &str = "RR_HEARTBEAT";
+    /// A signal, such as `TERM`, that asks for a checkpoint and an end, beside USR1 and USR2.
+    pub const RR_PREEMPT_SIGNAL: &str = "RR_PREEMPT_SIGNAL";
     /// Read by the launcher: the `reranker` program to run instead of the one beside it.
     pub const RR_RERANKER: &str = "RR_RERANKER";
     /// torchrun's name of [`RR_RUN_ID`]; its presence tells a program that it was launched.
@@ -80,18 +86,26 @@ pub mod vars {
     pub const PMIX_NAMESPACE: &str = "PMIX_NAMESPACE";
 }
 
-/// Exit codes of the launcher and of its workers. 3 to 63 are kept for outcomes to come (hang,
-/// preempted and saved, out of restarts).
+/// Exit codes of the launcher and of its workers. 40 to 63 are the launcher's own outcomes, which
+/// programs hardly use.
 pub mod exit_code {
     /// Everything was done.
     pub const OK: u8 = 0;
     /// A worker, or the launcher, failed for a reason that is not the user's. A worker's own code
     /// other than 0 becomes the launcher's.
     pub const FAILURE: u8 = 1;
-    /// The command line, a file or the machine cannot give what was asked for.
+    /// The command line, a file or the machine cannot give what was asked for. Never restarted.
     pub const USER_ERROR: u8 = 2;
     /// A worker could not save a checkpoint, and ended over it; earlier ones are whole.
     pub const CANNOT_SAVE: u8 = 4;
+    /// No worker made progress for as long as `--hang-timeout` allows.
+    pub const HANG: u8 = 40;
+    /// The workers were asked to make room, have saved a checkpoint, and can go on from it.
+    pub const PREEMPTED: u8 = 41;
+    /// A failure after the last restart that `--max-restarts` allows.
+    pub const OUT_OF_RESTARTS: u8 = 42;
+    /// Starting again would end the same way. A worker that exits so is not restarted.
+    pub const DO_NOT_REQUEUE: u8 = 43;
     /// Added to a signal's number when a signal ended a worker or the launcher.
     pub const SIGNAL_BASE: u8 = 128;
 
@@ -209,7 +223,6 @@ impl WorkerEnv {
             (vars::MASTER_PORT, self.master_port.to_string()),
             (vars::RR_RESTART_COUNT, self.restart_count.to_string()),
             (vars::TORCHELASTIC_RESTART_COUNT, self.restart_count.to_string()),
-            (vars::TORCHELASTIC_MAX_RESTARTS, "0".to_owned()),
             (vars::TORCHELASTIC_USE_AGENT_STORE, "False".to_owned()),
         ];
         if let Some(run_id) = &self.run_id {

@@ -1,17 +1,12 @@
 //! Which GPUs there are, which of them are visible, and which a job gets.
 //!
-//! What NVML says is read in one function; every decision is a pure function of that list.
+//! What NVML says is read in one place ([`nvml`]); every decision is a pure function of that list.
 
-use nvml_wrapper::Nvml;
-use nvml_wrapper::error::NvmlError;
+mod nvml;
 
 use crate::args::GpuRequest;
 use crate::contract::{LaunchPlan, vars};
 use crate::error::LaunchError;
-
-/// The name under which the driver installs NVML; the one without `.1` comes only with the
-/// development package.
-const NVML_LIBRARY: &str = "libnvidia-ml.so.1";
 
 /// Where the workers of a job run.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,8 +18,8 @@ pub enum Placement {
     },
     /// One worker per GPU, in the order of the local ranks.
     Cuda {
-        /// Entries for `CUDA_VISIBLE_DEVICES`: indices or UUIDs. Never empty.
-        gpus: Vec<String>,
+        /// Never empty.
+        gpus: Vec<Gpu>,
     },
 }
 
@@ -44,15 +39,58 @@ impl Placement {
             Self::Cuda { .. } => "cuda",
         }
     }
+
+    /// The NUMA node that each worker should be on, where its device has one.
+    pub fn nodes(&self) -> Vec<Option<usize>> {
+        match self {
+            Self::Cpu { workers } => vec![None; *workers],
+            Self::Cuda { gpus } => gpus.iter().map(|gpu| gpu.node).collect(),
+        }
+    }
+
+    /// What to say before the job starts: a line for each GPU that somebody else computes on.
+    pub fn warnings(&self) -> Vec<String> {
+        let Self::Cuda { gpus } = self else { return Vec::new() };
+        let busy = gpus.iter().filter(|gpu| !gpu.holders.is_empty());
+        busy.map(|gpu| format!("GPU {} is busy: {}", gpu.entry, gpu.holders.join(", "))).collect()
+    }
 }
 
-/// A GPU that the job may use.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Gpu {
-    /// What to write into `CUDA_VISIBLE_DEVICES`.
-    entry: String,
+/// A GPU, or a MIG slice of one.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Gpu {
+    /// What to write into `CUDA_VISIBLE_DEVICES`: an index or a UUID.
+    pub entry: String,
     /// Its UUID, `GPU-…` or `MIG-…`.
     uuid: String,
+    /// The UUIDs of its MIG slices; none where it is not divided.
+    slices: Vec<String>,
+    /// The NUMA node that it hangs on.
+    node: Option<usize>,
+    /// The processes that compute on it.
+    holders: Vec<String>,
+}
+
+impl Gpu {
+    /// The slices that CUDA can use, or the GPU itself where it is not divided.
+    fn parts(&self) -> Vec<Self> {
+        if self.slices.is_empty() {
+            return vec![self.clone()];
+        }
+        let slice = |uuid: &String| Self {
+            entry: uuid.clone(),
+            uuid: uuid.clone(),
+            slices: Vec::new(),
+            node: self.node,
+            // The driver names the holders of the whole GPU.
+            holders: Vec::new(),
+        };
+        self.slices.iter().map(slice).collect()
+    }
+
+    fn is_slice(&self) -> bool {
+        self.uuid.starts_with("MIG-")
+    }
 }
 
 /// Places a job on the GPUs that `--gpus` asks for.
@@ -80,7 +118,7 @@ pub fn place_as_advised(advice: &LaunchPlan, cpu: bool) -> Result<Placement, Lau
     advised_gpus(advice, &visible).map(|gpus| Placement::Cuda { gpus })
 }
 
-fn advised_gpus(advice: &LaunchPlan, visible: &[Gpu]) -> Result<Vec<String>, LaunchError> {
+fn advised_gpus(advice: &LaunchPlan, visible: &[Gpu]) -> Result<Vec<Gpu>, LaunchError> {
     let request = match &advice.gpu_ids {
         Some(ids) => ids.join(",").parse().map_err(|reason| {
             LaunchError::Usage(format!("gpu_ids of the parallel file: {reason}"))
@@ -102,12 +140,12 @@ fn advised_gpus(advice: &LaunchPlan, visible: &[Gpu]) -> Result<Vec<String>, Lau
 }
 
 /// Finds every requested GPU among the visible ones.
-fn select(request: &GpuRequest, visible: &[Gpu]) -> Result<Vec<String>, LaunchError> {
+fn select(request: &GpuRequest, visible: &[Gpu]) -> Result<Vec<Gpu>, LaunchError> {
     let names = match request {
-        GpuRequest::All => return Ok(visible.iter().map(|gpu| gpu.entry.clone()).collect()),
+        GpuRequest::All => return one_slice(visible.iter().flat_map(Gpu::parts).collect()),
         GpuRequest::Listed(names) => names,
     };
-    let mut chosen: Vec<&Gpu> = Vec::new();
+    let mut chosen: Vec<Gpu> = Vec::new();
     for name in names {
         let gpu = find(name, visible).map_err(LaunchError::Usage)?;
         if chosen.contains(&gpu) {
@@ -118,25 +156,57 @@ fn select(request: &GpuRequest, visible: &[Gpu]) -> Result<Vec<String>, LaunchEr
         }
         chosen.push(gpu);
     }
-    Ok(chosen.into_iter().map(|gpu| gpu.entry.clone()).collect())
+    one_slice(chosen)
 }
 
-/// A GPU by its index among the visible ones, or by its UUID or an unambiguous beginning of one.
-fn find<'a>(name: &str, visible: &'a [Gpu]) -> Result<&'a Gpu, String> {
+/// Refuses more than one MIG slice: CUDA shows a process only the first that it may see, and NCCL
+/// does not work between two.
+fn one_slice(chosen: Vec<Gpu>) -> Result<Vec<Gpu>, LaunchError> {
+    match chosen.iter().find(|gpu| gpu.is_slice()) {
+        Some(slice) if chosen.len() > 1 => Err(LaunchError::Usage(format!(
+            "--gpus: {} devices, MIG slices among them, but a process sees one MIG slice only; name \
+             one, such as {}, or only whole GPUs",
+            chosen.len(),
+            slice.uuid
+        ))),
+        _ => Ok(chosen),
+    }
+}
+
+/// A GPU by its index among the visible ones, or a GPU or MIG slice by its UUID or an unambiguous
+/// beginning of one.
+fn find(name: &str, visible: &[Gpu]) -> Result<Gpu, String> {
     if let Ok(index) = name.parse::<usize>() {
         let last = visible.len().saturating_sub(1);
-        return visible.get(index).ok_or_else(|| {
+        let gpu = visible.get(index).ok_or_else(|| {
             format!("GPU {index} does not exist: {} visible, 0 to {last}", count(visible.len()))
-        });
+        })?;
+        return whole(gpu.clone());
     }
-    let mut matches = visible.iter().filter(|gpu| is_uuid(name) && gpu.uuid.starts_with(name));
+    let all = visible.iter().flat_map(|gpu| {
+        let slices = if gpu.slices.is_empty() { Vec::new() } else { gpu.parts() };
+        std::iter::once(gpu.clone()).chain(slices)
+    });
+    let mut matches = all.filter(|gpu| is_uuid(name) && gpu.uuid.starts_with(name));
     match (matches.next(), matches.next()) {
-        (Some(gpu), None) => Ok(gpu),
+        (Some(gpu), None) => whole(gpu),
         (Some(_), Some(_)) => Err(format!("GPU {name} is ambiguous: give the whole UUID")),
         (None, _) => Err(format!(
             "GPU {name} does not exist: {} visible, expected an index or a UUID that \
              `nvidia-smi -L` lists",
             count(visible.len())
+        )),
+    }
+}
+
+/// Refuses a GPU that is divided: CUDA would take its first slice.
+fn whole(gpu: Gpu) -> Result<Gpu, String> {
+    match gpu.slices.first() {
+        None => Ok(gpu),
+        Some(slice) => Err(format!(
+            "GPU {} is divided into MIG slices: name one of its {}, such as {slice}",
+            gpu.entry,
+            gpu.slices.len()
         )),
     }
 }
@@ -154,59 +224,37 @@ fn count(gpus: usize) -> String {
 
 /// The GPUs that this process may use, at least one; otherwise the reason why there are none.
 fn visible_gpus() -> Result<Vec<Gpu>, String> {
-    let uuids = uuids_of_nvml()?;
+    let all = nvml::gpus()?;
     let limit = std::env::var(vars::CUDA_VISIBLE_DEVICES).ok();
-    let visible = restrict(&uuids, limit.as_deref());
+    let visible = restrict(&all, limit.as_deref());
     match (visible.is_empty(), limit) {
         (false, _) => Ok(visible),
         (true, None) => Err("no GPU was found".to_owned()),
         (true, Some(limit)) => Err(format!(
             "no GPU is visible: {} is `{limit}`, and the machine has {}",
             vars::CUDA_VISIBLE_DEVICES,
-            uuids.len()
+            all.len()
         )),
     }
 }
 
 /// Applies an inherited `CUDA_VISIBLE_DEVICES` to the machine's GPUs. As in CUDA itself the list
 /// renumbers what it names, and ends at the first entry that names nothing.
-fn restrict(uuids: &[String], limit: Option<&str>) -> Vec<Gpu> {
-    let all: Vec<Gpu> = uuids
-        .iter()
-        .enumerate()
-        .map(|(index, uuid)| Gpu { entry: index.to_string(), uuid: uuid.clone() })
-        .collect();
-    let Some(limit) = limit else { return all };
+fn restrict(all: &[Gpu], limit: Option<&str>) -> Vec<Gpu> {
+    let Some(limit) = limit else { return all.to_vec() };
     limit
         .split(',')
         .map(str::trim)
         .map_while(|entry| {
-            // A slice of a GPU is not in NVML's list of devices; CUDA will check it.
-            let uuid = if entry.starts_with("MIG-") {
-                entry.to_owned()
+            let known = find(entry, all);
+            // A slice may be written in an older form, `MIG-GPU-…/1/0`; CUDA will check it.
+            let old = || Gpu { uuid: entry.to_owned(), ..Gpu::default() };
+            let gpu = if entry.starts_with("MIG-") {
+                known.unwrap_or_else(|_| old())
             } else {
-                find(entry, &all).ok()?.uuid.clone()
+                known.ok()?
             };
-            Some(Gpu { entry: entry.to_owned(), uuid })
-        })
-        .collect()
-}
-
-/// The UUID of every GPU of this machine, in the order of their indices.
-fn uuids_of_nvml() -> Result<Vec<String>, String> {
-    let nvml =
-        Nvml::builder().lib_path(NVML_LIBRARY.as_ref()).init().map_err(|error| match error {
-            NvmlError::LibloadingError(_) | NvmlError::LibraryNotFound => {
-                format!("no GPU was found (the NVIDIA driver's {NVML_LIBRARY} is not installed)")
-            }
-            other => format!("no GPU was found (NVML: {other})"),
-        })?;
-    let count = nvml.device_count().map_err(|error| format!("NVML cannot count GPUs: {error}"))?;
-    (0..count)
-        .map(|index| {
-            nvml.device_by_index(index)
-                .and_then(|device| device.uuid())
-                .map_err(|error| format!("NVML cannot read GPU {index}: {error}"))
+            Some(Gpu { entry: entry.to_owned(), ..gpu })
         })
         .collect()
 }
@@ -217,13 +265,23 @@ mod tests {
 
     use super::*;
 
-    fn machine() -> Vec<String> {
-        ["GPU-aa00", "GPU-bb11", "GPU-bb22", "GPU-cc33"].map(str::to_owned).to_vec()
+    fn machine() -> Vec<Gpu> {
+        let gpu = |(index, uuid): (usize, &&str)| Gpu {
+            entry: index.to_string(),
+            uuid: (*uuid).to_owned(),
+            node: Some(index / 2),
+            ..Gpu::default()
+        };
+        ["GPU-aa00", "GPU-bb11", "GPU-bb22", "GPU-cc33"].iter().enumerate().map(gpu).collect()
+    }
+
+    fn entries(gpus: Result<Vec<Gpu>, LaunchError>) -> Result<Vec<String>, String> {
+        let entries = |gpus: Vec<Gpu>| gpus.into_iter().map(|gpu| gpu.entry).collect();
+        gpus.map(entries).map_err(|error| error.to_string())
     }
 
     fn ask(list: &str, limit: Option<&str>) -> Result<Vec<String>, String> {
-        select(&list.parse().unwrap(), &restrict(&machine(), limit))
-            .map_err(|error| error.to_string())
+        entries(select(&list.parse().unwrap(), &restrict(&machine(), limit)))
     }
 
     #[test]
@@ -265,7 +323,7 @@ mod tests {
     fn advise(processes: Option<usize>, gpu_ids: Option<&[&str]>) -> Result<Vec<String>, String> {
         let gpu_ids = gpu_ids.map(|ids| ids.iter().map(ToString::to_string).collect());
         let advice = LaunchPlan { processes, gpu_ids, ..LaunchPlan::default() };
-        advised_gpus(&advice, &restrict(&machine(), None)).map_err(|error| error.to_string())
+        entries(advised_gpus(&advice, &restrict(&machine(), None)))
     }
 
     #[test]
@@ -281,5 +339,38 @@ mod tests {
             LaunchPlan { device: Some("cpu".into()), processes: Some(3), ..Default::default() };
         assert_eq!(place_as_advised(&cpu, false).unwrap(), Placement::Cpu { workers: 3 });
         assert_eq!(place_as_advised(&LaunchPlan::default(), true).unwrap().workers(), 1);
+    }
+
+    #[test]
+    fn a_mig_slice_is_named_by_its_uuid_and_stands_alone() {
+        let mut gpus = machine();
+        gpus[1].slices = vec!["MIG-1a".to_owned(), "MIG-1b".to_owned()];
+        let ask = |list: &str| entries(select(&list.parse().unwrap(), &gpus));
+        assert_eq!(ask("MIG-1a").unwrap(), ["MIG-1a"]);
+        assert!(ask("MIG-1").unwrap_err().contains("ambiguous"));
+        assert!(ask("MIG-2").unwrap_err().contains("does not exist"));
+        assert_eq!(ask("0,2").unwrap(), ["0", "2"]);
+        for divided in ["1", "GPU-bb11"] {
+            let error = ask(divided).unwrap_err();
+            assert!(error.contains("divided into MIG slices: name one of its 2"), "{error}");
+        }
+        for several in ["all", "MIG-1a,MIG-1b", "0,MIG-1a"] {
+            let error = ask(several).unwrap_err();
+            assert!(error.contains("a process sees one MIG slice only"), "{error}");
+        }
+        assert_eq!(
+            entries(select(&GpuRequest::All, &restrict(&gpus, Some("MIG-1b")))).unwrap(),
+            ["MIG-1b"]
+        );
+    }
+
+    #[test]
+    fn a_busy_gpu_is_warned_of_with_its_holder() {
+        let mut gpus = machine();
+        gpus[2].holders = vec!["process 7 (python) with 3.5 GB".to_owned()];
+        let placement = Placement::Cuda { gpus };
+        assert_eq!(placement.warnings(), ["GPU 2 is busy: process 7 (python) with 3.5 GB"]);
+        assert_eq!(placement.nodes(), [Some(0), Some(0), Some(1), Some(1)]);
+        assert!(Placement::Cpu { workers: 2 }.warnings().is_empty());
     }
 }

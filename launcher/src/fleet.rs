@@ -1,17 +1,22 @@
-//! The workers as processes: started, signalled as whole process groups, and collected.
+//! The workers as processes: started, signalled as whole process groups, and collected; and the
+//! strays, processes that left their worker's group and outlived it.
 
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt as _;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::contract::heartbeat::{self, Beat};
 use crate::contract::vars;
 use crate::error::LaunchError;
 use crate::guardian::Guardian;
 use crate::lifecycle::Exit;
 use crate::output::Stream;
 use crate::plan::Plan;
+use crate::procfs;
 use crate::sys::{self, Pid};
 
 /// What a worker leaves behind in its process group gets a TERM and, this much later, a KILL.
@@ -41,6 +46,8 @@ pub struct Worker {
     group: Group,
     /// Becomes readable when the process ends; `None` on old kernels.
     pidfd: Option<OwnedFd>,
+    /// Where it writes its heartbeats; they outlive it.
+    heartbeat: File,
     started: Instant,
     /// How it ended, and after how long.
     pub ended: Option<(Exit, Duration)>,
@@ -48,25 +55,41 @@ pub struct Worker {
 
 impl Worker {
     fn start(plan: &Plan, rank: usize, guardian: &Guardian) -> io::Result<Self> {
+        let heartbeat = sys::memory_file(c"rr-heartbeat")?;
+        heartbeat.write_all_at(&heartbeat::blank(), 0)?;
+        // Named through this process rather than inherited: a descriptor would be lost in programs
+        // that start others, and leak into those that close none.
+        let path = format!("/proc/{}/fd/{}", std::process::id(), heartbeat.as_raw_fd());
         let mut command = Command::new(&plan.command.program);
         command
             .args(&plan.command.args)
             .env_remove(vars::RR_PROGRESS)
             .envs(plan.worker_vars(rank))
+            .env(vars::RR_HEARTBEAT, path)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .process_group(0);
+        if let Some(cpus) = plan.cpus(rank) {
+            sys::bind_to(&mut command, cpus);
+        }
         sys::prepare_worker(&mut command, guardian.descriptor());
         let child = command.spawn()?;
         let pidfd = sys::pidfd(child.id() as Pid);
         let started = Instant::now();
-        Ok(Self { rank, child, group: Group::Running, pidfd, started, ended: None })
+        Ok(Self { rank, child, group: Group::Running, pidfd, heartbeat, started, ended: None })
     }
 
     /// Its process id, which is also its group's.
     pub fn pid(&self) -> Pid {
         self.child.id() as Pid
+    }
+
+    /// Its last heartbeat.
+    pub fn beat(&self) -> Option<Beat> {
+        let mut record = [0; heartbeat::LENGTH];
+        self.heartbeat.read_exact_at(&mut record, 0).ok()?;
+        Beat::decode(&record)
     }
 
     /// What becomes readable when the worker ends.
@@ -91,6 +114,13 @@ impl Worker {
     pub fn signal(&self, signal: i32) {
         if !self.is_gone() {
             sys::signal_group(self.pid(), signal);
+        }
+    }
+
+    /// Sends a signal to the worker itself.
+    pub fn ask(&self, signal: i32) {
+        if self.ended.is_none() && !self.is_gone() {
+            sys::signal_process(self.pid(), signal);
         }
     }
 
@@ -171,11 +201,21 @@ impl Drop for Worker {
     }
 }
 
-/// Starts all workers of a plan. If one cannot be started, those before it are killed.
-pub fn start(plan: &Plan, guardian: &Guardian) -> Result<Vec<Worker>, LaunchError> {
+/// Starts all workers of a plan, and hands each to `watch` before the next one starts: the order in
+/// which workers end is known only of those that are watched. If one cannot be started, those before
+/// it are killed.
+pub fn start(
+    plan: &Plan,
+    guardian: &Guardian,
+    mut watch: impl FnMut(&mut Worker) -> io::Result<()>,
+) -> Result<Vec<Worker>, LaunchError> {
     (0..plan.workers())
         .map(|rank| {
-            Worker::start(plan, rank, guardian).map_err(|source| {
+            let started = Worker::start(plan, rank, guardian).and_then(|mut worker| {
+                watch(&mut worker)?;
+                Ok(worker)
+            });
+            started.map_err(|source| {
                 let program = plan.command.program.to_string_lossy();
                 match source.kind() {
                     io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied => {
@@ -189,6 +229,55 @@ pub fn start(plan: &Plan, guardian: &Guardian) -> Result<Vec<Worker>, LaunchErro
             })
         })
         .collect()
+}
+
+/// Processes that left their worker's group and outlived it. This process is the parent of orphans,
+/// so that they are its children once whoever started them is gone.
+#[derive(Debug, Default)]
+pub struct Strays {
+    /// When those that do not heed TERM are killed; known once the workers have ended.
+    kill_at: Option<Instant>,
+    asked: Vec<Pid>,
+    left: Vec<Pid>,
+    abandoned: bool,
+}
+
+impl Strays {
+    /// Collects strays that have ended, and once all workers have, asks the others to end, then
+    /// kills them.
+    pub fn tidy(&mut self, workers: &[Worker], guardian: &Guardian, now: Instant) {
+        let is_known = |pid: &Pid| {
+            *pid == guardian.pid()
+                || workers.iter().any(|worker| worker.pid() == *pid && worker.ended.is_none())
+        };
+        self.left = procfs::children();
+        self.left.retain(|pid| !is_known(pid) && !sys::reap(*pid));
+        let works = |worker: &Worker| worker.ended.is_none() && !worker.is_gone();
+        if self.left.is_empty() || workers.iter().any(works) {
+            return;
+        }
+        let kill_at = *self.kill_at.get_or_insert(now + LEFTOVER_GRACE);
+        self.abandoned = now >= kill_at + LEFTOVER_PATIENCE;
+        for &pid in &self.left {
+            if now >= kill_at {
+                sys::signal_process(pid, libc::SIGKILL);
+            } else if !self.asked.contains(&pid) {
+                sys::signal_process(pid, libc::SIGTERM);
+                self.asked.push(pid);
+            }
+        }
+    }
+
+    /// Whether none is left, or only such as cannot be killed.
+    pub fn are_gone(&self) -> bool {
+        self.left.is_empty() || self.abandoned
+    }
+
+    /// When [`Self::tidy`] has something to do that no signal announces.
+    pub fn deadline(&self, now: Instant) -> Option<Instant> {
+        let kill_at = self.kill_at.filter(|_| !self.are_gone())?;
+        Some(if now < kill_at { kill_at } else { kill_at + LEFTOVER_PATIENCE })
+    }
 }
 
 fn exit_of(status: ExitStatus) -> Exit {

@@ -2,20 +2,30 @@
 //! watched and ended ([`run`]).
 //!
 //! The way of a launch, one module a step: [`args`] (flags) → `preflight` (`reranker check`) →
-//! `devices` (which GPUs) → `plan` (each worker's command and environment) → `fleet` (processes) →
-//! `supervise` (the event loop) with `lifecycle` (what to do when something ends), `output`
-//! (lines) and `guardian` (what happens if the launcher itself is killed).
+//! `devices` (which GPUs) and `binding` (which CPUs) → `plan` (each worker's command and environment)
+//! → `fleet` (processes) → `supervise` (the event loop over `attempt` after attempt) with `lifecycle`
+//! and `restarts` (what to do when something happens), `hang`, `oom` and `procfs` (what there is to
+//! know), `report` and `summary` (what is told), `output` (lines) and `guardian` (what happens if the
+//! launcher itself is killed).
 
 pub mod args;
+mod attempt;
+mod binding;
 pub mod contract;
 mod devices;
 mod error;
 mod fleet;
 mod guardian;
+mod hang;
 mod lifecycle;
+mod oom;
 mod output;
 mod plan;
 mod preflight;
+mod procfs;
+mod report;
+mod restarts;
+mod summary;
 mod supervise;
 mod sys;
 
@@ -23,6 +33,7 @@ use std::ffi::OsString;
 use std::io::Write as _;
 
 use args::{Args, DeviceRequest, Invocation, Work};
+use contract::vars;
 use devices::Placement;
 use error::LaunchError;
 use plan::{Plan, Rendezvous};
@@ -81,11 +92,27 @@ fn launch(args: &Args) -> Result<u8, LaunchError> {
     };
     // A free port is chosen last, to leave others little time to take it.
     let rendezvous = Rendezvous::on_this_host(args.master_port)?;
-    let plan = Plan::new(command, placement, rendezvous, advice.text);
+    for warning in placement.warnings() {
+        let _ = writeln!(std::io::stderr(), "rr-launch: {warning}");
+    }
+    let shares = binding::shares(&binding::topology(), &placement.nodes(), args.bind);
+    let shares = shares.map_err(LaunchError::Usage)?;
+    let mut plan = Plan::new(command, placement, rendezvous, advice.text);
+    plan.bind(shares);
+    plan.share(vars::TORCHELASTIC_MAX_RESTARTS, args.max_restarts.to_string());
+    let options = args.supervision()?;
+    if let Some(signal) = options.preempt_signal {
+        plan.share(vars::RR_PREEMPT_SIGNAL, sys::signal_name(signal));
+    }
     if args.dry_run {
         // As above: whoever closes stdout has read enough.
         let _ = write!(std::io::stdout(), "{plan}");
         return Ok(contract::exit_code::OK);
     }
-    supervise::run(&plan, args.grace)
+    if let Some(dir) = &options.log_dir {
+        std::fs::create_dir_all(dir).map_err(|error| {
+            LaunchError::Usage(format!("--log-dir: cannot create {}: {error}", dir.display()))
+        })?;
+    }
+    supervise::run(plan, options)
 }

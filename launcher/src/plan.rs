@@ -8,9 +8,11 @@ use std::net::{Ipv4Addr, Ipv6Addr, TcpListener};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::args::WorkerCommand;
+use crate::binding::Share;
 use crate::contract::{LOOPBACK, WorkerEnv, vars};
 use crate::devices::Placement;
 use crate::error::LaunchError;
+use crate::report::ranges;
 
 /// Where the workers meet. All on this host, for now; more hosts will add themselves here.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,8 +63,11 @@ pub struct Plan {
     placement: Placement,
     rendezvous: Rendezvous,
     run_id: String,
+    restart_count: u32,
     /// Variables that all workers share.
     shared: Vec<(&'static str, String)>,
+    /// The CPUs of each worker, where they are bound.
+    shares: Option<Vec<Share>>,
     /// Whether rank 0 may draw a progress bar.
     progress: bool,
     /// What the check said the run will do.
@@ -85,6 +90,8 @@ impl Plan {
             placement,
             rendezvous,
             run_id: new_run_id(),
+            restart_count: 0,
+            shares: None,
             shared,
             progress: io::stderr().is_terminal(),
             text,
@@ -94,6 +101,32 @@ impl Plan {
     /// The number of workers.
     pub fn workers(&self) -> usize {
         self.placement.workers()
+    }
+
+    /// The identifier of the launch, the same over restarts.
+    pub fn run_id(&self) -> &str {
+        &self.run_id
+    }
+
+    /// Sets a variable for all workers.
+    pub fn share(&mut self, name: &'static str, value: String) {
+        self.shared.push((name, value));
+    }
+
+    /// Binds workers to CPUs.
+    pub fn bind(&mut self, shares: Option<Vec<Share>>) {
+        self.shares = shares;
+    }
+
+    /// The CPUs of the worker of `rank`, where it is bound.
+    pub fn cpus(&self, rank: usize) -> Option<&[usize]> {
+        self.shares.as_ref().map(|shares| shares[rank].cpus.as_slice())
+    }
+
+    /// Plans the restart of this number, with another rendezvous: what an earlier attempt left in
+    /// flight must not reach this one.
+    pub fn restart(&mut self, number: u32, rendezvous: Rendezvous) {
+        (self.restart_count, self.rendezvous) = (number, rendezvous);
     }
 
     /// The variables to set for the worker of `rank`, in a stable order.
@@ -107,11 +140,15 @@ impl Plan {
             master_addr: self.rendezvous.addr.clone(),
             master_port: self.rendezvous.port,
             run_id: Some(self.run_id.clone()),
-            restart_count: 0,
+            restart_count: self.restart_count,
             progress: self.progress && rank == 0,
         };
         let mut list = worker.to_vars();
         list.extend(self.shared.iter().cloned());
+        let threads = list.iter_mut().find(|(name, _)| *name == vars::OMP_NUM_THREADS);
+        if let (Some(shares), Some((_, threads))) = (&self.shares, threads) {
+            *threads = shares[rank].threads.to_string();
+        }
         list
     }
 }
@@ -127,7 +164,10 @@ fn shared_vars(
     match placement {
         Placement::Cpu { .. } => list.push((vars::CUDA_VISIBLE_DEVICES, String::new())),
         Placement::Cuda { gpus } => {
-            list.push((vars::CUDA_VISIBLE_DEVICES, gpus.join(",")));
+            list.push((
+                vars::CUDA_VISIBLE_DEVICES,
+                gpus.iter().map(|gpu| gpu.entry.as_str()).collect::<Vec<_>>().join(","),
+            ));
             if !is_set(vars::CUDA_DEVICE_ORDER) {
                 list.push((vars::CUDA_DEVICE_ORDER, "PCI_BUS_ID".to_owned()));
             }
@@ -164,6 +204,9 @@ impl fmt::Display for Plan {
             writeln!(out, "\nrank {rank}")?;
             writeln!(out, "  environment: {}", variables.join(" "))?;
             writeln!(out, "  command:     {command}")?;
+            if let Some(cpus) = self.cpus(rank) {
+                writeln!(out, "  cpus:        {}", ranges(cpus))?;
+            }
         }
         Ok(())
     }
@@ -185,6 +228,7 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "a test may end with a panic")]
 
     use super::*;
+    use crate::devices::Gpu;
 
     fn threads(workers: usize, cores: usize, set: bool) -> Option<String> {
         shared_vars(&Placement::Cpu { workers }, cores, |_| set)
@@ -203,7 +247,12 @@ mod tests {
 
     #[test]
     fn every_worker_sees_all_gpus_of_the_job() {
-        let placement = Placement::Cuda { gpus: vec!["3".into(), "1".into()] };
+        let gpu = |entry: &str| {
+            let mut gpu = Gpu::default();
+            gpu.entry = entry.to_owned();
+            gpu
+        };
+        let placement = Placement::Cuda { gpus: vec![gpu("3"), gpu("1")] };
         let list = shared_vars(&placement, 8, |_| false);
         assert!(list.contains(&(vars::CUDA_VISIBLE_DEVICES, "3,1".to_owned())));
         assert!(list.contains(&(vars::CUDA_DEVICE_ORDER, "PCI_BUS_ID".to_owned())));

@@ -1,169 +1,175 @@
 //! The event loop: one thread that waits for the workers' ends, their output, signals and room to
 //! write, and carries out what [`Lifecycle`] decides.
 
-use std::fs::File;
 use std::io::{self, Read as _};
 use std::os::fd::AsFd as _;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use crate::attempt::{Attempt, Token};
+use crate::contract::preemption;
 use crate::error::LaunchError;
-use crate::fleet::{self, Worker};
 use crate::guardian::Guardian;
-use crate::lifecycle::{Cause, Exit, Lifecycle, Order};
-use crate::output::{Console, LineSplitter, Piece, Reader, Stream, Tail};
-use crate::plan::Plan;
+use crate::lifecycle::{Cause, Event, Exit, Lifecycle, Order};
+use crate::oom::OomWatch;
+use crate::output::{Console, Reader};
+use crate::plan::{Plan, Rendezvous};
+use crate::report;
+use crate::restarts::Restarts;
+use crate::summary::Summary;
 use crate::sys::{self, Epoll, Interest, SignalFd};
 
 /// What one read takes from a pipe: as much as a pipe holds.
 const READ_AT_ONCE: usize = 64 * 1024;
 
+/// How a job is watched.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// From TERM to KILL, and from a request to make room to KILL.
+    pub grace: Duration,
+    /// Restarts after failures at most.
+    pub max_restarts: u32,
+    /// No heartbeat for so long is a hang; `None`: never.
+    pub hang_timeout: Option<Duration>,
+    /// A signal that asks to make room, beside USR1 and USR2.
+    pub preempt_signal: Option<i32>,
+    /// The port that the user has named.
+    pub master_port: Option<u16>,
+    /// Where the summary goes.
+    pub log_dir: Option<PathBuf>,
+}
+
 /// Starts the plan's workers, watches them until all have ended, and returns the exit code.
-pub fn run(plan: &Plan, grace: Duration) -> Result<u8, LaunchError> {
+pub fn run(plan: Plan, options: Options) -> Result<u8, LaunchError> {
     // Signals are blocked before the guardian is forked and the first worker starts, so that none
     // is lost: whatever arrives meanwhile is read by the loop.
-    let signals =
-        SignalFd::open(&handled_signals()).map_err(LaunchError::system("block signals"))?;
-    let guardian = Guardian::start().map_err(LaunchError::system("start the guardian"))?;
+    let preempting = preemption::signals(options.preempt_signal);
+    let signals = SignalFd::open(&handled_signals(&preempting))
+        .map_err(LaunchError::system("block signals"))?;
+    let guardian =
+        Guardian::start(plan.run_id()).map_err(LaunchError::system("start the guardian"))?;
     sys::adopt_orphans().map_err(LaunchError::system("become the parent of orphans"))?;
-    let workers = fleet::start(plan, &guardian)?;
-    let mut supervisor = Supervisor::new(workers, guardian, signals, grace)
-        .map_err(LaunchError::system("watch the workers"))?;
-    supervisor.watch().map_err(LaunchError::system("watch the workers"))?;
+    let oom = OomWatch::start();
+    let watching = || LaunchError::system("watch the workers");
+    let epoll = Epoll::new().map_err(watching())?;
+    epoll.add(signals.as_fd(), Interest::Read, Token::Signals.pack()).map_err(watching())?;
+    let attempt = Attempt::start(&plan, 0, &guardian, &epoll, options.hang_timeout)?;
+    let lifecycle = Lifecycle::new(options.grace, Restarts::new(options.max_restarts));
+    let summary = Summary { run_id: plan.run_id().to_owned(), attempts: Vec::new() };
+    let console = Console::new().map_err(watching())?;
+    let buffer = vec![0; READ_AT_ONCE];
+    let mut supervisor = Supervisor {
+        plan,
+        options,
+        preempting,
+        epoll,
+        signals,
+        attempt,
+        guardian,
+        console,
+        lifecycle,
+        oom,
+        summary,
+        buffer,
+    };
+    supervisor.watch_all()?;
     supervisor.finish().map_err(LaunchError::system("write the last output"))
 }
 
-/// The signals that the launcher hands on. One that it inherited as ignored (`nohup`, a background
+/// The signals that the launcher handles. One that it inherited as ignored (`nohup`, a background
 /// job of a script) stays ignored.
-fn handled_signals() -> Vec<i32> {
+fn handled_signals(preempting: &[i32]) -> Vec<i32> {
     let mut signals = vec![libc::SIGTERM, libc::SIGCHLD];
-    signals.extend([libc::SIGINT, libc::SIGHUP].into_iter().filter(|&s| !sys::is_ignored(s)));
+    let asked = [libc::SIGINT, libc::SIGHUP].iter().chain(preempting);
+    signals.extend(asked.filter(|&&signal| !sys::is_ignored(signal)));
     signals
 }
 
-/// What a descriptor in the epoll set stands for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Token {
-    Signals,
-    Sink(usize),
-    End(usize),
-    Pipe(usize),
-}
-
-impl Token {
-    fn pack(self) -> u64 {
-        let (kind, index) = match self {
-            Self::Signals => (0, 0),
-            Self::Sink(index) => (1, index),
-            Self::End(index) => (2, index),
-            Self::Pipe(index) => (3, index),
-        };
-        (kind << 32) | index as u64
-    }
-
-    fn unpack(token: u64) -> Self {
-        let index = (token & 0xffff_ffff) as usize;
-        match token >> 32 {
-            0 => Self::Signals,
-            1 => Self::Sink(index),
-            2 => Self::End(index),
-            _ => Self::Pipe(index),
-        }
-    }
-}
-
-/// One output stream of one worker.
-struct Pipe {
-    /// `None` once it has ended.
-    file: Option<File>,
-    rank: usize,
-    stream: Stream,
-    splitter: LineSplitter,
-}
-
-/// What a line of a worker is marked and remembered with.
-struct Voice {
-    prefix: Vec<u8>,
-    tail: Tail,
-}
-
 struct Supervisor {
+    plan: Plan,
+    options: Options,
+    /// The signals that ask to make room.
+    preempting: Vec<i32>,
     epoll: Epoll,
     signals: SignalFd,
-    // Dropped in this order: workers are killed before the guardian is dismissed.
-    workers: Vec<Worker>,
+    // Dropped in this order: workers are killed before the guardian looks for what they left.
+    attempt: Attempt,
     guardian: Guardian,
-    pipes: Vec<Pipe>,
-    voices: Vec<Voice>,
     console: Console,
     lifecycle: Lifecycle,
+    oom: OomWatch,
+    summary: Summary,
     buffer: Vec<u8>,
 }
 
 impl Supervisor {
-    fn new(
-        mut workers: Vec<Worker>,
-        guardian: Guardian,
-        signals: SignalFd,
-        grace: Duration,
-    ) -> io::Result<Self> {
-        let epoll = Epoll::new()?;
-        epoll.add(signals.as_fd(), Interest::Read, Token::Signals.pack())?;
-        let mut pipes = Vec::new();
-        for worker in &mut workers {
-            if let Some(end) = worker.end_of_life() {
-                epoll.add(end, Interest::Read, Token::End(worker.rank).pack())?;
-            }
-            for stream in [Stream::Stdout, Stream::Stderr] {
-                let Some(pipe) = worker.take_pipe(stream) else { continue };
-                epoll.add(pipe.as_fd(), Interest::Read, Token::Pipe(pipes.len()).pack())?;
-                pipes.push(Pipe {
-                    file: Some(pipe.into()),
-                    rank: worker.rank,
-                    stream,
-                    splitter: LineSplitter::default(),
-                });
-            }
+    /// Runs attempt after attempt.
+    fn watch_all(&mut self) -> Result<(), LaunchError> {
+        loop {
+            self.watch().map_err(LaunchError::system("watch the workers"))?;
+            let restart = self.conclude().map_err(LaunchError::system("watch the workers"))?;
+            let Some(Order::Restart(number)) = restart else { return Ok(()) };
+            let rendezvous = Rendezvous::on_this_host(self.options.master_port)?;
+            self.plan.restart(number, rendezvous);
+            let timeout = self.options.hang_timeout;
+            self.attempt =
+                Attempt::start(&self.plan, number, &self.guardian, &self.epoll, timeout)?;
         }
-        let voice = |worker: &Worker| Voice {
-            prefix: format!("[{}] ", worker.rank).into_bytes(),
-            tail: Tail::default(),
-        };
-        Ok(Self {
-            voices: workers.iter().map(voice).collect(),
-            epoll,
-            signals,
-            workers,
-            guardian,
-            pipes,
-            console: Console::new()?,
-            lifecycle: Lifecycle::new(grace),
-            buffer: vec![0; READ_AT_ONCE],
-        })
     }
 
-    /// Runs until every worker and its group are gone.
+    /// Runs until every worker, its group and what left it are gone.
     fn watch(&mut self) -> io::Result<()> {
-        while !self.workers.iter().all(Worker::is_gone) {
+        self.tidy(Instant::now());
+        while !self.attempt.is_gone() {
             let timeout = self.deadline().map(|at| at.saturating_duration_since(Instant::now()));
             for token in self.epoll.wait(timeout)? {
                 self.handle(Token::unpack(token))?;
             }
             let now = Instant::now();
-            if let Some(order) = self.lifecycle.tick(now) {
-                self.obey(order, now);
-            }
-            for worker in &mut self.workers {
-                worker.tidy(now, &self.guardian);
-            }
+            self.tell(Event::TimePassed, now);
+            self.look_for_hang(now);
+            self.tidy(now);
             self.write_out()?;
         }
         Ok(())
     }
 
+    /// Looks after what ended workers have left behind.
+    fn tidy(&mut self, now: Instant) {
+        let Attempt { workers, strays, .. } = &mut self.attempt;
+        for worker in workers.iter_mut() {
+            worker.tidy(now, &self.guardian);
+        }
+        if workers.iter().all(|worker| worker.ended.is_some() || worker.is_gone()) {
+            strays.tidy(workers, &self.guardian, now);
+        }
+    }
+
+    /// Tells the state machine what has happened, and does as it says.
+    fn tell(&mut self, event: Event, now: Instant) -> Option<Order> {
+        let order = self.lifecycle.on(event, now)?;
+        self.obey(order, now);
+        Some(order)
+    }
+
+    fn look_for_hang(&mut self, now: Instant) {
+        if !self.lifecycle.is_running() {
+            // Its looks are over, and must not wake the loop any more.
+            self.attempt.monitor = None;
+            return;
+        }
+        if let Some((rank, lines)) = self.attempt.look_for_hang(now) {
+            for line in lines {
+                self.console.say(&line);
+            }
+            self.tell(Event::Hung { rank }, now);
+        }
+    }
+
     /// The next time at which something is to be done without an event.
     fn deadline(&self) -> Option<Instant> {
-        let workers = self.workers.iter().filter_map(Worker::deadline);
-        workers.chain(self.lifecycle.deadline()).min()
+        let attempt = self.attempt.deadline(Instant::now());
+        attempt.into_iter().chain(self.lifecycle.deadline()).min()
     }
 
     fn handle(&mut self, token: Token) -> io::Result<()> {
@@ -183,30 +189,38 @@ impl Supervisor {
 
     fn on_signal(&mut self, signal: i32) -> io::Result<()> {
         if signal != libc::SIGCHLD {
-            let now = Instant::now();
-            if let Some(order) = self.lifecycle.signalled(signal, now) {
-                self.obey(order, now);
-            }
+            let event = if self.preempting.contains(&signal) {
+                Event::PreemptionAsked(signal)
+            } else {
+                Event::Signalled(signal)
+            };
+            self.tell(event, Instant::now());
             return Ok(());
         }
         // Workers with a pidfd are collected in the order of their ends, by their own events;
         // leftovers by `watch` after every wake-up.
-        for rank in 0..self.workers.len() {
-            if self.workers[rank].end_of_life().is_none() {
+        for rank in 0..self.attempt.workers.len() {
+            if self.attempt.workers[rank].end_of_life().is_none() {
                 self.on_end(rank)?;
             }
         }
+        let Attempt { workers, strays, .. } = &mut self.attempt;
+        strays.tidy(workers, &self.guardian, Instant::now());
         Ok(())
     }
 
     /// A worker may have ended.
     fn on_end(&mut self, rank: usize) -> io::Result<()> {
         let now = Instant::now();
-        let Some(exit) = self.workers[rank].collect(now, &self.guardian) else { return Ok(()) };
-        if let Some(end) = self.workers[rank].end_of_life() {
+        let worker = &mut self.attempt.workers[rank];
+        let Some(exit) = worker.collect(now, &self.guardian) else { return Ok(()) };
+        if let Some(end) = worker.end_of_life() {
             self.epoll.remove(end)?;
         }
-        if let Some(order) = self.lifecycle.worker_ended(rank, exit, now) {
+        if exit == Exit::Signal(libc::SIGKILL) && self.oom.killed(worker.pid()) {
+            self.attempt.oom_killed.push(rank);
+        }
+        if let Some(order) = self.lifecycle.on(Event::WorkerEnded { rank, exit }, now) {
             self.announce(rank, exit);
             self.obey(order, now);
         }
@@ -216,31 +230,36 @@ impl Supervisor {
     /// Says at once that the job is ending; the report with the last lines comes when all output
     /// is in.
     fn announce(&mut self, rank: usize, exit: Exit) {
-        let others = self.workers.iter().filter(|worker| worker.ended.is_none()).count();
+        let others = self.attempt.running();
         if others > 0 {
-            let line = format!("rank {rank} {exit}; ending the other {}", count(others));
+            let line = format!("rank {rank} {exit}; ending the other {}", report::workers(others));
             self.console.say(&line);
         }
     }
 
     fn obey(&mut self, order: Order, now: Instant) {
+        let Attempt { workers, .. } = &mut self.attempt;
         match order {
             Order::Signal(signal) => {
-                for worker in &self.workers {
+                for worker in workers {
                     worker.signal(signal);
+                    // One that is stopped hears of it only so.
+                    worker.signal(libc::SIGCONT);
                 }
             }
+            Order::Ask(signal) => workers.iter().for_each(|worker| worker.ask(signal)),
             Order::Kill => {
-                let running = self.workers.iter().filter(|worker| worker.ended.is_none()).count();
+                let running = workers.iter().filter(|worker| worker.ended.is_none()).count();
                 if running > 0 {
-                    self.console.say(&format!("killing {} that did not end", count(running)));
+                    self.console
+                        .say(&format!("killing {} that did not end", report::workers(running)));
                 }
-                for worker in &mut self.workers {
+                for worker in workers {
                     worker.kill(now);
                 }
             }
             Order::Abandon => {
-                for worker in self.workers.iter_mut().filter(|worker| !worker.is_gone()) {
+                for worker in workers.iter_mut().filter(|worker| !worker.is_gone()) {
                     let (rank, pid) = (worker.rank, worker.pid());
                     self.console.say(&format!(
                         "rank {rank} (pid {pid}) cannot be killed; it hangs in a system call"
@@ -248,11 +267,13 @@ impl Supervisor {
                     worker.abandon();
                 }
             }
+            // Carried out by `watch_all`, once the attempt is concluded.
+            Order::Restart(_) => {}
         }
     }
 
     fn on_output(&mut self, index: usize) -> io::Result<()> {
-        let pipe = &mut self.pipes[index];
+        let pipe = &mut self.attempt.pipes[index];
         let Some(file) = &mut pipe.file else { return Ok(()) };
         match file.read(&mut self.buffer) {
             Ok(0) => {
@@ -268,7 +289,7 @@ impl Supervisor {
 
     /// Passes on what was read from a pipe into the first `count` bytes of the buffer.
     fn take_in(&mut self, index: usize, count: usize) {
-        let Self { pipes, voices, console, buffer, .. } = self;
+        let Self { attempt: Attempt { pipes, voices, .. }, console, buffer, .. } = self;
         let pipe = &mut pipes[index];
         let voice = &mut voices[pipe.rank];
         let (rank, stream) = (pipe.rank, pipe.stream);
@@ -276,7 +297,7 @@ impl Supervisor {
     }
 
     fn end_of_output(&mut self, index: usize) {
-        let Self { pipes, voices, console, .. } = self;
+        let Self { attempt: Attempt { pipes, voices, .. }, console, .. } = self;
         let pipe = &mut pipes[index];
         pipe.file = None;
         let voice = &mut voices[pipe.rank];
@@ -301,10 +322,7 @@ impl Supervisor {
         }
         self.hold_back()?;
         if closed {
-            let now = Instant::now();
-            if let Some(order) = self.lifecycle.output_closed(now) {
-                self.obey(order, now);
-            }
+            self.tell(Event::OutputClosed, Instant::now());
         }
         Ok(())
     }
@@ -313,7 +331,7 @@ impl Supervisor {
     /// is not read is taken out of the set: its end would wake the loop without end.
     fn hold_back(&mut self) -> io::Result<()> {
         for (sink_index, hold) in self.console.pressure() {
-            for (index, pipe) in self.pipes.iter().enumerate() {
+            for (index, pipe) in self.attempt.pipes.iter().enumerate() {
                 let Some(file) = &pipe.file else { continue };
                 if self.console.index_of(pipe.stream) != sink_index {
                     continue;
@@ -328,25 +346,50 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Everybody is gone: the last output, the report, the exit code.
-    fn finish(mut self) -> io::Result<u8> {
+    /// Everybody is gone: the last output, the report, and what comes next.
+    fn conclude(&mut self) -> io::Result<Option<Order>> {
         self.drain()?;
         for sink in self.console.sinks() {
             sink.clear_status();
         }
-        self.report();
+        let cause = self.lifecycle.cause();
+        let order = self.tell(Event::AllGone { step: self.attempt.newest_step() }, Instant::now());
+        let blamed = cause.and_then(Cause::rank);
+        let keeps_lines = |rank| order.is_none() || Some(rank) == blamed;
+        let record = self.attempt.record(cause, keeps_lines);
+        for line in report::lines(&record, self.lifecycle.verdict(), self.options.max_restarts) {
+            self.console.say(&line);
+        }
+        self.summary.attempts.push(record);
+        let code = order.is_none().then(|| self.lifecycle.exit_code());
+        self.write_summary(code);
+        self.write_out()?;
+        Ok(order)
+    }
+
+    /// The last words are out: the exit code.
+    fn finish(mut self) -> io::Result<u8> {
         self.write_to_the_end()?;
+        self.guardian.dismiss();
         Ok(self.lifecycle.exit_code())
+    }
+
+    fn write_summary(&mut self, exit_code: Option<u8>) {
+        let Some(dir) = &self.options.log_dir else { return };
+        if let Err(error) = self.summary.write(dir, self.lifecycle.verdict(), exit_code) {
+            let dir = dir.display();
+            self.console.say(&format!("cannot write the summary into {dir}: {error}"));
+        }
     }
 
     /// Reads what the workers have left in their pipes, and no more: a process that escaped its
     /// group may hold a pipe open for ever.
     fn drain(&mut self) -> io::Result<()> {
-        for index in 0..self.pipes.len() {
-            let Some(file) = &self.pipes[index].file else { continue };
+        for index in 0..self.attempt.pipes.len() {
+            let Some(file) = &self.attempt.pipes[index].file else { continue };
             let mut left = sys::readable_bytes(file.as_fd());
             while left > 0 {
-                let Some(file) = &mut self.pipes[index].file else { break };
+                let Some(file) = &mut self.attempt.pipes[index].file else { break };
                 let size = left.min(self.buffer.len());
                 let count = file.read(&mut self.buffer[..size])?;
                 if count == 0 {
@@ -358,35 +401,6 @@ impl Supervisor {
             self.end_of_output(index);
         }
         Ok(())
-    }
-
-    /// Says why the job ended, if it did not end well.
-    fn report(&mut self) {
-        match self.lifecycle.cause() {
-            Some(Cause::Failure { rank, .. }) => self.report_failure(rank),
-            Some(Cause::Signal(signal)) => {
-                self.console.say(&format!("ended by {}", sys::signal_name(signal)));
-            }
-            Some(Cause::OutputClosed) => {
-                self.console.say("ended because nobody reads the output any more");
-            }
-            None => {}
-        }
-    }
-
-    fn report_failure(&mut self, rank: usize) {
-        let worker = &self.workers[rank];
-        let Some((exit, after)) = worker.ended else { return };
-        let tail = &self.voices[rank].tail;
-        let ending = if tail.is_empty() { "it wrote nothing" } else { "its last lines:" };
-        self.console.say(&format!(
-            "rank {rank} (pid {}) {exit} after {:.1} s; {ending}",
-            worker.pid(),
-            after.as_secs_f64()
-        ));
-        for line in tail.lines() {
-            self.console.sink(Stream::Stderr).line(b"rr-launch: | ", line);
-        }
     }
 
     /// Writes what is left, for as long as it takes; a signal cuts it short.
@@ -402,31 +416,11 @@ impl Supervisor {
                 }
                 while let Some(signal) = self.signals.next() {
                     if signal != libc::SIGCHLD {
-                        self.lifecycle.signalled(signal, Instant::now());
+                        self.lifecycle.on(Event::Signalled(signal), Instant::now());
                         return Ok(());
                     }
                 }
             }
-        }
-    }
-}
-
-/// "1 worker", "2 workers".
-fn count(workers: usize) -> String {
-    let plural = if workers == 1 { "" } else { "s" };
-    format!("{workers} worker{plural}")
-}
-
-impl Voice {
-    /// Queues a piece of a worker's output. Only rank 0 has a status.
-    fn say(&mut self, piece: Piece<'_>, rank: usize, stream: Stream, console: &mut Console) {
-        match piece {
-            Piece::Line(line) => {
-                self.tail.push(line);
-                console.sink(stream).line(&self.prefix, line);
-            }
-            Piece::Status(status) if rank == 0 => console.sink(stream).set_status(status),
-            Piece::Status(_) => {}
         }
     }
 }

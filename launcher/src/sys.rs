@@ -1,12 +1,21 @@
 //! The system calls that std does not wrap, and all of this crate's `unsafe`.
 
+mod signals;
+
 use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
+
+use signals::signal_set;
+pub use signals::{
+    SignalFd, is_ignored, remember_signals, remembered_signal, signal_name, signal_number,
+    wait_for_own_children,
+};
 
 /// A process id, or the id of the process group that the process leads.
 pub type Pid = libc::pid_t;
@@ -31,72 +40,6 @@ fn owned(result: libc::c_int) -> io::Result<OwnedFd> {
     let fd = checked(result)?;
     // SAFETY: the callers pass the result of a call that has just created this descriptor.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-/// A set of signals, for masks.
-fn signal_set(signals: &[libc::c_int]) -> libc::sigset_t {
-    let mut set = MaybeUninit::uninit();
-    // SAFETY: sigemptyset initialises the whole set; sigaddset is given that set.
-    unsafe {
-        libc::sigemptyset(set.as_mut_ptr());
-        for &signal in signals {
-            libc::sigaddset(set.as_mut_ptr(), signal);
-        }
-        set.assume_init()
-    }
-}
-
-/// Whether the parent has asked for a signal to be ignored, as `nohup` does for SIGHUP and a shell
-/// for SIGINT of its background jobs.
-pub fn is_ignored(signal: libc::c_int) -> bool {
-    let mut action = MaybeUninit::<libc::sigaction>::zeroed();
-    // SAFETY: a null new action only queries; the old one is written to a live sigaction.
-    unsafe {
-        libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr()) == 0
-            && action.assume_init().sa_sigaction == libc::SIG_IGN
-    }
-}
-
-/// Undoes an inherited "ignore SIGCHLD", under which the kernel would throw away how a child ended.
-pub fn wait_for_own_children() {
-    // SAFETY: sets a default disposition; no handler of ours is replaced.
-    unsafe {
-        libc::signal(libc::SIGCHLD, libc::SIG_DFL);
-    }
-}
-
-/// Signals as a stream: blocked for the process, and read from a descriptor.
-pub struct SignalFd(OwnedFd);
-
-impl SignalFd {
-    /// Blocks `signals` in this thread (the only one) and opens the descriptor.
-    pub fn open(signals: &[libc::c_int]) -> io::Result<Self> {
-        let set = signal_set(signals);
-        // SAFETY: both calls read an initialised set; a null old set is allowed.
-        unsafe {
-            checked(libc::sigprocmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()))?;
-            let flags = libc::SFD_CLOEXEC | libc::SFD_NONBLOCK;
-            owned(libc::signalfd(-1, &raw const set, flags)).map(Self)
-        }
-    }
-
-    /// The next pending signal, if any.
-    pub fn next(&self) -> Option<libc::c_int> {
-        let mut info = MaybeUninit::<libc::signalfd_siginfo>::uninit();
-        let size = size_of::<libc::signalfd_siginfo>();
-        // SAFETY: the kernel writes at most `size` bytes into `info`, and whole records only, so
-        // that a full read has initialised it.
-        unsafe {
-            let read = libc::read(self.0.as_raw_fd(), info.as_mut_ptr().cast(), size);
-            (read == size as isize).then(|| info.assume_init().ssi_signo as libc::c_int)
-        }
-    }
-}
-
-impl AsFd for SignalFd {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
-    }
 }
 
 /// What to wait for on a descriptor.
@@ -244,6 +187,38 @@ pub fn die_with_parent(command: &mut Command) {
     }
 }
 
+/// The CPUs that this process may use, by number.
+pub fn allowed_cpus() -> Vec<usize> {
+    let mut set = MaybeUninit::<libc::cpu_set_t>::zeroed();
+    // SAFETY: the kernel writes at most the size of `set`, all zeroes is a valid one, and CPU_ISSET
+    // looks at numbers below its size.
+    unsafe {
+        if libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), set.as_mut_ptr()) != 0 {
+            return Vec::new();
+        }
+        let set = set.assume_init();
+        (0..libc::CPU_SETSIZE as usize).filter(|&cpu| libc::CPU_ISSET(cpu, &set)).collect()
+    }
+}
+
+/// Binds a command's process to these CPUs. A machine that has taken one away since is not an error
+/// as long as one is left.
+pub fn bind_to(command: &mut Command, cpus: &[usize]) {
+    let mut set = MaybeUninit::<libc::cpu_set_t>::zeroed();
+    // SAFETY: all zeroes is a valid set, and numbers beyond its size are left out; the closure makes
+    // one async-signal-safe call on its own copy.
+    unsafe {
+        for &cpu in cpus.iter().filter(|&&cpu| cpu < libc::CPU_SETSIZE as usize) {
+            libc::CPU_SET(cpu, set.assume_init_mut());
+        }
+        let set = set.assume_init();
+        command.pre_exec(move || {
+            checked(libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const set))
+                .map(drop)
+        });
+    }
+}
+
 /// As [`die_with_parent`] for a worker, which also gets an empty signal mask (this process blocks
 /// signals for [`SignalFd`]) and tells `guardian` its process id before its program begins, so that
 /// there is no moment at which the guardian does not know of it.
@@ -374,28 +349,42 @@ pub fn terminal_width(fd: BorrowedFd<'_>) -> Option<usize> {
     (columns > 0).then_some(usize::from(columns))
 }
 
-/// The usual name of a signal, such as `SIGSEGV`.
-pub fn signal_name(signal: i32) -> String {
-    let name = match signal {
-        libc::SIGHUP => "SIGHUP",
-        libc::SIGINT => "SIGINT",
-        libc::SIGQUIT => "SIGQUIT",
-        libc::SIGILL => "SIGILL",
-        libc::SIGTRAP => "SIGTRAP",
-        libc::SIGABRT => "SIGABRT",
-        libc::SIGBUS => "SIGBUS",
-        libc::SIGFPE => "SIGFPE",
-        libc::SIGKILL => "SIGKILL",
-        libc::SIGUSR1 => "SIGUSR1",
-        libc::SIGSEGV => "SIGSEGV",
-        libc::SIGUSR2 => "SIGUSR2",
-        libc::SIGPIPE => "SIGPIPE",
-        libc::SIGALRM => "SIGALRM",
-        libc::SIGTERM => "SIGTERM",
-        libc::SIGXCPU => "SIGXCPU",
-        libc::SIGXFSZ => "SIGXFSZ",
-        libc::SIGSYS => "SIGSYS",
-        other => return format!("signal {other}"),
-    };
-    name.to_owned()
+/// A file in memory, without a name, gone with its last descriptor.
+pub fn memory_file(name: &std::ffi::CStr) -> io::Result<File> {
+    // SAFETY: `name` ends in NUL.
+    owned(unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) }).map(File::from)
+}
+
+/// The first `words` words of a file as memory that is shared with whoever else has the file, for the
+/// rest of this process's life.
+pub fn map_words(file: &File, words: usize) -> io::Result<&'static [AtomicU64]> {
+    let length = words * size_of::<u64>();
+    // Beyond the end of the file the kernel answers an access with SIGBUS.
+    if file.metadata()?.len() < length as u64 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: a fresh mapping of `length` bytes, page-aligned and never unmapped; any bits are a valid
+    // u64, and all accesses in this process are atomic.
+    unsafe {
+        let fd = file.as_raw_fd();
+        let memory = libc::mmap(std::ptr::null_mut(), length, protection, libc::MAP_SHARED, fd, 0);
+        if memory == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(std::slice::from_raw_parts(memory.cast(), words))
+    }
+}
+
+/// Sends a signal to one process. False if there is none.
+pub fn signal_process(pid: Pid, signal: libc::c_int) -> bool {
+    debug_assert!(pid > 1, "no process to signal: {pid}");
+    // SAFETY: no pointers are involved.
+    unsafe { libc::kill(pid, signal) == 0 }
+}
+
+/// Collects a child if it has ended.
+pub fn reap(pid: Pid) -> bool {
+    // SAFETY: a null status is allowed.
+    unsafe { libc::waitpid(pid, std::ptr::null_mut(), libc::WNOHANG) == pid }
 }

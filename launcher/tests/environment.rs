@@ -132,3 +132,34 @@ fn help_and_version_go_to_stdout() {
         assert!(outcome.stdout.contains("rr-launch"));
     }
 }
+
+/// The CPUs that a worker may use, as the kernel lists them.
+const ALLOWED: &str = "grep Cpus_allowed_list /proc/self/status";
+
+#[test]
+fn bound_workers_have_cores_of_their_own_and_unbound_ones_all() {
+    let allowed = |workers: usize, binding: &str| {
+        let outcome = run(&mut shell(workers, &["--bind", binding], ALLOWED));
+        assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+        let mut lines: Vec<String> = outcome
+            .stdout
+            .lines()
+            .map(|line| line.split_whitespace().last().unwrap().to_owned())
+            .collect();
+        lines.sort();
+        lines
+    };
+    let own = std::fs::read_to_string("/proc/self/status").unwrap();
+    let own = own.lines().find(|line| line.starts_with("Cpus_allowed_list")).unwrap();
+    let own = own.split_whitespace().last().unwrap();
+    assert_eq!(allowed(2, "none"), [own, own]);
+    let plan = run(&mut shell(1, &["--bind", "cores", "--dry-run"], "true"));
+    assert!(plan.stdout.contains("\n  cpus:        "), "{}", plan.stdout);
+    let many = run(&mut shell(5000, &["--bind", "cores", "--dry-run"], "true"));
+    assert_eq!((many.code, many.stderr.lines().count()), (Some(2), 1), "{}", many.stderr);
+    assert!(many.stderr.contains("use --bind numa"), "{}", many.stderr);
+    if run(&mut shell(2, &["--bind", "cores", "--dry-run"], "true")).code == Some(0) {
+        let both = allowed(2, "cores");
+        assert!(both[0] != both[1] && !both.contains(&own.to_owned()), "{both:?} of {own}");
+    }
+}

@@ -31,7 +31,7 @@ fn victims_that_fail_in_the_same_moment_are_not_blamed() {
     // launcher is stopped meanwhile, so that it sees all three ends in one look.
     let folder = tempfile::tempdir().unwrap();
     let script = format!(
-        r"echo $$ > {0}/$RANK.tmp; mv {0}/$RANK.tmp {0}/$RANK
+        r"echo $$ > {0}/$RANK.tmp; mv {0}/$RANK.tmp {0}/$RANK; echo up
         while [ ! -e {0}/go ]; do sleep 0.02; done
         [ $RANK = 2 ] && {{ kill -ABRT $$; }}
         while kill -0 $(cat {0}/2) && ! grep -q '^State:.Z' /proc/$(cat {0}/2)/status; do
@@ -42,6 +42,7 @@ fn victims_that_fail_in_the_same_moment_are_not_blamed() {
     );
     let launch = Launch::start(&mut shell(3, &[], &script));
     let workers = pids(folder.path(), 3);
+    launch.wait_for_lines(3);
     launch.signal("STOP");
     std::fs::write(folder.path().join("go"), "").unwrap();
     let all_dead =
@@ -146,7 +147,7 @@ fn what_a_successful_worker_leaves_behind_is_ended() {
 }
 
 #[test]
-fn a_process_that_escaped_its_group_does_not_hold_the_launcher() {
+fn a_process_that_escaped_its_group_is_ended_and_does_not_hold_the_launcher() {
     let folder = tempfile::tempdir().unwrap();
     let script = format!(
         "setsid sh -c 'echo $$ > {0}/escaped; exec sleep 300' &
@@ -157,7 +158,7 @@ fn a_process_that_escaped_its_group_does_not_hold_the_launcher() {
     let outcome = run(&mut shell(1, &[], &script));
     assert_eq!((outcome.code, outcome.stdout.as_str()), (Some(4), "[0] last words\n"));
     assert!(begin.elapsed() < Duration::from_secs(60));
-    send("KILL", pids(folder.path(), 1)[0]);
+    assert_all_end(&pids(folder.path(), 1));
 }
 
 #[test]

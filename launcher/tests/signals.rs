@@ -172,3 +172,22 @@ fn exit_codes_are_not_lost_where_the_parent_ignores_sigchld() {
         assert_eq!(outcome.code, Some(code), "{}", outcome.stderr);
     }
 }
+
+#[test]
+fn what_left_its_group_does_not_survive_a_killed_launcher_either() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().display();
+    let deaf =
+        format!("trap '' TERM HUP; echo \\$\\$ > {path}/$RANK.$1; while :; do sleep 300; done");
+    // One in a session of its own, and one that is a daemon besides.
+    let script = format!(
+        "set -- session; setsid sh -c \"{deaf}\" &
+        set -- daemon; (setsid sh -c \"{deaf}\" & exit)
+        echo $$ > {path}/$RANK; wait"
+    );
+    let launch = Launch::start(&mut shell(2, &[], &script));
+    let everybody = pids(folder.path(), 6);
+    launch.signal("KILL");
+    assert_all_end(&everybody);
+    assert_eq!(launch.wait().signal, Some(9));
+}

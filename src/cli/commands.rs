@@ -2,7 +2,7 @@
 
 use std::io::{self, IsTerminal, Write};
 
-use rr_launch::contract::WorkerEnv;
+use rr_launch::contract::{WorkerEnv, exit_code, preemption};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::time::ChronoUtc;
 
@@ -11,35 +11,45 @@ use crate::config::Plan;
 use crate::error::{Error, Result};
 use crate::train;
 
-/// Does what the command line asks for.
+/// Does what the command line asks for; returns the process's exit code.
 ///
 /// # Errors
 /// What the job reports; [`Error::exit_code`] tells the process's exit code.
-pub fn run(cli: &Cli) -> Result<()> {
-    match &cli.command {
-        Command::Train(args) => train(args),
-        Command::Distill(args) => distill(args),
+pub fn run(cli: &Cli) -> Result<u8> {
+    let done = match &cli.command {
+        Command::Train(args) => return train(args),
+        Command::Distill(args) => return distill(args),
         Command::Check(args) => check::run(args),
         Command::Score(args) => score::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Convert(args) => convert::run(args),
-    }
+    };
+    done.map(|()| exit_code::OK)
 }
 
-fn train(args: &PlanArgs) -> Result<()> {
-    as_worker(args, train::run)
+fn train(args: &PlanArgs) -> Result<u8> {
+    as_worker(args, train_or_make_room)
 }
 
-fn distill(args: &DistillArgs) -> Result<()> {
-    let job = if args.scores_only { train::teacher::run_scores } else { train::run };
-    as_worker(&args.plan, |plan, env| match plan.data.teacher {
-        Some(_) => job(plan, env),
-        None => Err(train::teacher::missing(plan)),
+fn distill(args: &DistillArgs) -> Result<u8> {
+    as_worker(&args.plan, |plan, env| match (&plan.data.teacher, args.scores_only) {
+        (None, _) => Err(train::teacher::missing(plan)),
+        (Some(_), true) => train::teacher::run_scores(plan, env).map(|()| exit_code::OK),
+        (Some(_), false) => train_or_make_room(plan, env),
+    })
+}
+
+/// Trains, and heeds requests to make room.
+fn train_or_make_room(plan: &Plan, env: &WorkerEnv) -> Result<u8> {
+    preemption::listen().map_err(|error| Error::Usage(error.to_string()))?;
+    Ok(match train::run(plan, env)? {
+        train::Ending::Done => exit_code::OK,
+        train::Ending::Preempted => exit_code::PREEMPTED,
     })
 }
 
 /// Runs a job of the plan as one of the workers that the environment describes.
-fn as_worker(args: &PlanArgs, job: impl FnOnce(&Plan, &WorkerEnv) -> Result<()>) -> Result<()> {
+fn as_worker(args: &PlanArgs, job: impl FnOnce(&Plan, &WorkerEnv) -> Result<u8>) -> Result<u8> {
     let env = WorkerEnv::from_env().map_err(|error| Error::Usage(error.to_string()))?;
     start_log(env.rank);
     // Every line of this worker carries its rank, also those of its libraries.

@@ -2,12 +2,13 @@
 
 use std::cell::RefCell;
 use std::net::{TcpStream, UdpSocket};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rr_launch::contract::{WorkerEnv, vars};
+use rr_launch::contract::{WorkerEnv, heartbeat, vars};
 use tch::{Device, Tensor};
 
-use super::{Communicator, Pending, Place, Reduction, operation};
+use super::{Communicator, Pending, Place, Reduction, operation, tell_waiting};
 use crate::error::{Error, Result};
 use crate::torch_ext::gloo::{Group, Join, Via, Work};
 
@@ -116,19 +117,26 @@ impl Gloo {
     fn on_host(
         &self,
         tensor: &Tensor,
-        name: &str,
+        name: &'static str,
         start: impl FnOnce(&Tensor) -> Result<Work, String>,
     ) -> Result<Pending> {
         let failed = self.failed(name);
+        let stage = self.place.borrow().as_ref().map(|place| Arc::clone(&place.stage));
+        let finish = move |work: Work| {
+            tell_waiting(name, stage.as_deref());
+            let outcome = work.wait();
+            heartbeat::working(format_args!("computing"));
+            outcome
+        };
         if tensor.device() == Device::Cpu {
             let work = start(tensor).map_err(&failed)?;
-            return Ok(Pending::new(move || work.wait().map_err(failed)));
+            return Ok(Pending::new(move || finish(work).map_err(failed)));
         }
         let host = tensor.f_to_device(Device::Cpu)?;
         let work = start(&host).map_err(&failed)?;
         let mut target = tensor.shallow_clone();
         Ok(Pending::new(move || {
-            work.wait().map_err(failed)?;
+            finish(work).map_err(failed)?;
             Ok(target.f_copy_(&host)?)
         }))
     }
@@ -179,6 +187,7 @@ impl Communicator for Gloo {
     }
 
     fn barrier(&self) -> Result<()> {
+        tell_waiting("barrier", None);
         let work = self.group.barrier().map_err(self.failed("barrier"))?;
         work.wait().map_err(self.failed("barrier"))
     }

@@ -10,7 +10,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rr_launch::contract::WorkerEnv;
+use rr_launch::contract::{WorkerEnv, heartbeat};
 use tch::Tensor;
 
 pub use gloo::Gloo;
@@ -107,6 +107,14 @@ impl fmt::Display for Place {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(out, "{}", self.stage)?;
         self.step.map_or(Ok(()), |step| write!(out, ", step {}", step + 1))
+    }
+}
+
+/// Tells the launcher that this rank waits for the others in the collective `name`.
+fn tell_waiting(name: &str, stage: Option<&str>) {
+    match stage {
+        Some(stage) => heartbeat::waiting(format_args!("{name} of {stage}")),
+        None => heartbeat::waiting(format_args!("{name}")),
     }
 }
 

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use tch::{Device, Tensor};
 
 use super::liveness::Liveness;
-use super::{Communicator, Gloo, Pending, Place, Reduction, operation};
+use super::{Communicator, Gloo, Pending, Place, Reduction, operation, tell_waiting};
 use crate::error::{Error, Result};
 use crate::torch_ext::nccl::{self, Comm, State, UNIQUE_ID_BYTES, UniqueId};
 use crate::torch_ext::stream::{Event, Stream, set_current};
@@ -28,6 +28,9 @@ const SETTLE: Duration = Duration::from_micros(50);
 
 /// Looks at such a call without sleeping in between; most are over by then.
 const EAGER_LOOKS: usize = 1000;
+
+/// From this age on of the oldest collective under way, this rank is said to wait in it.
+const SLOW: Duration = Duration::from_secs(1);
 
 /// How long the name of a rank that ended may take to get round.
 const HEAR_MORE: Duration = Duration::from_millis(500);
@@ -84,6 +87,8 @@ struct Flight {
     operation: String,
     done: Arc<Event>,
     deadline: Instant,
+    /// When to tell the launcher that this rank waits in it; `None` once that is done.
+    tell_at: Option<Instant>,
 }
 
 impl Nccl {
@@ -166,8 +171,13 @@ impl Nccl {
         }
         let mut inner = self.shared.settle(inner, &operation)?;
         let done = Arc::new(self.stream.mark()?);
-        let deadline = Instant::now() + self.shared.timeout;
-        inner.flights.push_back(Flight { operation, done: Arc::clone(&done), deadline });
+        let now = Instant::now();
+        inner.flights.push_back(Flight {
+            operation,
+            done: Arc::clone(&done),
+            deadline: now + self.shared.timeout,
+            tell_at: Some(now + SLOW),
+        });
         self.shared.bell.notify_all();
         let shared = Arc::clone(&self.shared);
         // Its memory goes back to the computation's stream, whose later work waits for `done`.
@@ -344,13 +354,18 @@ impl Shared {
 
     /// Forgets collectives that are done; an error for what has failed or is late.
     fn look(&self, inner: &mut Inner) -> Result<(), String> {
-        while let Some(flight) = inner.flights.front() {
+        while let Some(flight) = inner.flights.front_mut() {
             if flight.done.is_done().map_err(|error| error.to_string())? {
                 inner.flights.pop_front();
                 continue;
             }
             if let Some(comm) = &inner.comm {
                 comm.state()?;
+            }
+            // The host does not wait in a collective, so that nobody else can tell.
+            if flight.tell_at.take_if(|at| Instant::now() >= *at).is_some() {
+                let name = flight.operation.split(", step ").next().unwrap_or_default();
+                tell_waiting(name, None);
             }
             return if Instant::now() < flight.deadline { Ok(()) } else { Err(self.late()) };
         }

@@ -40,6 +40,8 @@ pub struct StepOptions {
     pub max_grad_norm: Option<f64>,
     /// The run's seed.
     pub seed: u64,
+    /// Whether this rank was asked to end the run after this step.
+    pub stop: bool,
 }
 
 impl StepOptions {
@@ -59,6 +61,8 @@ pub struct StepReport {
     pub grad_norm: f64,
     /// Tokens of all ranks and micro-batches.
     pub tokens: u64,
+    /// Whether any rank was asked to end the run after this step.
+    pub stop: bool,
 }
 
 impl Engine {
@@ -82,7 +86,7 @@ impl Engine {
     /// sequences takes part with nothing.
     ///
     /// # Errors
-    /// What the batches yield; [`Error::Training`] when the loss or the gradient is not finite;
+    /// What the batches yield; [`Error::Diverged`] when the loss or the gradient is not finite;
     /// [`Error::Comm`] when a peer went away.
     pub fn gradients(
         &mut self,
@@ -108,12 +112,14 @@ impl Engine {
         losses.push(squared_norm);
         let results = Vec::<f64>::try_from(Tensor::f_stack(&losses, 0)?)?;
         let (squared_norm, losses) = results.split_last().expect("the norm was just added");
-        let mut totals = [losses.iter().sum(), tokens as f64];
+        // Ranks agree on whether this step is the last by a sum that they need anyway.
+        let mut totals = [losses.iter().sum(), tokens as f64, f64::from(u8::from(options.stop))];
         reduce_values(groups.world.as_ref(), &mut totals, Reduction::Sum)?;
         let report = StepReport {
             loss: totals[0] * options.scale(),
             grad_norm: squared_norm.sqrt() / self.scale(),
             tokens: totals[1] as u64,
+            stop: totals[2] > 0.0,
         };
         let overflowed = !report.grad_norm.is_finite() && self.loss_scale.is_some();
         if report.loss.is_finite() && (report.grad_norm.is_finite() || overflowed) {
@@ -178,7 +184,7 @@ impl Engine {
     /// the gradients. An fp16 step whose gradients overflowed is skipped instead.
     ///
     /// # Errors
-    /// [`Error::Torch`] from libtorch, [`Error::Comm`] from the communicator, [`Error::Training`]
+    /// [`Error::Torch`] from libtorch, [`Error::Comm`] from the communicator, [`Error::Diverged`]
     /// when no loss scale is small enough.
     pub fn update(
         &mut self,
@@ -190,7 +196,7 @@ impl Engine {
         if let Some(loss_scale) = &mut self.loss_scale {
             loss_scale.record(report.grad_norm.is_finite());
             if loss_scale.exhausted() {
-                return Err(Error::Training(format!(
+                return Err(Error::Diverged(format!(
                     "step {}: gradients overflow in fp16 at any loss scale; lower lr, or use bf16",
                     options.step + 1
                 )));
@@ -223,12 +229,12 @@ fn not_finite(report: &StepReport, suspects: &[String], step: usize, rank: usize
     let step = step + 1;
     let what = format!("loss {}, gradient norm {}", report.loss, report.grad_norm);
     if suspects.is_empty() {
-        Error::Training(format!(
+        Error::Diverged(format!(
             "step {step}: not finite ({what}), though rank {rank}'s own loss was; lower lr or set \
              max_grad_norm"
         ))
     } else {
-        Error::Training(format!(
+        Error::Diverged(format!(
             "step {step}: rank {rank}'s loss is not finite ({what}); its records were {}",
             suspects.join(", ")
         ))

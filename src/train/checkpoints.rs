@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use rr_launch::contract::{heartbeat, vars};
 use serde_json::{Value, json};
 use tracing::{info, warn};
 
@@ -67,7 +68,7 @@ pub(super) fn lock(plan: &Plan, groups: &Groups) -> Result<Option<Lock>> {
     }
     let dir = plan.saving.output_dir.join(output::RUNS);
     crate::atomic::create_dir(&dir)?;
-    let run = std::env::var(rr_launch::contract::vars::RR_RUN_ID).unwrap_or_default();
+    let run = launch().unwrap_or_default();
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let holder = format!(
         "run {} on {} (process {})",
@@ -90,7 +91,24 @@ fn check_free(plan: &Plan) -> Result<()> {
 
 /// Whether the run begins anew, whatever is in its output directory.
 fn begins_anew(plan: &Plan) -> bool {
-    plan.saving.resume == Resume::Never || !output::unfinished(plan)
+    (plan.saving.resume == Resume::Never || !output::unfinished(plan)) && !goes_on(plan)
+}
+
+/// The launch that this worker belongs to, where rr-launch started it.
+fn launch() -> Option<String> {
+    std::env::var(vars::RR_RUN_ID).ok()
+}
+
+/// Whether this launch was restarted after a failure and has saved a checkpoint before: it goes on
+/// from that, whatever the flags said of earlier launches.
+fn goes_on(plan: &Plan) -> bool {
+    let is_restart = std::env::var(vars::RR_RESTART_COUNT).is_ok_and(|count| count != "0");
+    let own = |launch: String| {
+        let store = store(plan);
+        let newest = store.steps().ok()?.first().copied()?;
+        Some(Manifest::read(&store.path(newest)).ok()?.job["launch"] == launch)
+    };
+    is_restart && launch().and_then(own).unwrap_or(false)
 }
 
 /// Refuses to mix a new run's checkpoints with those of an earlier one.
@@ -148,7 +166,9 @@ pub fn check(plan: &Plan, inputs: &Inputs, world_size: usize) -> Result<()> {
 /// The checkpoint to go on from, if any: a whole one of this run. Every byte is read, shared out
 /// over the ranks, which all call it together.
 fn find(plan: &Plan, identity: &Identity, groups: &Groups) -> Result<Option<Start>> {
-    if let Resume::Path(path) = &plan.saving.resume {
+    if let Resume::Path(path) = &plan.saving.resume
+        && !goes_on(plan)
+    {
         let (store, step) = named(plan, path)?;
         let manifest = verified(&store, step, groups)?;
         return start(plan, identity, &store, step, manifest, groups).map(Some);
@@ -381,28 +401,35 @@ impl<'a> Checkpoints<'a> {
         Ok(Self { plan, saver: Saver::new(store, options, groups)?, _lock: lock })
     }
 
-    /// Saves where it is due after a step. All ranks call it together.
+    /// Saves where it is due after a step. Where it was `asked` for, because the run makes room,
+    /// returns only when the checkpoint is on the disk. All ranks call it together.
     pub(super) fn after_step(
         &mut self,
         progress: Progress,
         job: impl FnOnce() -> Value,
         engine: &Engine,
         groups: &Groups,
+        asked: bool,
     ) -> Result<()> {
         let saving = &self.plan.saving;
         // The next step's epoch has used nothing yet.
         let last_of_epoch = progress.items == 0;
         let is_due = saving.save_steps.is_some_and(|every| progress.step.is_multiple_of(every))
             || (saving.save_on_epoch_end && last_of_epoch);
-        if is_due {
+        if is_due || asked {
+            heartbeat::working(format_args!("saving a checkpoint"));
             let began = Instant::now();
             let earlier = self.saver.finish(groups);
             self.judge(earlier)?;
-            let outcome = {
-                let loss_scale = engine.loss_scale().copied();
-                let now = Moment { began, progress, loss_scale, job: job() };
-                self.saver.save(now, engine.units(), groups)
-            };
+            let mut job = job();
+            job["launch"] = json!(launch());
+            let loss_scale = engine.loss_scale().copied();
+            let now = Moment { began, progress, loss_scale, job };
+            let outcome = self.saver.save(now, engine.units(), groups);
+            if asked {
+                let outcome = outcome.and_then(|()| self.saver.finish(groups));
+                return outcome.map_err(cannot_save);
+            }
             return self.judge(outcome);
         }
         // A run that ends over a failed save ends as soon as it is known.
@@ -422,13 +449,22 @@ impl<'a> Checkpoints<'a> {
     /// What a failed save means for the run.
     fn judge(&self, outcome: Result<()>) -> Result<()> {
         match outcome {
-            Ok(()) => Ok(()),
-            Err(error @ Error::Comm { .. }) => Err(error),
-            Err(error) if self.plan.saving.save_failure == SaveFailure::Continue => {
+            Err(error)
+                if self.plan.saving.save_failure == SaveFailure::Continue
+                    && !matches!(error, Error::Comm { .. }) =>
+            {
                 warn!("{error}; the checkpoint is left out, and training goes on");
                 Ok(())
             }
-            Err(error) => Err(Error::Save(Box::new(error))),
+            outcome => outcome.map_err(cannot_save),
         }
+    }
+}
+
+/// What a failed save is called, unless it failed for want of a peer.
+fn cannot_save(error: Error) -> Error {
+    match error {
+        Error::Comm { .. } => error,
+        other => Error::Save(Box::new(other)),
     }
 }

@@ -17,7 +17,7 @@ mod worst;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rr_launch::contract::WorkerEnv;
+use rr_launch::contract::{WorkerEnv, heartbeat, preemption};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 use tracing::info;
@@ -52,11 +52,21 @@ use report::Reporter;
 /// Micro-batches that may be tokenized ahead of the step.
 const BATCHES_AHEAD: usize = 4;
 
+/// How a run ended, if not with an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// The model is there.
+    Done,
+    /// The ranks were asked to make room: a checkpoint is saved, from which the next start goes on.
+    Preempted,
+}
+
 /// Trains as one of the workers that `env` describes.
 ///
 /// # Errors
 /// User errors before any worker trains; afterwards what training, a peer or the disk reports.
-pub fn run(plan: &Plan, env: &WorkerEnv) -> Result<()> {
+pub fn run(plan: &Plan, env: &WorkerEnv) -> Result<Ending> {
+    heartbeat::working(format_args!("reading what the run needs"));
     output::check(plan)?;
     check_machines(plan, env.world_size, env.local_world_size)?;
     if env.rank == 0 {
@@ -69,6 +79,7 @@ pub fn run(plan: &Plan, env: &WorkerEnv) -> Result<()> {
         Some(_) => None,
     };
     let device = runtime::device(plan.parallel.device, env.local_rank)?;
+    heartbeat::waiting(format_args!("joining the group"));
     let groups = join(plan, env, device)?;
     let outcome = train(plan, env, inputs, device, &groups);
     if outcome.is_err() {
@@ -86,7 +97,8 @@ fn train(
     inputs: Option<Inputs>,
     device: Device,
     groups: &Groups,
-) -> Result<()> {
+) -> Result<Ending> {
+    heartbeat::working(format_args!("loading the model"));
     let lock = checkpoints::lock(plan, groups)?;
     if let Some(teacher) = &plan.data.teacher {
         teacher::teach(plan, teacher, device, groups.world.as_ref())?;
@@ -121,13 +133,18 @@ fn train(
         metrics: earlier.map_or(Value::Null, |manifest| manifest.job["metrics"].clone()),
         engine,
     };
-    job.train()?;
+    if job.train()? == Ending::Preempted {
+        groups.world.leave()?;
+        return Ok(Ending::Preempted);
+    }
+    heartbeat::working(format_args!("saving the last checkpoint"));
     job.checkpoints.finish(groups)?;
     let saving = job.save(output::MODEL)?;
     let memory = Memory::gather(&job.engine, saving, groups.world.as_ref())?;
     job.reporter.finish(&memory)?;
     job.reporter.best(plan, job.best)?;
-    groups.world.leave()
+    groups.world.leave()?;
+    Ok(Ending::Done)
 }
 
 /// Logs the plan's notices and what lies ahead, a line at a time.
@@ -255,12 +272,13 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// All epochs that are left, or fewer where validations stop getting better.
-    fn train(&mut self) -> Result<()> {
+    /// All epochs that are left, or fewer where validations stop getting better or the ranks are
+    /// asked to make room.
+    fn train(&mut self) -> Result<Ending> {
         self.reporter.start();
         // An earlier start stopped early, and was interrupted before it ended.
         if self.best.as_ref().is_some_and(Best::is_over) {
-            return Ok(());
+            return Ok(Ending::Done);
         }
         let mut batches = self.batches()?;
         for epoch in self.progress.epoch..self.plan.training.epochs {
@@ -278,13 +296,18 @@ impl Job<'_> {
                 let is_over = self.validate_where_due(epoch, ends_epoch)? == Verdict::Stop;
                 let kept =
                     || json!({"best": self.best.map(Best::to_json), "metrics": self.metrics});
-                self.checkpoints.after_step(self.progress, kept, &self.engine, self.groups)?;
+                let (progress, engine, groups) = (self.progress, &self.engine, self.groups);
+                self.checkpoints.after_step(progress, kept, engine, groups, report.stop)?;
+                if report.stop {
+                    self.reporter.preempted()?;
+                    return Ok(Ending::Preempted);
+                }
                 if is_over {
-                    return Ok(());
+                    return Ok(Ending::Done);
                 }
             }
         }
-        Ok(())
+        Ok(Ending::Done)
     }
 
     /// Validates where the plan asks for it after this step.
@@ -356,10 +379,14 @@ impl Job<'_> {
             lr_factor: self.inputs.schedule.factor(step),
             max_grad_norm: training.max_grad_norm,
             seed: training.seed,
+            stop: preemption::is_requested(),
         };
+        heartbeat::enter_step(step as u64 + 1);
         let (device, inputs) = (self.engine.device(), self.inputs);
         let micro = (0..step_plan.micro_batches.len()).map(|_| {
+            heartbeat::working(format_args!("reading data"));
             let tokens = batches.next().expect("the pipeline yields every planned micro-batch")?;
+            heartbeat::working(format_args!("computing"));
             to_device(&tokens, inputs, device)
         });
         self.engine.train_step(micro, options, self.groups)
@@ -368,6 +395,7 @@ impl Job<'_> {
     /// Saves the model as the directory `name` of the output directory, with the metrics of the last
     /// validation; returns the most bytes of parameters that this rank held meanwhile.
     fn save(&self, name: &str) -> Result<usize> {
+        heartbeat::working(format_args!("saving the model"));
         let started = Instant::now();
         let target = self.plan.saving.output_dir.join(name);
         let metrics = self.metrics.clone();

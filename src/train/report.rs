@@ -255,6 +255,16 @@ impl Reporter {
         sink.write(&line)
     }
 
+    /// The last words of a run that makes room: the next start goes on with the next line.
+    pub(super) fn preempted(&mut self) -> Result<()> {
+        self.flush()?;
+        if let Some(sink) = &mut self.sink {
+            info!("preempted: step {} is saved; start again to go on", self.last_step);
+            sink.trackers.finish();
+        }
+        Ok(())
+    }
+
     /// The last words of a run: where training ended, and what the workers held.
     pub(super) fn finish(&mut self, memory: &Memory) -> Result<()> {
         self.flush()?;

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use rr_launch::contract::heartbeat;
 use serde_json::{Value, json};
 use tch::Tensor;
 
@@ -76,8 +77,9 @@ pub(super) fn validate(
     groups: &Groups,
 ) -> Result<(Validation, QueryReport)> {
     let mut sums = Sums::default();
-    for tokens in shares(tokenizer, dataset, plan, groups.world.as_ref())? {
+    for (batch, tokens) in shares(tokenizer, dataset, plan, groups.world.as_ref())?.enumerate() {
         let tokens = tokens?;
+        heartbeat::working(format_args!("validating, batch {}", batch + 1));
         let scores = score_tokens(engine, &tokens, groups)?;
         sums.add(&tokens, &scores, plan, dataset.kind)?;
     }

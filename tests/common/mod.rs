@@ -98,7 +98,8 @@ pub fn solo() -> Groups {
 }
 
 pub fn options(loss: LossKind, weight: f64) -> StepOptions {
-    StepOptions { loss, weight, step: 0, lr_factor: 1.0, max_grad_norm: None, seed: 1 }
+    let (lr_factor, max_grad_norm) = (1.0, None);
+    StepOptions { loss, weight, step: 0, lr_factor, max_grad_norm, seed: 1, stop: false }
 }
 
 pub fn floats(tensor: &Tensor) -> Vec<f64> {

@@ -214,6 +214,7 @@ impl Trainer {
                 lr_factor: schedule.factor(step),
                 max_grad_norm: case.max_grad_norm,
                 seed: 1,
+                stop: false,
             };
             let batches = micro.iter().map(|pairs| Ok(golden.batch(&share_of(pairs, comm))));
             let report = engine.train_step(batches, options, groups).unwrap();

@@ -76,6 +76,19 @@ impl Launch {
         send(name, self.pid());
     }
 
+    /// Waits until the launcher has passed on so many lines: it watches its workers.
+    pub fn wait_for_lines(&self, count: usize) {
+        use std::os::unix::fs::FileExt as _;
+        let mut text = vec![0; 1 << 16];
+        let lines = |bytes: &[u8]| bytes.split(|&byte| byte == b'\n').count() - 1;
+        let come = eventually(DEADLINE, || {
+            // The file's own offset is the launcher's.
+            let size = self.stdout.read_at(&mut text, 0).unwrap();
+            lines(&text[..size]) >= count
+        });
+        assert!(come, "the launcher does not pass on {count} lines");
+    }
+
     /// Waits for the launcher's end.
     pub fn wait(mut self) -> Outcome {
         let limit = Instant::now() + DEADLINE;

@@ -1,0 +1,241 @@
+//! One start of all workers: their processes, their output pipes, and what is remembered of each.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd as _;
+use std::time::{Duration, Instant};
+
+use crate::error::LaunchError;
+use crate::fleet::{self, Strays, Worker};
+use crate::guardian::Guardian;
+use crate::hang::{self, Monitor, Position};
+use crate::lifecycle::Cause;
+use crate::output::{Console, LineSplitter, Piece, Stream, Tail};
+use crate::plan::Plan;
+use crate::procfs::Activity;
+use crate::summary::{AttemptRecord, RankRecord};
+use crate::sys::{Epoll, Interest};
+
+/// What a descriptor in the epoll set stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Token {
+    /// Signals to the launcher.
+    Signals,
+    /// Room in the sink of this number.
+    Sink(usize),
+    /// The end of the worker of this rank.
+    End(usize),
+    /// Output in the pipe of this number.
+    Pipe(usize),
+}
+
+impl Token {
+    /// As the number that epoll keeps.
+    pub fn pack(self) -> u64 {
+        let (kind, index) = match self {
+            Self::Signals => (0, 0),
+            Self::Sink(index) => (1, index),
+            Self::End(index) => (2, index),
+            Self::Pipe(index) => (3, index),
+        };
+        (kind << 32) | index as u64
+    }
+
+    /// Back from that number.
+    pub fn unpack(token: u64) -> Self {
+        let index = (token & 0xffff_ffff) as usize;
+        match token >> 32 {
+            0 => Self::Signals,
+            1 => Self::Sink(index),
+            2 => Self::End(index),
+            _ => Self::Pipe(index),
+        }
+    }
+}
+
+/// One output stream of one worker.
+pub struct Pipe {
+    /// `None` once it has ended.
+    pub file: Option<File>,
+    /// Whose it is.
+    pub rank: usize,
+    /// Which of the two.
+    pub stream: Stream,
+    /// Bytes to lines.
+    pub splitter: LineSplitter,
+}
+
+/// What a line of a worker is marked and remembered with.
+pub struct Voice {
+    prefix: Vec<u8>,
+    /// Its last lines.
+    pub tail: Tail,
+}
+
+impl Voice {
+    /// Queues a piece of a worker's output. Only rank 0 has a status.
+    pub fn say(&mut self, piece: Piece<'_>, rank: usize, stream: Stream, console: &mut Console) {
+        match piece {
+            Piece::Line(line) => {
+                self.tail.push(line);
+                console.sink(stream).line(&self.prefix, line);
+            }
+            Piece::Status(status) if rank == 0 => console.sink(stream).set_status(status),
+            Piece::Status(_) => {}
+        }
+    }
+}
+
+/// One start of all workers.
+pub struct Attempt {
+    /// Its number: the restarts before it.
+    number: u32,
+    /// The workers, by rank.
+    pub workers: Vec<Worker>,
+    /// What left its worker's group.
+    pub strays: Strays,
+    /// The workers' output.
+    pub pipes: Vec<Pipe>,
+    /// How it is marked, by rank.
+    pub voices: Vec<Voice>,
+    /// Watches the heartbeats, where a hang is to be noticed.
+    pub monitor: Option<Monitor>,
+    /// Ranks that the kernel's out-of-memory killer ended.
+    pub oom_killed: Vec<usize>,
+    started: Instant,
+}
+
+impl Attempt {
+    /// Starts all workers and watches them with `epoll`.
+    pub fn start(
+        plan: &Plan,
+        number: u32,
+        guardian: &Guardian,
+        epoll: &Epoll,
+        hang_timeout: Option<Duration>,
+    ) -> Result<Self, LaunchError> {
+        let mut pipes = Vec::new();
+        let workers = fleet::start(plan, guardian, |worker| watch(worker, &mut pipes, epoll))?;
+        let voice = |worker: &Worker| Voice {
+            prefix: format!("[{}] ", worker.rank).into_bytes(),
+            tail: Tail::default(),
+        };
+        let started = Instant::now();
+        Ok(Self {
+            number,
+            voices: workers.iter().map(voice).collect(),
+            workers,
+            strays: Strays::default(),
+            pipes,
+            monitor: hang_timeout.map(|timeout| Monitor::new(timeout, started)),
+            oom_killed: Vec::new(),
+            started,
+        })
+    }
+
+    /// Whether no worker and nothing that one has started is left.
+    pub fn is_gone(&self) -> bool {
+        self.workers.iter().all(Worker::is_gone) && self.strays.are_gone()
+    }
+
+    /// The number of workers that have not ended.
+    pub fn running(&self) -> usize {
+        self.workers.iter().filter(|worker| worker.ended.is_none()).count()
+    }
+
+    /// The newest step that a worker told of.
+    pub fn newest_step(&self) -> Option<u64> {
+        self.workers.iter().filter_map(Worker::beat).map(|beat| beat.step).max()
+    }
+
+    /// The next time at which something is to be done without an event.
+    pub fn deadline(&self, now: Instant) -> Option<Instant> {
+        let workers = self.workers.iter().filter_map(Worker::deadline);
+        let strays = self.strays.deadline(now);
+        workers.chain(strays).chain(self.monitor.as_ref().map(Monitor::due)).min()
+    }
+
+    /// Looks whether the workers still make progress, where that is due. In a hang, whom the
+    /// others seem to wait for, and a line about each.
+    pub fn look_for_hang(&mut self, now: Instant) -> Option<(Option<usize>, Vec<String>)> {
+        let monitor = self.monitor.as_mut().filter(|monitor| now >= monitor.due())?;
+        let running = self.workers.iter().filter(|worker| worker.ended.is_none());
+        let beats = running.clone().map(|worker| (worker.rank, worker.beat())).collect();
+        if !monitor.look(beats, now) {
+            return None;
+        }
+        let mut positions = Vec::new();
+        let mut lines = Vec::new();
+        for worker in running {
+            let (rank, pid, beat) = (worker.rank, worker.pid(), worker.beat());
+            let activity = Activity::of(pid);
+            let standing = monitor.standing(rank, now);
+            let parts = [
+                Some(beat.as_ref().map_or("has not reported".to_owned(), ToString::to_string)),
+                standing.map(|standing| format!(", for {:.1} s", standing.as_secs_f64())),
+                activity.as_ref().map(|activity| format!("; {activity}")),
+            ];
+            let place: String = parts.into_iter().flatten().collect();
+            lines.push(format!("rank {rank} (pid {pid}): {place}"));
+            let is_stopped = activity.is_some_and(|activity| activity.is_stopped());
+            positions.push(Position { rank, beat, is_stopped });
+        }
+        let suspect = hang::suspect(&positions);
+        let timeout = monitor.timeout().as_secs_f64();
+        let whom = match suspect {
+            Some(rank) => format!("the others wait for rank {rank}"),
+            None => "all wait for each other".to_owned(),
+        };
+        let whom = if positions.len() == 1 { String::new() } else { format!("; {whom}") };
+        lines.insert(0, format!("no progress for {timeout} s{whom}"));
+        Some((suspect, lines))
+    }
+
+    /// What is kept of it; last lines only of the ranks that `keeps_lines` names.
+    pub fn record(
+        &self,
+        cause: Option<Cause>,
+        keeps_lines: impl Fn(usize) -> bool,
+    ) -> AttemptRecord {
+        let rank_record = |worker: &Worker| {
+            let exit = worker.ended.map(|(exit, _)| exit);
+            let beat = worker.beat();
+            let tail = self.voices[worker.rank].tail.lines();
+            let lines = tail.map(|line| String::from_utf8_lossy(line).into_owned());
+            RankRecord {
+                rank: worker.rank,
+                pid: worker.pid(),
+                exit,
+                oom_killed: self.oom_killed.contains(&worker.rank),
+                elapsed: worker.ended.map(|(_, after)| after),
+                step: beat.as_ref().map(|beat| beat.step),
+                phase: beat.map(|beat| beat.phase),
+                last_lines: if keeps_lines(worker.rank) { lines.collect() } else { Vec::new() },
+            }
+        };
+        AttemptRecord {
+            restart: self.number,
+            cause,
+            elapsed: self.started.elapsed(),
+            ranks: self.workers.iter().map(rank_record).collect(),
+        }
+    }
+}
+
+/// Watches a worker's end and output.
+fn watch(worker: &mut Worker, pipes: &mut Vec<Pipe>, epoll: &Epoll) -> io::Result<()> {
+    if let Some(end) = worker.end_of_life() {
+        epoll.add(end, Interest::Read, Token::End(worker.rank).pack())?;
+    }
+    for stream in [Stream::Stdout, Stream::Stderr] {
+        let Some(pipe) = worker.take_pipe(stream) else { continue };
+        epoll.add(pipe.as_fd(), Interest::Read, Token::Pipe(pipes.len()).pack())?;
+        pipes.push(Pipe {
+            file: Some(pipe.into()),
+            rank: worker.rank,
+            stream,
+            splitter: LineSplitter::default(),
+        });
+    }
+    Ok(())
+}

@@ -1,0 +1,50 @@
+//! Being asked to make room: a scheduler, or the launcher on its behalf, sends USR1, USR2 or the
+//! signal in [`vars::RR_PREEMPT_SIGNAL`] before it ends a job. A worker that listens saves a
+//! checkpoint and exits with [`exit_code::PREEMPTED`](super::exit_code::PREEMPTED).
+//!
+//! The signals work alike whoever sends them: rr-launch, `srun`, torchrun, or a person.
+
+use super::{ContractError, vars};
+use crate::sys;
+
+/// The signals that ask for it, `also` beside USR1 and USR2.
+#[must_use]
+pub fn signals(also: Option<i32>) -> Vec<i32> {
+    let mut all = vec![libc::SIGUSR1, libc::SIGUSR2];
+    all.extend(also.filter(|signal| !all.contains(signal)));
+    all
+}
+
+/// A signal by its name (`TERM`, `SIGTERM`) or number that can ask for it.
+#[must_use]
+pub fn parse_signal(text: &str) -> Option<i32> {
+    let can_be_caught =
+        |signal: &i32| ![libc::SIGKILL, libc::SIGSTOP, libc::SIGCHLD].contains(signal);
+    sys::signal_number(text).filter(can_be_caught)
+}
+
+/// From now on the signals end this process no more, but are remembered; after the first, TERM does
+/// not interrupt the saving either, which a scheduler sends when its patience ends.
+///
+/// # Errors
+/// [`ContractError`] where [`vars::RR_PREEMPT_SIGNAL`] names no signal.
+pub fn listen() -> Result<(), ContractError> {
+    let also = match std::env::var(vars::RR_PREEMPT_SIGNAL) {
+        Ok(text) => Some(parse_signal(&text).ok_or(ContractError::Invalid {
+            name: vars::RR_PREEMPT_SIGNAL,
+            value: text,
+            expected: "a signal that can be caught, such as TERM or USR1".to_owned(),
+        })?),
+        Err(_) => None,
+    };
+    let heard = sys::remember_signals(&signals(also));
+    // sigaction refuses only signals that do not exist or cannot be caught.
+    debug_assert!(heard.is_ok(), "{heard:?}");
+    Ok(())
+}
+
+/// Whether one has come since [`listen`].
+#[must_use]
+pub fn is_requested() -> bool {
+    sys::remembered_signal()
+}

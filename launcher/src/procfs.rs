@@ -1,0 +1,182 @@
+//! What `/proc` says of processes: whose children they are, what they carry in their environment,
+//! and what they wait for.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs;
+
+use crate::sys::Pid;
+
+/// The processes of this machine that this one can see.
+pub fn processes() -> impl Iterator<Item = Pid> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+}
+
+/// The children of this process, whose only thread is the main one.
+pub fn children() -> Vec<Pid> {
+    let own = std::process::id();
+    match fs::read_to_string(format!("/proc/self/task/{own}/children")) {
+        Ok(list) => list.split_whitespace().filter_map(|pid| pid.parse().ok()).collect(),
+        // A kernel built without that file.
+        Err(_) => processes().filter(|&pid| parent(pid) == Some(own as Pid)).collect(),
+    }
+}
+
+/// The fields of a `stat` file behind the name, which may hold anything: the state is the first.
+fn stat(path: &str) -> Option<Vec<String>> {
+    let text = fs::read_to_string(format!("{path}/stat")).ok()?;
+    let (_, rest) = text.rsplit_once(')')?;
+    Some(rest.split_whitespace().map(str::to_owned).collect())
+}
+
+fn parent(pid: Pid) -> Option<Pid> {
+    stat(&format!("/proc/{pid}"))?.get(1)?.parse().ok()
+}
+
+/// A process's name.
+pub fn name(pid: Pid) -> Option<String> {
+    Some(fs::read_to_string(format!("/proc/{pid}/comm")).ok()?.trim_end().to_owned())
+}
+
+/// Whether a process was started with `NAME=value` in its environment.
+pub fn was_started_with(pid: Pid, variable: &str) -> bool {
+    let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+    environment.split(|&byte| byte == 0).any(|entry| entry == variable.as_bytes())
+}
+
+/// What a process does, as far as the kernel can tell.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Activity {
+    /// The main thread's state, a letter of `/proc/PID/stat`.
+    state: char,
+    /// What the main thread waits for in the kernel.
+    main: Option<String>,
+    /// What the other threads wait for, and how many of each.
+    others: BTreeMap<String, usize>,
+}
+
+impl Activity {
+    /// Looks at a process; `None` when it is gone.
+    pub fn of(pid: Pid) -> Option<Self> {
+        let state = |path: &str| stat(path)?.first()?.chars().next();
+        let folder = format!("/proc/{pid}");
+        let mut others = BTreeMap::new();
+        for thread in fs::read_dir(format!("{folder}/task")).ok()?.flatten() {
+            if thread.file_name().to_str() != Some(&pid.to_string()) {
+                let path = thread.path().to_string_lossy().into_owned();
+                let what = waits_for(&path).unwrap_or_else(|| "running".to_owned());
+                *others.entry(what).or_default() += 1;
+            }
+        }
+        Some(Self { state: state(&folder)?, main: waits_for(&folder), others })
+    }
+
+    /// Whether a signal or a debugger has stopped it.
+    pub fn is_stopped(&self) -> bool {
+        matches!(self.state, 'T' | 't')
+    }
+}
+
+impl fmt::Display for Activity {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let state = match self.state {
+            'T' => "stopped by a signal",
+            't' => "stopped by a debugger",
+            'D' => "in a system call that cannot be interrupted",
+            'R' => "running",
+            'Z' | 'X' => "ended",
+            _ => "sleeping",
+        };
+        out.write_str(state)?;
+        if let (Some(what), 'S' | 'D') = (&self.main, self.state) {
+            write!(out, " in {what}")?;
+        }
+        for (index, (what, count)) in self.others.iter().enumerate() {
+            out.write_str(if index == 0 { "; other threads: " } else { ", " })?;
+            write!(out, "{count} in {what}")?;
+        }
+        Ok(())
+    }
+}
+
+/// The system call that a thread (or a process's main thread) is in, and the kernel's function.
+fn waits_for(path: &str) -> Option<String> {
+    let call = fs::read_to_string(format!("{path}/syscall")).ok();
+    let number = call.as_deref().and_then(|text| text.split_whitespace().next()?.parse().ok());
+    let function = fs::read_to_string(format!("{path}/wchan")).ok();
+    let function = function.filter(|name| !name.is_empty() && name != "0");
+    match (number.filter(|&number: &i64| number >= 0), function) {
+        (Some(number), Some(function)) => Some(format!("{} ({function})", call_name(number))),
+        (Some(number), None) => Some(call_name(number)),
+        (None, function) => function,
+    }
+}
+
+/// The calls in which programs wait.
+fn call_name(number: i64) -> String {
+    const NAMES: [(libc::c_long, &str); 18] = [
+        (libc::SYS_futex, "futex"),
+        (libc::SYS_read, "read"),
+        (libc::SYS_pread64, "pread"),
+        (libc::SYS_write, "write"),
+        (libc::SYS_pwrite64, "pwrite"),
+        (libc::SYS_recvfrom, "recvfrom"),
+        (libc::SYS_recvmsg, "recvmsg"),
+        (libc::SYS_sendto, "sendto"),
+        (libc::SYS_sendmsg, "sendmsg"),
+        (libc::SYS_accept4, "accept"),
+        (libc::SYS_connect, "connect"),
+        (libc::SYS_ppoll, "poll"),
+        (libc::SYS_epoll_pwait, "epoll_wait"),
+        (libc::SYS_nanosleep, "sleep"),
+        (libc::SYS_clock_nanosleep, "sleep"),
+        (libc::SYS_wait4, "wait for a child"),
+        (libc::SYS_ioctl, "ioctl"),
+        (libc::SYS_fsync, "fsync"),
+    ];
+    // Calls that newer architectures leave out.
+    #[cfg(target_arch = "x86_64")]
+    const OLDER: [(libc::c_long, &str); 3] = [
+        (libc::SYS_poll, "poll"),
+        (libc::SYS_epoll_wait, "epoll_wait"),
+        (libc::SYS_select, "select"),
+    ];
+    #[cfg(not(target_arch = "x86_64"))]
+    const OLDER: [(libc::c_long, &str); 0] = [];
+    let known = NAMES.iter().chain(&OLDER).find(|(known, _)| *known == number);
+    known.map_or_else(|| format!("system call {number}"), |(_, name)| (*name).to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may end with a panic")]
+
+    use std::process::Command;
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn a_sleeping_child_is_found_and_described() {
+        let mut child =
+            Command::new("sleep").arg("300").env("RR_TEST_MARK", "x y").spawn().unwrap();
+        let pid = child.id() as Pid;
+        let asleep = |_| {
+            std::thread::sleep(Duration::from_millis(10));
+            Activity::of(pid).is_some_and(|activity| activity.state == 'S')
+        };
+        assert!((0..500).any(asleep));
+        let activity = Activity::of(pid).unwrap();
+        assert!(activity.to_string().starts_with("sleeping in sleep"), "{activity}");
+        assert!(!activity.is_stopped());
+        assert!(was_started_with(pid, "RR_TEST_MARK=x y"));
+        assert!(!was_started_with(pid, "RR_TEST_MARK=x"));
+        assert_eq!(parent(pid), Some(std::process::id() as Pid));
+        assert_eq!(name(pid).as_deref(), Some("sleep"));
+        assert!(processes().any(|other| other == pid));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(Activity::of(pid), None);
+    }
+}

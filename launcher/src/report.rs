@@ -1,0 +1,175 @@
+//! What the launcher says at the end of an attempt: a pure function of its record.
+
+use std::collections::BTreeMap;
+
+use crate::lifecycle::{Cause, Exit};
+use crate::restarts::Verdict;
+use crate::summary::{AttemptRecord, RankRecord};
+use crate::sys;
+
+/// Why an attempt ended, with the last lines of the rank to blame, how the others ended, and what
+/// follows; nothing where all is well.
+pub fn lines(record: &AttemptRecord, verdict: Verdict, max_restarts: u32) -> Vec<String> {
+    let mut lines = Vec::new();
+    match record.cause {
+        None => return lines,
+        Some(Cause::Failure { rank, .. } | Cause::Hang { rank: Some(rank) }) => {
+            lines.extend(blame(record, rank));
+        }
+        Some(Cause::Hang { rank: None }) => lines.extend(others(record, None)),
+        Some(Cause::Signal(signal)) => lines.push(format!("ended by {}", sys::signal_name(signal))),
+        Some(Cause::Preempted { signal }) => {
+            let by = signal.map_or(String::new(), |s| format!(" by {}", sys::signal_name(s)));
+            let saved = record.ranks.iter().any(|rank| rank.exit == Some(Exit::PREEMPTED));
+            let what = if saved { "saved a checkpoint" } else { "no worker saved" };
+            lines.push(format!("preempted{by}; {what}"));
+        }
+        Some(Cause::OutputClosed) => {
+            lines.push("ended because nobody reads the output any more".to_owned());
+        }
+    }
+    match verdict {
+        Verdict::End => {}
+        Verdict::Restart(number) => {
+            let all = workers(record.ranks.len());
+            lines.push(format!("restarting {all} (restart {number} of {max_restarts})"));
+        }
+        Verdict::Exhausted => {
+            lines.push(format!("no restart: --max-restarts {max_restarts} is used up"));
+        }
+        Verdict::NoProgress => lines.push(
+            "no restart: the last 3 came no further; starting again would end the same way"
+                .to_owned(),
+        ),
+    }
+    lines
+}
+
+/// "1 worker", "2 workers".
+pub fn workers(count: usize) -> String {
+    let plural = if count == 1 { "" } else { "s" };
+    format!("{count} worker{plural}")
+}
+
+/// The rank to blame, its last lines, and how the others ended.
+fn blame(record: &AttemptRecord, rank: usize) -> Vec<String> {
+    let worker = &record.ranks[rank];
+    let (Some(exit), Some(after)) = (worker.exit, worker.elapsed) else { return Vec::new() };
+    let ending = if worker.last_lines.is_empty() { "it wrote nothing" } else { "its last lines:" };
+    let reason =
+        if worker.oom_killed { ": the kernel's out-of-memory killer ended it" } else { "" };
+    let (pid, after) = (worker.pid, after.as_secs_f64());
+    let mut lines =
+        vec![format!("rank {rank} (pid {pid}) {exit}{reason} after {after:.1} s; {ending}")];
+    lines.extend(worker.last_lines.iter().map(|line| format!("| {line}")));
+    let is_done =
+        |other: &&RankRecord| other.exit == Some(Exit::Code(0)) && other.elapsed < worker.elapsed;
+    let done: Vec<usize> = record.ranks.iter().filter(is_done).map(|other| other.rank).collect();
+    if !done.is_empty() {
+        lines.push(format!("before that, with code 0, ended rank {}", ranges(&done)));
+    }
+    lines.extend(others(record, Some(rank)));
+    lines
+}
+
+/// How the ranks other than `rank` ended, a line for each way: `ranks 0, 2-7 were killed by
+/// SIGTERM`.
+fn others(record: &AttemptRecord, rank: Option<usize>) -> Vec<String> {
+    let mut ways: BTreeMap<String, Vec<usize>> = BTreeMap::new();
+    for other in record.ranks.iter().filter(|other| Some(other.rank) != rank) {
+        let way = other.exit.map_or("could not be killed".to_owned(), |exit| exit.to_string());
+        let way = if other.oom_killed { format!("{way}, out of memory") } else { way };
+        ways.entry(way).or_default().push(other.rank);
+    }
+    let line = |(way, ranks): (String, Vec<usize>)| match ranks.as_slice() {
+        [rank] => format!("rank {rank} {way}"),
+        _ => format!("ranks {} {}", ranges(&ranks), way.replacen("was ", "were ", 1)),
+    };
+    ways.into_iter().map(line).collect()
+}
+
+/// `0, 2-4, 9`: numbers in order, neighbours drawn together.
+pub fn ranges(ranks: &[usize]) -> String {
+    let mut runs: Vec<(usize, usize)> = Vec::new();
+    for &rank in ranks {
+        match runs.last_mut() {
+            Some((_, last)) if *last + 1 == rank => *last = rank,
+            _ => runs.push((rank, rank)),
+        }
+    }
+    let text = |&(first, last): &(usize, usize)| match last - first {
+        0 => first.to_string(),
+        _ => format!("{first}-{last}"),
+    };
+    runs.iter().map(text).collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn record(cause: Cause, exits: &[Exit]) -> AttemptRecord {
+        let rank = |(rank, &exit): (usize, &Exit)| RankRecord {
+            rank,
+            pid: 100,
+            exit: Some(exit),
+            oom_killed: false,
+            elapsed: Some(Duration::from_secs(if exit == Exit::Code(0) { 1 } else { 2 })),
+            step: Some(3),
+            phase: None,
+            last_lines: vec!["x".to_owned()],
+        };
+        AttemptRecord {
+            restart: 0,
+            cause: Some(cause),
+            elapsed: Duration::from_secs(2),
+            ranks: exits.iter().enumerate().map(rank).collect(),
+        }
+    }
+
+    #[test]
+    fn ranks_that_ended_alike_share_a_line() {
+        let term = Exit::Signal(libc::SIGTERM);
+        let cause = Cause::Failure { rank: 1, exit: Exit::Code(3) };
+        let attempt = record(cause, &[term, Exit::Code(3), term, term, Exit::Code(0)]);
+        assert_eq!(
+            lines(&attempt, Verdict::Restart(1), 2),
+            [
+                "rank 1 (pid 100) exited with code 3 after 2.0 s; its last lines:",
+                "| x",
+                "before that, with code 0, ended rank 4",
+                "rank 4 exited with code 0",
+                "ranks 0, 2-3 were killed by SIGTERM (exit code 143)",
+                "restarting 5 workers (restart 1 of 2)",
+            ]
+        );
+        let hang = record(Cause::Hang { rank: None }, &[term, term]);
+        let expected = ["ranks 0-1 were killed by SIGTERM (exit code 143)"];
+        assert_eq!(lines(&hang, Verdict::End, 0), expected);
+    }
+
+    #[test]
+    fn a_victim_of_the_out_of_memory_killer_is_called_so() {
+        let killed = Exit::Signal(libc::SIGKILL);
+        let mut attempt = record(Cause::Failure { rank: 0, exit: killed }, &[killed]);
+        attempt.ranks[0].oom_killed = true;
+        let said = lines(&attempt, Verdict::Exhausted, 2);
+        assert!(said[0].contains("(exit code 137): the kernel's out-of-memory killer"), "{said:?}");
+        assert_eq!(
+            said.last().map(String::as_str),
+            Some("no restart: --max-restarts 2 is used up")
+        );
+    }
+
+    #[test]
+    fn a_preemption_says_whether_a_checkpoint_was_saved() {
+        let cause = Cause::Preempted { signal: Some(libc::SIGUSR1) };
+        let saved = record(cause, &[Exit::PREEMPTED, Exit::PREEMPTED]);
+        let expected = ["preempted by SIGUSR1; saved a checkpoint"];
+        assert_eq!(lines(&saved, Verdict::End, 0), expected);
+        let lost = record(cause, &[Exit::Signal(libc::SIGKILL)]);
+        assert_eq!(lines(&lost, Verdict::End, 0), ["preempted by SIGUSR1; no worker saved"]);
+    }
+}

@@ -1,0 +1,183 @@
+//! What is kept of the attempts of a launch, and `launch.json`.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::lifecycle::{Cause, Exit};
+use crate::restarts::Verdict;
+use crate::sys;
+
+/// The summary's name in the log directory.
+pub const FILE_NAME: &str = "launch.json";
+
+/// One worker of an attempt.
+#[derive(Debug, Clone)]
+pub struct RankRecord {
+    /// Its rank.
+    pub rank: usize,
+    /// Its process id.
+    pub pid: sys::Pid,
+    /// How it ended; `None` where it could not be killed.
+    pub exit: Option<Exit>,
+    /// Whether the kernel's out-of-memory killer ended it.
+    pub oom_killed: bool,
+    /// How long it ran.
+    pub elapsed: Option<Duration>,
+    /// The step of its last heartbeat.
+    pub step: Option<u64>,
+    /// What its last heartbeat said it did.
+    pub phase: Option<String>,
+    /// Its last lines of output.
+    pub last_lines: Vec<String>,
+}
+
+/// One start of all workers.
+#[derive(Debug, Clone)]
+pub struct AttemptRecord {
+    /// The restarts before it.
+    pub restart: u32,
+    /// Why it ended, if not well.
+    pub cause: Option<Cause>,
+    /// How long it took.
+    pub elapsed: Duration,
+    /// Its workers.
+    pub ranks: Vec<RankRecord>,
+}
+
+/// A launch as a whole.
+#[derive(Debug, Default)]
+pub struct Summary {
+    /// Its identifier.
+    pub run_id: String,
+    /// Its attempts, the first one first.
+    pub attempts: Vec<AttemptRecord>,
+}
+
+impl Summary {
+    /// Writes the summary into a directory, whole or not at all. `exit_code` is `None` as long as
+    /// the launch goes on.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn write(&self, dir: &Path, verdict: Verdict, exit_code: Option<u8>) -> io::Result<()> {
+        let staged = dir.join(format!(".{FILE_NAME}"));
+        fs::write(&staged, format!("{:#}\n", self.to_json(verdict, exit_code)))?;
+        fs::rename(staged, dir.join(FILE_NAME))
+    }
+
+    fn to_json(&self, verdict: Verdict, exit_code: Option<u8>) -> Value {
+        let elapsed: Duration = self.attempts.iter().map(|attempt| attempt.elapsed).sum();
+        let last = self.attempts.last().and_then(|attempt| attempt.cause);
+        json!({
+            "run_id": self.run_id,
+            "exit_code": exit_code,
+            "outcome": exit_code.map(|_| outcome(verdict, last)),
+            "elapsed_s": elapsed.as_secs_f64(),
+            "attempts": self.attempts.iter().map(AttemptRecord::to_json).collect::<Vec<_>>(),
+        })
+    }
+}
+
+/// How a launch ended, in a word for programs.
+fn outcome(verdict: Verdict, cause: Option<Cause>) -> &'static str {
+    match (verdict, cause) {
+        (_, None) => "success",
+        (Verdict::Exhausted, _) => "out_of_restarts",
+        (Verdict::NoProgress, _) => "no_progress",
+        (Verdict::End | Verdict::Restart(_), Some(cause)) => kind(cause),
+    }
+}
+
+fn kind(cause: Cause) -> &'static str {
+    match cause {
+        Cause::Failure { .. } => "worker_failed",
+        Cause::Hang { .. } => "hang",
+        Cause::Signal(_) => "signal",
+        Cause::Preempted { .. } => "preempted",
+        Cause::OutputClosed => "output_closed",
+    }
+}
+
+impl AttemptRecord {
+    fn to_json(&self) -> Value {
+        json!({
+            "restart": self.restart,
+            "cause": self.cause.map(kind),
+            "first_rank": self.cause.and_then(Cause::rank),
+            "elapsed_s": self.elapsed.as_secs_f64(),
+            "ranks": self.ranks.iter().map(RankRecord::to_json).collect::<Vec<_>>(),
+        })
+    }
+}
+
+impl RankRecord {
+    fn to_json(&self) -> Value {
+        let signal = match self.exit {
+            Some(Exit::Signal(signal)) => Some(sys::signal_name(signal)),
+            _ => None,
+        };
+        json!({
+            "rank": self.rank,
+            "pid": self.pid,
+            "exit_code": self.exit.map(Exit::code),
+            "signal": signal,
+            "oom_killed": self.oom_killed,
+            "elapsed_s": self.elapsed.map(|elapsed| elapsed.as_secs_f64()),
+            "step": self.step,
+            "phase": self.phase,
+            "last_lines": self.last_lines,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may end with a panic")]
+
+    use super::*;
+
+    fn record(exits: &[Exit]) -> AttemptRecord {
+        let rank = |(rank, &exit): (usize, &Exit)| RankRecord {
+            rank,
+            pid: 100,
+            exit: Some(exit),
+            oom_killed: false,
+            elapsed: Some(Duration::from_secs(1)),
+            step: Some(3),
+            phase: Some("reading data".to_owned()),
+            last_lines: vec!["x".to_owned()],
+        };
+        AttemptRecord {
+            restart: 0,
+            cause: Some(Cause::Failure { rank: 1, exit: Exit::Code(3) }),
+            elapsed: Duration::from_secs(2),
+            ranks: exits.iter().enumerate().map(rank).collect(),
+        }
+    }
+
+    #[test]
+    fn the_summary_is_json_with_every_rank() {
+        let summary = Summary {
+            run_id: "r".to_owned(),
+            attempts: vec![record(&[Exit::Code(1), Exit::Signal(libc::SIGKILL)])],
+        };
+        let folder = tempfile::tempdir().unwrap();
+        summary.write(folder.path(), Verdict::Exhausted, Some(42)).unwrap();
+        let text = fs::read_to_string(folder.path().join(FILE_NAME)).unwrap();
+        let json: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!((&json["outcome"], &json["exit_code"]), (&json!("out_of_restarts"), &json!(42)));
+        let attempt = &json["attempts"][0];
+        assert_eq!(
+            (&attempt["cause"], &attempt["first_rank"]),
+            (&json!("worker_failed"), &json!(1))
+        );
+        assert_eq!(attempt["ranks"][1]["signal"], "SIGKILL");
+        assert_eq!(attempt["ranks"][1]["exit_code"], 137);
+        assert_eq!(attempt["ranks"][0]["last_lines"][0], "x");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nothing half-written is left");
+    }
+}
