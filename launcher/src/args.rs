@@ -57,7 +57,7 @@ const EXAMPLES: &str = "Examples:
 )]
 #[allow(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 pub struct Args {
-    /// GPUs by index, UUID, MIG UUID, or `all` [default: config's, else all]
+    /// GPUs by index, UUID, MIG UUID, `all` [default: config's, or all]
     #[arg(long, value_name = "LIST", conflicts_with = "cpu")]
     pub gpus: Option<GpuRequest>,
     /// Run on the CPU

@@ -84,7 +84,7 @@ fn a_restart_behind_a_slow_reader_loses_nothing() {
     let mut command = shell(1, &["--max-restarts", "1"], script);
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
     let reader = child.stdout.take().unwrap();
-    std::thread::sleep(std::time::Duration::from_millis(1000));
+    std::thread::sleep(std::time::Duration::from_secs(1));
     let mut reader = BufReader::with_capacity(512, reader);
     let (mut line, mut lines) = (String::new(), 0);
     while reader.read_line(&mut line).unwrap() > 0 {

@@ -17,7 +17,7 @@ pub struct OutputArgs {
     /// last state. If the disk is full the job goes on and the files lack lines, which is said once.
     #[arg(long, value_name = "DIR")]
     pub log_dir: Option<PathBuf>,
-    /// Show output of these ranks, of all, or of what failed
+    /// What the console shows: all, failed, or ranks as 0,3
     ///
     /// Ranks are listed as in `0,3` or `0-3`. With `failed` the console shows nothing but the last lines of the rank that fails first. The files of --log-dir
     /// have everything whatever is shown.
