@@ -2,7 +2,8 @@
 """Scores pairs with models of ours through transformers and sentence-transformers, and compares.
 
 Proof that `<output_dir>/model` is an ordinary Hugging Face directory: both libraries load it, and
-give the scores that `reranker score` gave, within 1e-5. Exit code 1 where they do not.
+give the scores that `reranker score` gave, within 1e-5. An adapter is loaded by peft, with the model
+that it names, and has to hold whole what peft would otherwise draw. Exit code 1 where they do not.
 
 usage: check_interop.py PAIRS.jsonl OUTPUT_DIR...
        PAIRS        {"query", "content"} a line; of the first 200 those are compared whose query
@@ -20,6 +21,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+from peft import AutoPeftModelForSequenceClassification
 from sentence_transformers import CrossEncoder
 from transformers import (
     AutoModelForSequenceClassification,
@@ -48,11 +50,24 @@ def leaves_room(tokenizer: PreTrainedTokenizerBase, query: str, max_len: int) ->
     return query_length + tokenizer.num_special_tokens_to_add(pair=True) < max_len
 
 
+def load_model(directory: Path) -> torch.nn.Module:
+    """The model in fp32, or the adapter on the model that it names."""
+    of_kind = AutoModelForSequenceClassification
+    if is_adapter(directory):
+        of_kind = AutoPeftModelForSequenceClassification
+    model = of_kind.from_pretrained(directory, num_labels=1, dtype=torch.float32)
+    return model.eval()
+
+
+def is_adapter(directory: Path) -> bool:
+    """Whether peft loads it."""
+    return (directory / "adapter_config.json").exists()
+
+
 def transformers_logits(directory: Path, pairs: list[tuple[str, str]], max_len: int) -> list[float]:
     """One logit a pair, each pair run by itself in fp32."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32)
-    model.eval()
+    model = load_model(directory)
     logits = []
     for query, document in pairs:
         # A batch of one: on two plain strings an empty document would be taken for none.
@@ -71,8 +86,7 @@ def joined_logits(
     # As tokenizer.json says: AutoTokenizer would build the tokenizer that the family usually has.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
     template = [texts[key] for key in ("query_format", "seq", "document_format", "special_token")]
-    model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32)
-    model.eval()
+    model = load_model(directory)
     encoded = [
         encode_joined(tokenizer, template, query.strip(), document.strip(), texts["max_len"])
         for query, document in pairs
@@ -103,12 +117,18 @@ def compare(library: str, field: str, theirs: list[float], ours: list[float]) ->
     return largest <= TOLERANCE
 
 
+def family_of(directory: Path) -> str:
+    """`model_type` of the model's configuration."""
+    return json.loads((directory / "config.json").read_text("utf-8"))["model_type"]
+
+
 def check(run: Path, pairs: list[tuple[str, str]]) -> bool:
     """Whether both libraries give the scores of this run's model."""
     model = run / "model"
     texts = json.loads((model / "reranker.json").read_text("utf-8"))
     max_len = texts["max_len"]
-    family = json.loads((model / "config.json").read_text("utf-8"))["model_type"]
+    library = "peft" if is_adapter(model) else "transformers"
+    family = library if is_adapter(model) else family_of(model)
     scores = read_jsonl(run / "scores.jsonl")
     tokenizer = AutoTokenizer.from_pretrained(model)
     if [r["index"] for r in scores] != list(range(len(pairs))):
@@ -120,15 +140,18 @@ def check(run: Path, pairs: list[tuple[str, str]]) -> bool:
     if texts["model_type"] == "llm_decoder":
         print(f"{run} ({family}): {len(pairs)} pairs, joined as text")
         logits = joined_logits(model, texts, pairs)
-        return compare("transformers", "logit", logits, [r["logit"] for r in scores])
+        return compare(library, "logit", logits, [r["logit"] for r in scores])
     fit = [i for i, (query, _) in enumerate(pairs) if leaves_room(tokenizer, query, max_len)]
     print(f"{run} ({family}): {len(fit)} of {len(pairs)} pairs leave room for a document")
     pairs, scores = [pairs[i] for i in fit], [scores[i] for i in fit]
     logits = transformers_logits(model, pairs, max_len)
+    if is_adapter(model):
+        ours = [r["logit"] for r in scores]
+        return len(fit) >= LEAST_PAIRS and compare(library, "logit", logits, ours)
     sigmoids = cross_encoder_scores(model, pairs, max_len)
     return len(fit) >= LEAST_PAIRS and all(
         [
-            compare("transformers", "logit", logits, [r["logit"] for r in scores]),
+            compare(library, "logit", logits, [r["logit"] for r in scores]),
             compare("sentence-transformers", "score", sigmoids, [r["score"] for r in scores]),
         ]
     )

@@ -23,7 +23,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from golden import checkpoints, curve, decoders, models, prompts, tables, text, trec
+from golden import checkpoints, curve, decoders, lora, models, prompts, tables, text, trec
 
 CASES = models.CASES | decoders.CASES
 ROOT = Path(__file__).resolve().parent.parent / "tests" / "golden"
@@ -95,6 +95,13 @@ def case_tensors(case: models.Case, directory: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def adapter_tensors(name: str) -> dict[str, torch.Tensor]:
+    """golden.safetensors of an adapter, computed from the saved one and its base."""
+    base = lora.CASES[name].base
+    encoded = models.encode_pairs(CASES[base], AutoTokenizer.from_pretrained(ROOT / base))
+    return lora.tensors(CASES[base], ROOT / base, ROOT / name, encoded)
+
+
 def write_json(path: Path, value: object) -> None:
     """Writes it indented, so that a change reads well in a diff."""
     path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
@@ -142,6 +149,9 @@ def write_golden(output: Path) -> None:
         (output / name).mkdir(parents=True, exist_ok=True)
         save_file(case_tensors(case, ROOT / name), output / name / "golden.safetensors")
         write_json(output / name / "golden.json", case_description(case))
+    for name in lora.CASES:
+        (output / name).mkdir(parents=True, exist_ok=True)
+        save_file(adapter_tensors(name), output / name / "golden.safetensors")
     (output / "torch_files").mkdir(exist_ok=True)
     for name in ("archive", "older"):
         tensors = checkpoints.expected_tensors(ROOT / "torch_files" / f"{name}.bin")
@@ -209,6 +219,8 @@ def main() -> int:
         return check()
     for seed, (name, case) in enumerate(CASES.items(), start=1):
         models.write_model(case, ROOT / name, seed)
+    for seed, (name, adapter) in enumerate(lora.CASES.items(), start=101):
+        lora.write_adapter(adapter, ROOT / adapter.base, ROOT / name, seed)
     checkpoints.write_torch_files(ROOT / "torch_files")
     write_golden(ROOT)
     size = sum(p.stat().st_size for p in ROOT.rglob("*") if p.is_file())

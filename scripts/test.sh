@@ -15,6 +15,8 @@ readonly BIN=${CARGO_TARGET_DIR:-target}/release
 # The model in tests/golden that stands for its family.
 readonly FAMILIES=(roberta_tiny xlm_roberta_odd modernbert_tiny modernbert_odd)
 readonly DECODERS=(qwen2_tiny qwen3_odd llama_odd mistral_tiny gemma_tiny)
+# Those that are trained by adapters too.
+readonly ADAPTED=(bert_nohead roberta_tiny modernbert_odd qwen2_tiny llama_odd qwen2_nohead)
 export QUICKSTART_OUTPUT=output/test-quickstart
 
 current=""
@@ -38,7 +40,7 @@ describe() {
     report) echo "the report page in a real browser" ;;
     gpu) echo "what the GPU check can do without one" ;;
     torchrun) echo "two machines under torchrun, where network namespaces can be made" ;;
-    interop) echo "transformers and sentence-transformers give our scores, huggingface_hub our cache" ;;
+    interop) echo "transformers, sentence-transformers and peft give our scores, huggingface_hub our cache" ;;
     esac
 }
 
@@ -95,24 +97,35 @@ step_training() {
 
 step_quickstart() { scripts/quickstart.sh --short; }
 
+# Trains the golden model `$1` for some steps into `$2`, with further settings.
+train_tiny() {
+    local kind=(model_type=bert_encoder) settings=("${@:3}")
+    if grep -qE '"(qwen2|qwen3|llama|mistral|gemma)"' "tests/golden/$1/config.json"; then
+        kind=(model_type=llm_decoder special_token="'[SEP]'" seq="' : '")
+    fi
+    "$BIN/reranker" train --device cpu --overwrite --config config/quickstart.yaml \
+        --set model_name_or_path="tests/golden/$1" --set output_dir="$2" \
+        --set train_dataset="$QUICKSTART_OUTPUT.files/interop_train.jsonl" --set max_len=48 \
+        --set epochs=1 "${kind[@]/#/--set=}" "${settings[@]/#/--set=}"
+}
+
 # On the model that the quick start trained, and on one of each family, tiny and trained for a few
 # steps; with documents that have to be truncated among the pairs.
 step_interop() {
-    local files=$QUICKSTART_OUTPUT.files case run kind runs=("$QUICKSTART_OUTPUT")
+    local files=$QUICKSTART_OUTPUT.files case run runs=("$QUICKSTART_OUTPUT")
     [[ -f $QUICKSTART_OUTPUT/model/reranker.json ]] || step_quickstart
     head -n 64 example_data/eval_pointwise.jsonl >"$files/interop_pairs.jsonl"
     head -n 64 example_data/train_pointwise.jsonl >"$files/interop_train.jsonl"
     for case in "${FAMILIES[@]}" "${DECODERS[@]}"; do
-        run=$files/$case
-        kind=(model_type=bert_encoder)
-        if [[ " ${DECODERS[*]} " == *" $case "* ]]; then
-            kind=(model_type=llm_decoder special_token="'[SEP]'" seq="' : '")
-        fi
-        "$BIN/reranker" train --device cpu --overwrite --config config/quickstart.yaml \
-            --set model_name_or_path="tests/golden/$case" --set output_dir="$run" \
-            --set train_dataset="$files/interop_train.jsonl" --set max_len=48 --set epochs=1 \
-            "${kind[@]/#/--set=}"
-        runs+=("$run")
+        train_tiny "$case" "$files/$case"
+        runs+=("$files/$case")
+    done
+    for case in "${ADAPTED[@]}"; do
+        run=$files/lora_$case
+        train_tiny "$case" "$run" lr=1e-2 lora.r=4 lora.target_modules=all-linear
+        rm -rf "$run.merged"
+        "$BIN/reranker" convert --merge "$run/model" --output "$run.merged/model"
+        runs+=("$run" "$run.merged")
     done
     for run in "${runs[@]}"; do
         "$BIN/reranker" score --model "$run/model" --input "$files/interop_pairs.jsonl" \

@@ -30,8 +30,6 @@ pub fn of_name(seed: u64, name: &str) -> i64 {
 /// Standard normal numbers by the method of Box and Muller (1958), in f64: unlike libtorch's they
 /// do not depend on which vector instructions a processor has, so all hosts draw the same.
 pub fn normals(seed: i64) -> impl Iterator<Item = f64> {
-    // 53 random bits, in (0, 1].
-    let unit = |bits: u64| ((bits >> 11) + 1) as f64 / (1_u64 << 53) as f64;
     (0_u64..).flat_map(move |pair| {
         let first = mix(mix(seed as u64) ^ (2 * pair));
         let second = mix(mix(seed as u64) ^ (2 * pair + 1));
@@ -39,6 +37,16 @@ pub fn normals(seed: i64) -> impl Iterator<Item = f64> {
         let (sine, cosine) = (std::f64::consts::TAU * unit(second)).sin_cos();
         [radius * cosine, radius * sine]
     })
+}
+
+/// Numbers spread evenly over `(0, 1]`, the same on all hosts.
+pub fn uniforms(seed: i64) -> impl Iterator<Item = f64> {
+    (0_u64..).map(move |place| unit(mix(mix(seed as u64) ^ place)))
+}
+
+/// 53 random bits, in (0, 1].
+fn unit(bits: u64) -> f64 {
+    ((bits >> 11) + 1) as f64 / (1_u64 << 53) as f64
 }
 
 #[cfg(test)]
@@ -71,5 +79,15 @@ mod tests {
         assert!(mean.abs() < 0.03 && (variance - 1.0).abs() < 0.05, "{mean} {variance}");
         let beyond = draws.iter().filter(|x| x.abs() > 1.959_964).count() as f64 / 20_000.0;
         assert!((beyond - 0.05).abs() < 0.01, "{beyond}");
+    }
+
+    #[test]
+    fn uniforms_are_uniform() {
+        let draws: Vec<f64> = uniforms(7).take(20_000).collect();
+        assert!(draws.iter().all(|x| 0.0 < *x && *x <= 1.0));
+        for tenth in 1..=10 {
+            let below = draws.iter().filter(|x| **x <= f64::from(tenth) / 10.0).count();
+            assert!((below as f64 / 20_000.0 - f64::from(tenth) / 10.0).abs() < 0.01, "{below}");
+        }
     }
 }

@@ -44,7 +44,7 @@ fn saver_into(root: &Path, keep: usize, groups: &Groups) -> Saver {
         items_per_step: 4,
         keep,
         timeout: Duration::from_secs(60),
-        model: ModelFiles::read(&config, &base, sidecar, 40_000).unwrap(),
+        model: ModelFiles::read(&config, &base, Some(sidecar), 40_000).unwrap(),
     };
     Saver::new(Store::new(root.to_owned()), options, groups).unwrap()
 }

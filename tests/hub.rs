@@ -98,6 +98,31 @@ fn a_launch_fetches_once_what_it_needs_and_records_the_revision() {
 }
 
 #[test]
+fn an_adapter_comes_with_what_it_has() {
+    let dir = folder();
+    let adapter = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/lora_bert");
+    let config = fs::read_to_string(adapter.join("adapter_config.json")).unwrap();
+    let weights = fs::read(adapter.join("adapter_model.safetensors")).unwrap();
+    let config = config.replace("tests/golden/bert_tiny", "./base");
+    copy_model("bert_tiny", &dir.path().join("base"));
+    let files = BTreeMap::from([
+        ("adapter_config.json".to_owned(), config.clone().into_bytes()),
+        ("adapter_model.safetensors".to_owned(), weights.clone()),
+        ("README.md".to_owned(), b"not needed".to_vec()),
+    ]);
+    let server = HubServer::start(files, Manner::default());
+    let by_id = output_of(online(&mut score(dir.path(), "org/name"), &server));
+    fs::create_dir(dir.path().join("adapter")).unwrap();
+    fs::write(dir.path().join("adapter/adapter_config.json"), config).unwrap();
+    fs::write(dir.path().join("adapter/adapter_model.safetensors"), weights).unwrap();
+    assert_eq!(by_id, output_of(&mut score(dir.path(), "adapter")));
+    assert_ne!(by_id, output_of(&mut score(dir.path(), "base")));
+    let asked = server.seen().len();
+    assert_eq!(by_id, output_of(online(&mut score(dir.path(), "org/name"), &server)));
+    assert_eq!(server.seen().len(), asked, "what is cached is not asked for");
+}
+
+#[test]
 fn the_cache_is_the_one_of_huggingface_hub() {
     let (dir, files) = (folder(), model("bert_tiny"));
     let server = HubServer::start(files.clone(), Manner::default());

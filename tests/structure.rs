@@ -71,7 +71,7 @@ const FLAGS: &[(&str, &str)] = &[
     ),
     (
         "reranker convert",
-        "--gather --help --input --label-key --lossy --max-label --min-label --output \
+        "--gather --help --input --label-key --lossy --max-label --merge --min-label --output \
          --positive-from --to",
     ),
 ];
@@ -401,8 +401,7 @@ fn links_between_the_pages_lead_somewhere() {
 fn key_literals(path: &str) -> BTreeSet<String> {
     let code = code_of(path).remove(0).1;
     let is_key = |text: &&str| {
-        text.len() > 1
-            && text.starts_with(|c: char| c.is_ascii_lowercase())
+        text.starts_with(|c: char| c.is_ascii_lowercase())
             && text.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
     };
     code.split('"').skip(1).step_by(2).filter(is_key).map(str::to_owned).collect()
@@ -411,7 +410,7 @@ fn key_literals(path: &str) -> BTreeSet<String> {
 #[test]
 fn the_configuration_page_names_every_key_and_no_other() {
     let page = read("docs/configuration.md");
-    let files = ["training", "teacher", "parallel"];
+    let files = ["training", "lora", "teacher", "parallel"];
     let read = files.map(|file| key_literals(&format!("src/config/{file}.rs")));
     let keys: BTreeSet<_> = read.into_iter().flatten().collect();
     assert!(keys.contains("train_group_size") && keys.contains("zero_stage"), "{keys:?}");

@@ -3,7 +3,7 @@
 pub mod model_dir;
 pub mod sidecar;
 pub mod training;
-mod weight_writer;
+pub mod weight_writer;
 
 pub use model_dir::{SavedModel, save_model};
 pub use sidecar::Sidecar;

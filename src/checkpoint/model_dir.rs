@@ -1,5 +1,6 @@
 //! A Hugging Face model directory that transformers, sentence-transformers and
-//! text-embeddings-inference load.
+//! text-embeddings-inference load; or, of a model with adapters, an adapter directory that peft
+//! loads.
 
 use std::path::Path;
 
@@ -7,12 +8,13 @@ use serde_json::{Map, Value, json};
 use tch::Tensor;
 
 use super::sidecar::Sidecar;
-use super::weight_writer::WeightWriter;
+use super::weight_writer::{WeightForm, WeightWriter};
 use crate::atomic::{StagedDir, write_synced};
 use crate::comm::Groups;
 use crate::config::ModelKind;
 use crate::error::{Error, Result};
 use crate::model::ModelConfig;
+use crate::model::lora::peft;
 use crate::shard::FlatUnit;
 use crate::text::{TOKENIZER_FILES, pad_token_id};
 use crate::torch_ext::storage;
@@ -39,26 +41,33 @@ pub struct SavedModel<'a> {
 /// gone by then.
 #[derive(Debug)]
 pub struct ModelFiles {
-    /// `config.json` and the tokenizer's files, by name.
+    /// `config.json`, or that of an adapter, and the tokenizer's files, by name.
     files: Vec<(String, Vec<u8>)>,
-    sidecar: Sidecar,
-    /// Weight files are split above this many bytes.
-    pub max_shard_bytes: usize,
+    sidecar: Option<Sidecar>,
+    /// How its weight files are called and split.
+    pub form: WeightForm,
 }
 
 impl ModelFiles {
-    /// The files of a model of `config` with the tokenizer in `base`.
+    /// The files of a model of `config` with the tokenizer in `base`; of its adapters alone, where it
+    /// has any. Weight files are split above `max_shard_bytes`.
     ///
     /// # Errors
     /// [`Error::Io`] with the file that cannot be read.
     pub fn read(
         config: &ModelConfig,
         base: &Path,
-        sidecar: Sidecar,
+        sidecar: Option<Sidecar>,
         max_shard_bytes: usize,
     ) -> Result<Self> {
-        let text = serde_json::to_string_pretty(&saved_config(config, base)?).unwrap_or_default();
-        let mut files = vec![("config.json".to_owned(), (text + "\n").into_bytes())];
+        let (name, json, form) = if let (Some(lora), Some(sidecar)) = (&config.lora, &sidecar) {
+            let json = lora.adapter_config(&sidecar.base_model, sidecar.base_revision.as_deref());
+            (peft::CONFIG_FILE, json, WeightForm::adapter())
+        } else {
+            ("config.json", saved_config(config, base)?, WeightForm::model(max_shard_bytes))
+        };
+        let text = serde_json::to_string_pretty(&json).unwrap_or_default();
+        let mut files = vec![(name.to_owned(), (text + "\n").into_bytes())];
         for name in TOKENIZER_FILES {
             let from = base.join(name);
             if from.exists() {
@@ -70,7 +79,7 @@ impl ModelFiles {
                 files.push((name.to_owned(), bytes));
             }
         }
-        Ok(Self { files, sidecar, max_shard_bytes })
+        Ok(Self { files, sidecar, form })
     }
 }
 
@@ -82,7 +91,7 @@ pub fn write_model_files(dir: &Path, model: &ModelFiles) -> Result<()> {
     for (name, bytes) in &model.files {
         write_synced(&dir.join(name), bytes)?;
     }
-    model.sidecar.write(dir)
+    model.sidecar.as_ref().map_or(Ok(()), |sidecar| sidecar.write(dir))
 }
 
 /// Writes the model directory `target` on rank 0, whole or not at all, replacing one that is there.
@@ -99,19 +108,25 @@ pub fn save_model(model: SavedModel<'_>, target: &Path, groups: &Groups) -> Resu
     }
     let staged = StagedDir::new(target)?;
     let dir = staged.path();
-    let most_held = write_weights(model, dir, groups)?;
-    let (sidecar, limit) = (model.sidecar.clone(), model.max_shard_bytes);
-    write_model_files(dir, &ModelFiles::read(model.config, model.base, sidecar, limit)?)?;
+    let sidecar = Some(model.sidecar.clone());
+    let files = ModelFiles::read(model.config, model.base, sidecar, model.max_shard_bytes)?;
+    let most_held = write_weights(model, files.form, dir, groups)?;
+    write_model_files(dir, &files)?;
     staged.publish()?;
     Ok(most_held)
 }
 
-fn write_weights(model: SavedModel<'_>, dir: &Path, groups: &Groups) -> Result<usize> {
+fn write_weights(
+    model: SavedModel<'_>,
+    form: WeightForm,
+    dir: &Path,
+    groups: &Groups,
+) -> Result<usize> {
     let parts = |unit: &FlatUnit| -> Vec<_> {
         unit.layout().places.iter().flat_map(|place| place.parts.clone()).collect()
     };
     let specs = model.units.iter().flat_map(parts).map(|(spec, _)| spec).collect();
-    let mut writer = WeightWriter::new(dir, specs, model.max_shard_bytes)?;
+    let mut writer = WeightWriter::new(dir, specs, form)?;
     collect(model.units, groups, |unit, whole| {
         for (spec, range) in parts(unit) {
             let values = whole.f_narrow(0, range.start as i64, range.len() as i64)?;

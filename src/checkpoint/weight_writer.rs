@@ -11,16 +11,43 @@ use tch::Tensor;
 
 use crate::atomic::write_synced;
 use crate::error::{Error, Result};
+use crate::model::lora::peft;
 use crate::model::stage::TensorSpec;
 use crate::model::weights::{INDEX_FILE, SINGLE_FILE};
 
 /// Bytes of an fp32 element.
 const ELEMENT: usize = 4;
 
+/// How weight files are called and split.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WeightForm {
+    /// The name of a file that holds everything.
+    pub file: &'static str,
+    /// What tensor names begin with, before the model's own.
+    pub prefix: &'static str,
+    /// Files are split above this many bytes.
+    pub max_bytes: usize,
+}
+
+impl WeightForm {
+    /// A whole model in files of at most `max_bytes`.
+    #[must_use]
+    pub fn model(max_bytes: usize) -> Self {
+        Self { file: SINGLE_FILE, prefix: "", max_bytes }
+    }
+
+    /// An adapter, in one file.
+    #[must_use]
+    pub fn adapter() -> Self {
+        Self { file: peft::WEIGHTS_FILE, prefix: peft::PREFIX, max_bytes: usize::MAX }
+    }
+}
+
 /// The weight files of a model, filled in the order in which its tensors were announced.
 #[derive(Debug)]
 pub struct WeightWriter {
     dir: PathBuf,
+    form: WeightForm,
     /// Files not begun yet, with their tensors.
     planned: VecDeque<(String, Vec<TensorSpec>)>,
     current: Option<OpenFile>,
@@ -34,17 +61,17 @@ struct OpenFile {
 }
 
 impl WeightWriter {
-    /// Plans files of at most `max_bytes` for `specs` in `dir`, and writes the index where there
-    /// are several. A tensor larger than that gets a file of its own.
+    /// Plans files of `form` for `specs` in `dir`, and writes the index where there are several. A
+    /// tensor larger than a file may be gets one of its own.
     ///
     /// # Errors
     /// [`Error::Io`] when the index cannot be written.
-    pub fn new(dir: &Path, specs: Vec<TensorSpec>, max_bytes: usize) -> Result<Self> {
+    pub fn new(dir: &Path, specs: Vec<TensorSpec>, form: WeightForm) -> Result<Self> {
         let mut files: Vec<Vec<TensorSpec>> = vec![Vec::new()];
         let (mut bytes, mut total) = (0, 0);
         for spec in specs {
             let size = spec.elements() * ELEMENT;
-            if bytes > 0 && bytes + size > max_bytes {
+            if bytes > 0 && bytes + size > form.max_bytes {
                 files.push(Vec::new());
                 bytes = 0;
             }
@@ -54,7 +81,7 @@ impl WeightWriter {
         }
         let count = files.len();
         let name = |index: usize| match count {
-            1 => SINGLE_FILE.to_owned(),
+            1 => form.file.to_owned(),
             _ => format!("model-{:05}-of-{count:05}.safetensors", index + 1),
         };
         let planned: VecDeque<_> =
@@ -68,7 +95,7 @@ impl WeightWriter {
             let text = serde_json::to_string_pretty(&index).unwrap_or_default();
             write_synced(&dir.join(INDEX_FILE), text.as_bytes())?;
         }
-        Ok(Self { dir: dir.to_owned(), planned, current: None })
+        Ok(Self { dir: dir.to_owned(), form, planned, current: None })
     }
 
     /// Writes the next tensor, which must be the next one announced: fp32, of any shape.
@@ -100,7 +127,11 @@ impl WeightWriter {
         let path = self.dir.join(name);
         let file = File::create(&path).map_err(io(&path, "create"))?;
         let mut out = BufWriter::new(file);
-        out.write_all(&header(&specs, &path)?).map_err(io(&path, "write"))?;
+        let named: Vec<TensorSpec> = specs
+            .iter()
+            .map(|spec| TensorSpec::new(format!("{}{}", self.form.prefix, spec.name), &spec.shape))
+            .collect();
+        out.write_all(&header(&named, &path)?).map_err(io(&path, "write"))?;
         Ok(OpenFile { path, out, left: specs.into() })
     }
 }

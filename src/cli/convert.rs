@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueEnum};
 
 use crate::config::LabelRange;
-use crate::convert::{ConvertOptions, Output, convert};
+use crate::convert::{ConvertOptions, Output, convert, merge};
 use crate::data::{RecordForm, SourceRecords};
 use crate::error::{Error, Result};
 
@@ -20,8 +20,14 @@ pub struct ConvertArgs {
     #[arg(long, value_name = "FILE", default_value = "-")]
     output: PathBuf,
     /// Form of the output
-    #[arg(long, value_enum)]
-    to: RecordFormArg,
+    #[arg(long, value_enum, required_unless_present = "merge")]
+    to: Option<RecordFormArg>,
+    /// An adapter (directory or hub id) to merge into its base model; --output is the directory of
+    /// the whole model, and data is left alone
+    #[arg(long, value_name = "MODEL", requires = "output", conflicts_with_all = [
+        "input", "to", "label_key", "max_label", "min_label", "positive_from", "gather", "lossy",
+    ])]
+    merge: Option<String>,
     /// Key of the labels
     #[arg(long, value_name = "KEY", default_value = "label")]
     label_key: String,
@@ -64,11 +70,29 @@ impl From<RecordFormArg> for RecordForm {
     }
 }
 
-/// Converts records.
+/// Converts records, or merges an adapter.
 ///
 /// # Errors
 /// What reading, converting or writing reports.
 pub(super) fn run(args: &ConvertArgs) -> Result<()> {
+    match (&args.merge, args.to) {
+        (Some(adapter), _) => merge_adapter(adapter, &args.output),
+        (None, Some(form)) => convert_records(args, form),
+        (None, None) => Err(Error::Usage("--to or --merge is missing".into())),
+    }
+}
+
+/// An adapter and its base model to one model directory.
+fn merge_adapter(adapter: &str, target: &Path) -> Result<()> {
+    if target == Path::new("-") {
+        return Err(Error::Usage("--merge writes a directory; name it by --output".into()));
+    }
+    let base = merge(adapter, target)?;
+    eprintln!("merged {adapter} into {base}: {}", target.display());
+    Ok(())
+}
+
+fn convert_records(args: &ConvertArgs, form: RecordFormArg) -> Result<()> {
     let labels = LabelRange { min: args.min_label, max: args.max_label };
     if labels.min >= labels.max || !(labels.max - labels.min).is_finite() {
         return Err(Error::Usage(format!(
@@ -77,7 +101,7 @@ pub(super) fn run(args: &ConvertArgs) -> Result<()> {
         )));
     }
     let options = ConvertOptions {
-        to: args.to.into(),
+        to: form.into(),
         label_key: args.label_key.clone(),
         labels,
         positive_from: args.positive_from,

@@ -43,7 +43,7 @@ pub enum Command {
     Score(ScoreArgs),
     /// Measure nDCG, MRR, MAP and recall of models, or of rankings in TREC files
     Eval(EvalArgs),
-    /// Convert data between pointwise, grouped and pos/neg records
+    /// Convert data between pointwise, grouped and pos/neg records, or merge an adapter
     Convert(ConvertArgs),
 }
 

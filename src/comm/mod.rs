@@ -134,7 +134,7 @@ impl Pending {
     }
 
     /// One that is done when all of `parts` are.
-    fn all(parts: Vec<Self>) -> Self {
+    pub(crate) fn all(parts: Vec<Self>) -> Self {
         Self::new(move || parts.into_iter().try_for_each(Self::wait))
     }
 

@@ -8,6 +8,7 @@
 
 mod deepspeed_file;
 mod describe;
+mod lora;
 mod overrides;
 mod parallel;
 pub mod plan;
@@ -23,6 +24,7 @@ mod tree;
 #[cfg(test)]
 mod tests;
 
+pub use lora::{ALL_LINEAR, LoraPlan, TargetModules};
 pub use plan::{
     DataPlan, DatasetKind, Device, LabelRange, LoggingPlan, LossKind, LrGroup, Metric, ModelKind,
     ModelPlan, ParallelPlan, Plan, Precision, Resume, SaveFailure, SavingPlan, Sources, Strategy,

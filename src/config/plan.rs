@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize, Serializer};
 
+use super::lora::LoraPlan;
 use super::reader::Origin;
 use super::teacher::TeacherPlan;
 use crate::error::Error;
@@ -249,6 +250,9 @@ pub struct TrainingPlan {
     pub gradient_checkpointing: bool,
     /// Reduce bf16 and fp16 gradients in fp32.
     pub reduce_in_fp32: bool,
+    /// Low-rank adapters in place of the weights.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lora: Option<LoraPlan>,
 }
 
 /// The precision of the computation; weights and optimizer states stay fp32.

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
+use super::lora::LoraPlan;
 use super::overrides::Overrides;
 use super::parallel::{DistributedType, RawParallel};
 use super::plan::{
@@ -268,6 +269,7 @@ impl Resolver<'_> {
             special_lr_groups,
             gradient_checkpointing: flag(raw.gradient_checkpointing.as_ref()),
             reduce_in_fp32: self.reduce_in_fp32(raw, shared, precision)?,
+            lora: raw.lora.as_ref().map(LoraPlan::from_raw).transpose()?,
         })
     }
 

@@ -2,6 +2,7 @@
 //!
 //! The keys are those of RAG-Retrieval's reranker training, whose files load unchanged.
 
+use super::lora::RawLora;
 use super::plan::{
     DatasetKind, LossKind, LrGroup, Metric, ModelKind, Precision, SaveFailure, Tracker,
 };
@@ -53,6 +54,8 @@ pub struct RawTraining {
     pub special_lr_groups: Option<Setting<Vec<RawLrGroup>>>,
     pub gradient_checkpointing: Option<Setting<bool>>,
     pub reduce_in_fp32: Option<Setting<bool>>,
+    /// The section, where it is given.
+    pub lora: Option<RawLora>,
 
     pub eval_steps: Option<Setting<i64>>,
     pub metric_for_best: Option<Setting<Metric>>,
@@ -162,6 +165,7 @@ impl RawTraining {
             special_lr_groups: fields.sections("special_lr_groups", RawLrGroup::read)?,
             gradient_checkpointing: fields.boolean("gradient_checkpointing")?,
             reduce_in_fp32: fields.boolean("reduce_in_fp32")?,
+            lora: fields.optional_section("lora", RawLora::read)?,
             eval_steps: fields.integer(&["eval_steps"])?,
             metric_for_best: fields
                 .choice_of(&["metric_for_best", "metric_for_best_model"], METRICS)?,

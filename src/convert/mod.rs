@@ -1,8 +1,9 @@
-//! Conversion between the forms of records: pointwise, grouped, pos/neg.
+//! Conversion between the forms of records: pointwise, grouped, pos/neg; and of adapters to models.
 //!
 //! One record at a time, in the order of the input. Texts are stripped, as training strips them;
 //! labels stay the numbers that they are. What the target form cannot hold is refused.
 
+mod merge;
 mod output;
 
 use std::collections::HashMap;
@@ -16,6 +17,7 @@ use crate::config::LabelRange;
 use crate::data::{QueryKey, RecordForm, SourceRecord, SourceRecords};
 use crate::error::{Error, Result};
 
+pub use merge::merge;
 pub use output::Output;
 
 /// How to convert.

@@ -6,8 +6,8 @@ use serde::Serialize;
 use tch::{Device, Kind};
 
 use super::EngineOptions;
-use crate::model::ModelConfig;
-use crate::shard::{HeldBytes, ParameterGroups, UnitLayout};
+use crate::model::{ModelConfig, Parameter, Stage};
+use crate::shard::{HeldBytes, ParameterGroups, Share, UnitLayout};
 
 /// Bytes that one rank needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
@@ -26,52 +26,33 @@ impl MemoryForecast {
     /// on this rank.
     #[must_use]
     pub fn new(config: &ModelConfig, options: &EngineOptions, tokens: usize) -> Self {
-        let EngineOptions { kind, share, recompute, offload, reduce_fp32, .. } = *options;
+        let EngineOptions { kind, share: Share { sharding, .. }, .. } = *options;
         let width = kind.elt_size_in_bytes();
-        let rates = ParameterGroups { lr: 0.0, weight_decay: 0.0, special: Vec::new() };
         let stages = crate::model::stages(config);
-        let lengths: Vec<usize> = stages
-            .iter()
-            .map(|stage| UnitLayout::new(&stage.parameters(), &rates, share.world_size).length)
-            .collect();
-        let elements: usize = lengths.iter().sum();
-        let largest = lengths.iter().max().copied().unwrap_or(0);
-        let part = |divided: bool| if divided { elements / share.world_size } else { elements };
-        let sharding = share.sharding;
-        let low = kind != Kind::Float;
-        let wide = low && reduce_fp32;
-        let mut held = HeldBytes {
-            // What is divided is kept as the master weights alone.
-            parameters: if sharding.parameters { 0 } else { elements * width },
-            gradients: match (sharding.gradients, wide) {
-                (true, _) => part(true) * if wide { 4 } else { width },
-                (false, true) => elements * width + part(sharding.states) * 4,
-                (false, false) => elements * width,
-            },
-            ..HeldBytes::default()
-        };
-        let moments = part(sharding.states) * 8;
-        *(if offload.states { &mut held.host } else { &mut held.states }) += moments;
-        if low || sharding.parameters || offload.states {
-            let home = match (offload.states || offload.parameters, low) {
-                (true, _) => &mut held.host,
-                (false, true) => &mut held.states,
-                (false, false) => &mut held.parameters,
-            };
-            *home += part(sharding.states) * 4;
-        }
-        let buffers = usize::from(sharding.parameters) + usize::from(sharding.gradients);
+        let lengths: Vec<Lengths> =
+            stages.iter().map(|stage| Lengths::of(stage.as_ref(), options)).collect();
+        let largest = |of: fn(&Lengths) -> usize| lengths.iter().map(of).max().unwrap_or(0);
+        let gathered = if sharding.parameters { largest(|l| l.trained + l.frozen) } else { 0 };
+        let reduced = if sharding.gradients { largest(|l| l.trained) } else { 0 };
+        // Below the lowest stage that learns, nothing is kept.
+        let lowest = lengths.iter().position(|l| l.trained > 0).unwrap_or(0);
+        let kept = &stages[lowest..];
         // The fp32 copies that `model::linear` multiplies are what its graph keeps.
-        let kept = if kind == Kind::Half && options.device == Device::Cpu { 4 } else { width };
-        let saved = stages.iter().map(|stage| stage.saved_bytes_per_token(kept));
-        let per_token = if recompute {
+        let on_host = kind == Kind::Half && options.device == Device::Cpu;
+        let copied = if on_host { size_of::<f32>() } else { width };
+        let saved = kept.iter().map(|stage| stage.saved_bytes_per_token(copied));
+        let per_token = if options.recompute {
             // Every stage's input, and one stage in full.
-            let inputs = config.hidden() * width * stages.len();
+            let inputs = config.hidden() * width * kept.len();
             inputs + saved.max().unwrap_or(0)
         } else {
             saved.sum()
         };
-        Self { held, working: 2 * largest * width * buffers, activations: per_token * tokens }
+        Self {
+            held: held(&lengths, options),
+            working: 2 * (gathered + reduced) * width,
+            activations: per_token * tokens,
+        }
     }
 
     /// All of it, except what is offloaded.
@@ -80,6 +61,63 @@ impl MemoryForecast {
         let HeldBytes { parameters, gradients, states, .. } = self.held;
         parameters + gradients + states + self.working + self.activations
     }
+}
+
+/// Elements of a stage's buffers, padding included.
+#[derive(Debug, Clone, Copy)]
+struct Lengths {
+    trained: usize,
+    frozen: usize,
+}
+
+impl Lengths {
+    fn of(stage: &dyn Stage, options: &EngineOptions) -> Self {
+        let rates = ParameterGroups { lr: 0.0, weight_decay: 0.0, special: Vec::new() };
+        let (trained, frozen): (Vec<_>, Vec<_>) =
+            stage.parameters().into_iter().partition(|parameter| parameter.trained);
+        let length = |parameters: &[Parameter]| {
+            UnitLayout::new(parameters, &rates, options.share.world_size).length
+        };
+        Self { trained: length(&trained), frozen: length(&frozen) }
+    }
+}
+
+/// What stages of these `lengths` hold between two steps.
+fn held(lengths: &[Lengths], options: &EngineOptions) -> HeldBytes {
+    let EngineOptions { kind, share, offload, reduce_fp32, .. } = *options;
+    let Share { sharding, world_size, .. } = share;
+    let width = kind.elt_size_in_bytes();
+    let elements: usize = lengths.iter().map(|length| length.trained).sum();
+    let frozen: usize = lengths.iter().map(|length| length.frozen).sum();
+    let divisor = |divided: bool| if divided { world_size } else { 1 };
+    let part = |divided: bool| elements / divisor(divided);
+    let low = kind != Kind::Float;
+    let wide = low && reduce_fp32;
+    let mut held = HeldBytes {
+        // What is divided is kept as the master weights alone.
+        parameters: if sharding.parameters { 0 } else { elements * width },
+        gradients: match (sharding.gradients, wide) {
+            (true, _) => part(true) * if wide { 4 } else { width },
+            (false, true) => elements * width + part(sharding.states) * 4,
+            (false, false) => elements * width,
+        },
+        ..HeldBytes::default()
+    };
+    let moments = part(sharding.states) * 8;
+    *(if offload.states { &mut held.host } else { &mut held.states }) += moments;
+    if low || sharding.parameters || offload.states {
+        let home = match (offload.states || offload.parameters, low) {
+            (true, _) => &mut held.host,
+            (false, true) => &mut held.states,
+            (false, false) => &mut held.parameters,
+        };
+        *home += part(sharding.states) * 4;
+    }
+    // Frozen parameters are kept as they are computed with.
+    let frozen = frozen / divisor(sharding.parameters) * width;
+    let is_offloaded = sharding.parameters && offload.parameters;
+    *(if is_offloaded { &mut held.host } else { &mut held.parameters }) += frozen;
+    held
 }
 
 impl fmt::Display for MemoryForecast {

@@ -63,6 +63,8 @@ pub struct Engine {
     /// The stages' names.
     names: Vec<Arc<str>>,
     units: Vec<FlatUnit>,
+    /// The first stage of which something learns.
+    lowest: usize,
     options: EngineOptions,
     loss_scale: Option<LossScale>,
     /// The most bytes that units held at once, seen between two stages of a step.
@@ -90,7 +92,9 @@ impl Engine {
             .collect::<Result<Vec<_>>>()?;
         let loss_scale = (kind == Kind::Half).then(LossScale::default);
         let names = stages.iter().map(|stage| stage.name().into()).collect();
-        Ok(Self { stages, names, units, options, loss_scale, peak: HeldBytes::default() })
+        let lowest = units.iter().position(FlatUnit::is_trained).unwrap_or(0);
+        let peak = HeldBytes::default();
+        Ok(Self { stages, names, units, lowest, options, loss_scale, peak })
     }
 
     /// Makes room for gradients and optimizer states.

@@ -8,7 +8,7 @@ use tch::Tensor;
 use super::Engine;
 use crate::comm::{Groups, Pending, Place};
 use crate::error::Result;
-use crate::model::{ForwardContext, PackedBatch};
+use crate::model::{ForwardContext, PackedBatch, Views};
 use crate::seed;
 use crate::shard::Reducing;
 use crate::torch_ext::autograd::backward;
@@ -57,7 +57,7 @@ impl Engine {
             gathering = self.gather_at(index + 1, None, groups)?;
             if batch.sequences() > 0 {
                 let context = ForwardContext { batch, dropout_seed: None };
-                x = Some(stage.forward(unit.views(), x.as_ref(), context)?);
+                x = Some(stage.forward(Views::new(unit.views()), x.as_ref(), context)?);
             }
             unit.release()?;
         }
@@ -82,19 +82,25 @@ impl Engine {
             gathering.wait()?;
             gathering = self.gather_at(index + 1, step, groups)?;
             if batch.sequences() > 0 {
+                // Nothing flows back below the lowest stage that learns.
+                let learns = index >= self.lowest;
                 let input = match &below {
-                    Some(output) => Some(output.f_detach()?.f_set_requires_grad(true)?),
+                    Some(output) => {
+                        Some(output.f_detach()?.f_set_requires_grad(index > self.lowest)?)
+                    }
                     None => None,
                 };
-                let output = if self.options.recompute {
+                let output = if self.options.recompute || !learns {
                     let _no_grad = tch::no_grad_guard();
                     self.run_stage(index, input.as_ref(), &pass)?
                 } else {
                     self.run_stage(index, input.as_ref(), &pass)?
                 };
                 below = Some(output.shallow_clone());
-                let kept = (!self.options.recompute).then_some(output);
-                pass.links.push(Link { input, output: kept });
+                if learns {
+                    let kept = (!self.options.recompute).then_some(output);
+                    pass.links.push(Link { input, output: kept });
+                }
             }
             // The backward pass begins with the last stage: its parameters stay.
             if index + 1 < self.stages.len() {
@@ -104,8 +110,8 @@ impl Engine {
         Ok((pass, below))
     }
 
-    /// Walks the graphs from the last stage to the first, starting with the gradient of the
-    /// scores. Each stage's reduction starts when its gradients are whole and runs while the stage
+    /// Walks the graphs from the last stage to the lowest that learns, starting with the gradient of
+    /// the scores. Each stage's reduction starts when its gradients are whole and runs while the stage
     /// below computes; returns those still under way, oldest first.
     pub(super) fn backward(
         &mut self,
@@ -117,11 +123,12 @@ impl Engine {
         let mut reductions = Reductions::default();
         let step = Some(pass.seeds.step);
         let mut gathering = self.gather_at(self.units.len() - 1, step, groups)?;
-        for index in (0..self.units.len()).rev() {
+        for index in (self.lowest..self.units.len()).rev() {
             gathering.wait()?;
-            gathering = match index.checked_sub(1) {
-                Some(below) => self.gather_at(below, step, groups)?,
-                None => Pending::done(),
+            gathering = if index > self.lowest {
+                self.gather_at(index - 1, step, groups)?
+            } else {
+                Pending::done()
             };
             self.units[index].begin_backward()?;
             self.note_held_bytes();
@@ -132,7 +139,8 @@ impl Engine {
                 };
                 let above = gradient.take().expect("a stage above, or the loss, gave a gradient");
                 backward(&output, &above)?;
-                gradient = link.input.map(|input| input.f_grad()).transpose()?;
+                let input = link.input.filter(|_| index > self.lowest);
+                gradient = input.map(|input| input.f_grad()).transpose()?;
             }
             self.units[index].release()?;
             // Divided gradients are whole for at most two stages: this one and the one above.
@@ -151,7 +159,7 @@ impl Engine {
         let dropout_seed = seed::of_stage(seed, step, micro_batch, rank, index);
         tch::manual_seed(dropout_seed);
         let context = ForwardContext { batch: pass.batch, dropout_seed: Some(dropout_seed) };
-        self.stages[index].forward(self.units[index].views(), input, context)
+        self.stages[index].forward(Views::new(self.units[index].views()), input, context)
     }
 
     /// Starts gathering unit `index`; nothing beyond the last.

@@ -10,13 +10,17 @@ use crate::text::TOKENIZER_FILES;
 /// The model's configuration.
 const CONFIG: &str = "config.json";
 
+/// An adapter's configuration and weights, which need a model of its own beside them.
+const ADAPTER: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
+
 /// Everything but weights: configuration, what a model of ours has beside it, the tokenizer.
-pub(super) const SMALL: [&[&str]; 2] = [&[CONFIG, "reranker.json"], &TOKENIZER_FILES];
+pub(super) const SMALL: [&[&str]; 2] = [&[CONFIG, ADAPTER[0], "reranker.json"], &TOKENIZER_FILES];
 
 /// Weights and the index of their shards, the first that a model has.
-pub(super) const WEIGHTS: [(&str, &str); 2] = [
+pub(super) const WEIGHTS: [(&str, &str); 3] = [
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    (ADAPTER[1], "adapter_model.safetensors.index.json"),
 ];
 
 /// The weight files that an index lists; `None` where it lists none or something else than files
@@ -37,6 +41,9 @@ pub(super) fn is_complete(dir: &Path) -> bool {
         let names = text.and_then(|text| shards(&serde_json::from_str(&text).ok()?));
         names.is_some_and(|names| names.iter().all(|name| has(name)))
     };
+    if !has(CONFIG) && ADAPTER.iter().all(|name| has(name)) {
+        return true;
+    }
     has(CONFIG)
         && TOKENIZER_FILES.iter().any(|name| has(name))
         && WEIGHTS.iter().any(|(name, index)| has(name) || has_shards(index))

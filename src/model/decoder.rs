@@ -5,8 +5,9 @@ use tch::Tensor;
 
 use super::config::{DecoderConfig, ScoreHead};
 use super::stage::{
-    ForwardContext, Init, Parameter, Stage, TensorSpec, embedding, inner, linear, rms_norm, to_fp32,
+    ForwardContext, Init, Parameter, Stage, TensorSpec, embedding, inner, rms_norm, to_fp32,
 };
+use super::views::Views;
 use crate::error::Result;
 use crate::torch_ext::attention::{AttentionOptions, Projections, packed_attention};
 
@@ -51,11 +52,11 @@ impl Stage for Embeddings {
 
     fn forward(
         &self,
-        parameters: &[Tensor],
+        mut views: Views<'_>,
         _input: Option<&Tensor>,
         context: ForwardContext<'_>,
     ) -> Result<Tensor> {
-        let rows = embedding(&parameters[0], &context.batch.input_ids, self.0.padding)?;
+        let rows = embedding(views.one(), &context.batch.input_ids, self.0.padding)?;
         match self.0.embedding_scale {
             // The factor itself is rounded to the precision of the table.
             Some(scale) => Ok(rows.f_mul(&Tensor::from(scale as f32).f_to_kind(rows.f_kind()?)?)?),
@@ -70,45 +71,6 @@ struct Layer {
     index: usize,
 }
 
-/// A layer's parameters as [`Layer::forward`] uses them.
-struct Views<'a> {
-    input_norm: &'a Tensor,
-    qkv: [Option<&'a Tensor>; 2],
-    qk_norm: Option<[&'a Tensor; 2]>,
-    output: [Option<&'a Tensor>; 2],
-    inner_norm: &'a Tensor,
-    gate_up: [Option<&'a Tensor>; 2],
-    down: [Option<&'a Tensor>; 2],
-}
-
-impl<'a> Views<'a> {
-    /// Takes the views in the order of [`Layer::parameters`].
-    fn new(c: &DecoderConfig, parameters: &'a [Tensor]) -> Self {
-        let mut left = parameters.iter();
-        let mut next = || left.next().expect("a decoder layer's parameters");
-        let product = |next: &mut dyn FnMut() -> &'a Tensor, bias: bool| {
-            let weight = next();
-            [Some(weight), bias.then(next)]
-        };
-        let views = Self {
-            input_norm: next(),
-            qkv: product(&mut next, c.qkv_bias),
-            qk_norm: c.qk_norm.then(|| [next(), next()]),
-            output: product(&mut next, c.output_bias),
-            inner_norm: next(),
-            gate_up: product(&mut next, c.mlp_bias),
-            down: product(&mut next, c.mlp_bias),
-        };
-        assert!(left.next().is_none(), "a decoder layer has no more parameters");
-        views
-    }
-}
-
-/// `x W^T`, `+ b` where there is a bias.
-fn project(x: &Tensor, [weight, bias]: [Option<&Tensor>; 2]) -> Result<Tensor> {
-    linear(x, weight.expect("a product has a weight"), bias)
-}
-
 impl Layer {
     fn is_last(&self) -> bool {
         self.index + 1 == self.config.windows.len()
@@ -120,24 +82,29 @@ impl Layer {
             TensorSpec::new(format!("model.layers.{}.{name}.{what}", self.index), shape)
         };
         let weights = names.iter().map(|&(name, out)| part(name, "weight", &[out, width]));
-        let mut all = vec![Parameter { parts: weights.collect(), decayed: true }];
+        let mut all = vec![Parameter::linear(weights.collect())];
         if bias {
             let biases = names.iter().map(|&(name, out)| part(name, "bias", &[out]));
-            all.push(Parameter { parts: biases.collect(), decayed: false });
+            all.push(Parameter::stacked(biases.collect(), false));
         }
         all
     }
 
     /// Attention of every token, before the output projection: `[T, heads * head_dim]`.
-    fn attend(&self, x: &Tensor, views: &Views<'_>, context: ForwardContext<'_>) -> Result<Tensor> {
+    fn attend(
+        &self,
+        x: &Tensor,
+        views: &mut Views<'_>,
+        context: ForwardContext<'_>,
+    ) -> Result<Tensor> {
         let c = &self.config;
         let heads = [c.heads, c.kv_heads, c.kv_heads];
-        let qkv = project(x, views.qkv)?.f_view([-1, heads.iter().sum(), c.head_dim])?;
+        let qkv = views.linear(x, c.qkv_bias)?.f_view([-1, heads.iter().sum(), c.head_dim])?;
         let mut parts = qkv.f_split_with_sizes(heads, 1)?;
         let angles = c.rotary.angles(&context.batch.position_ids, qkv.f_kind()?)?;
-        for (which, part) in parts[..2].iter_mut().enumerate() {
-            if let Some(norms) = views.qk_norm {
-                *part = normalise(c, part, norms[which])?;
+        for part in &mut parts[..2] {
+            if c.qk_norm {
+                *part = normalise(c, part, views.one())?;
             }
             *part = angles.rotate(part)?;
         }
@@ -205,15 +172,14 @@ impl Stage for Layer {
 
     fn forward(
         &self,
-        parameters: &[Tensor],
+        mut views: Views<'_>,
         input: Option<&Tensor>,
         context: ForwardContext<'_>,
     ) -> Result<Tensor> {
         let c = &self.config;
-        let views = Views::new(c, parameters);
         let residual = inner(input);
-        let x = normalise(c, residual, views.input_norm)?;
-        let attended = self.attend(&x, &views, context)?;
+        let x = normalise(c, residual, views.one())?;
+        let attended = self.attend(&x, &mut views, context)?;
         // The head reads one row of each sequence, and nothing after attention mixes rows: the last
         // layer computes only those.
         let (attended, residual) = if self.is_last() {
@@ -222,11 +188,11 @@ impl Stage for Layer {
         } else {
             (attended, residual.shallow_clone())
         };
-        let residual = residual.f_add(&project(&attended, views.output)?)?;
-        let x = normalise(c, &residual, views.inner_norm)?;
-        let gate_up = project(&x, views.gate_up)?.f_chunk(2, -1)?;
+        let residual = residual.f_add(&views.linear(&attended, c.output_bias)?)?;
+        let x = normalise(c, &residual, views.one())?;
+        let gate_up = views.linear(&x, c.mlp_bias)?.f_chunk(2, -1)?;
         let gated = c.activation.apply(&gate_up[0])?.f_mul(&gate_up[1])?;
-        Ok(residual.f_add(&project(&gated, views.down)?)?)
+        Ok(residual.f_add(&views.linear(&gated, c.mlp_bias)?)?)
     }
 }
 
@@ -250,7 +216,7 @@ impl Stage for Head {
                 negative,
             }),
         };
-        vec![norm("model.norm.weight".into(), c.hidden), Parameter::one(score, true)]
+        vec![norm("model.norm.weight".into(), c.hidden), Parameter::linear(vec![score])]
     }
 
     fn saved_bytes_per_token(&self, _width: usize) -> usize {
@@ -260,12 +226,11 @@ impl Stage for Head {
 
     fn forward(
         &self,
-        parameters: &[Tensor],
+        mut views: Views<'_>,
         input: Option<&Tensor>,
         _context: ForwardContext<'_>,
     ) -> Result<Tensor> {
-        let [norm_weight, score] = parameters else { unreachable!("the head has two parameters") };
-        let x = normalise(&self.0, inner(input), norm_weight)?;
-        to_fp32(&linear(&x, score, None)?.f_squeeze_dim(1)?)
+        let x = normalise(&self.0, inner(input), views.one())?;
+        to_fp32(&views.linear(&x, false)?.f_squeeze_dim(1)?)
     }
 }

@@ -7,8 +7,9 @@ use tch::{Kind, Tensor};
 use super::config::{EncoderConfig, PositionIds};
 use super::stage::{
     ForwardContext, Init, NO_PADDING, PackedBatch, Parameter, Stage, TensorSpec, dropout,
-    embedding, inner, layer_norm, linear, to_fp32,
+    embedding, inner, layer_norm, to_fp32,
 };
+use super::views::Views;
 use crate::error::Result;
 use crate::torch_ext::attention::{AttentionOptions, Projections, Window, packed_attention};
 
@@ -34,7 +35,7 @@ fn norm(config: &EncoderConfig, name: &str) -> [Parameter; 2] {
 
 fn dense(name: &str, out: i64, width: i64) -> [Parameter; 2] {
     [
-        weight(format!("{name}.weight"), &[out, width]),
+        Parameter::linear(vec![TensorSpec::new(format!("{name}.weight"), &[out, width])]),
         Parameter::one(TensorSpec::new(format!("{name}.bias"), &[out]), false),
     ]
 }
@@ -69,13 +70,11 @@ impl Stage for Embeddings {
 
     fn forward(
         &self,
-        parameters: &[Tensor],
+        mut views: Views<'_>,
         _input: Option<&Tensor>,
         context: ForwardContext<'_>,
     ) -> Result<Tensor> {
-        let [word, position, token_type, gamma, beta] = parameters else {
-            unreachable!("embeddings have five parameters")
-        };
+        let [word, position, token_type, gamma, beta] = views.take();
         let batch = context.batch;
         let padding = self.0.padding_id.unwrap_or(NO_PADDING);
         let (positions, position_padding) = match self.0.positions {
@@ -128,8 +127,8 @@ impl Stage for Layer {
                 .to_vec()
         };
         let mut all = vec![
-            Parameter { parts: projections("weight", &[c.hidden, c.hidden]), decayed: true },
-            Parameter { parts: projections("bias", &[c.hidden]), decayed: false },
+            Parameter::linear(projections("weight", &[c.hidden, c.hidden])),
+            Parameter::stacked(projections("bias", &[c.hidden]), false),
         ];
         all.extend(dense(&at("attention.output.dense"), c.hidden, c.hidden));
         all.extend(norm(c, &at("attention.output.LayerNorm")));
@@ -153,19 +152,14 @@ impl Stage for Layer {
 
     fn forward(
         &self,
-        parameters: &[Tensor],
+        mut views: Views<'_>,
         input: Option<&Tensor>,
         context: ForwardContext<'_>,
     ) -> Result<Tensor> {
-        let [qkv_w, qkv_b, out_w, out_b, ln1_w, ln1_b, up_w, up_b, down_w, down_b, ln2_w, ln2_b] =
-            parameters
-        else {
-            unreachable!("an encoder layer has twelve parameters")
-        };
         let c = &self.config;
         let train = context.dropout_seed.is_some();
         let residual = inner(input);
-        let qkv = linear(residual, qkv_w, Some(qkv_b))?;
+        let qkv = views.linear(residual, true)?;
         let options = AttentionOptions {
             cu_seqlens: &context.batch.cu_seqlens,
             heads: c.heads,
@@ -184,11 +178,13 @@ impl Stage for Layer {
         } else {
             (attended, residual.shallow_clone())
         };
-        let attended = dropout(linear(&attended, out_w, Some(out_b))?, c.hidden_dropout, train)?;
-        let x = layer_norm(&attended.f_add(&residual)?, ln1_w, ln1_b, c.layer_norm_eps)?;
-        let up = c.activation.apply(&linear(&x, up_w, Some(up_b))?)?;
-        let down = dropout(linear(&up, down_w, Some(down_b))?, c.hidden_dropout, train)?;
-        layer_norm(&down.f_add(&x)?, ln2_w, ln2_b, c.layer_norm_eps)
+        let attended = dropout(views.linear(&attended, true)?, c.hidden_dropout, train)?;
+        let [gamma, beta] = views.take();
+        let x = layer_norm(&attended.f_add(&residual)?, gamma, beta, c.layer_norm_eps)?;
+        let up = c.activation.apply(&views.linear(&x, true)?)?;
+        let down = dropout(views.linear(&up, true)?, c.hidden_dropout, train)?;
+        let [gamma, beta] = views.take();
+        layer_norm(&down.f_add(&x)?, gamma, beta, c.layer_norm_eps)
     }
 }
 
@@ -207,7 +203,7 @@ impl Stage for Head {
             let weight = TensorSpec::new(format!("{name}.weight"), &[out, c.hidden]);
             let bias = TensorSpec::new(format!("{name}.bias"), &[out]);
             [
-                Parameter::one(weight.or_init(normal), true),
+                Parameter::linear(vec![weight.or_init(normal)]),
                 Parameter::one(bias.or_init(Init::Zeros), false),
             ]
         };
@@ -221,19 +217,16 @@ impl Stage for Head {
 
     fn forward(
         &self,
-        parameters: &[Tensor],
+        mut views: Views<'_>,
         input: Option<&Tensor>,
         context: ForwardContext<'_>,
     ) -> Result<Tensor> {
-        let [dense_w, dense_b, score_w, score_b] = parameters else {
-            unreachable!("the head has four parameters")
-        };
         let (p, train) = (self.0.classifier_dropout, context.dropout_seed.is_some());
         let mut first = inner(input).shallow_clone();
         if self.0.head.dropout_first {
             first = dropout(first, p, train)?;
         }
-        let dense = dropout(linear(&first, dense_w, Some(dense_b))?.f_tanh()?, p, train)?;
-        to_fp32(&linear(&dense, score_w, Some(score_b))?.f_squeeze_dim(1)?)
+        let dense = dropout(views.linear(&first, true)?.f_tanh()?, p, train)?;
+        to_fp32(&views.linear(&dense, true)?.f_squeeze_dim(1)?)
     }
 }

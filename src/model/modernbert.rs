@@ -7,8 +7,9 @@ use tch::{Kind, Tensor};
 use super::config::{ModernBertConfig, Pooling};
 use super::stage::{
     ForwardContext, Init, NO_PADDING, PackedBatch, Parameter, Stage, TensorSpec, dropout,
-    embedding, inner, linear, to_fp32,
+    embedding, inner, to_fp32,
 };
+use super::views::Views;
 use crate::error::Result;
 use crate::torch_ext::attention::{AttentionOptions, Projections, packed_attention};
 
@@ -26,7 +27,11 @@ pub fn stages(config: &ModernBertConfig) -> Vec<Box<dyn Stage>> {
 /// Weight and, with `bias`, bias of a layer; `init` is for weights that a checkpoint may lack.
 fn layer(name: &str, shape: &[i64], bias: bool, init: Init) -> Vec<Parameter> {
     let weight = TensorSpec::new(format!("{name}.weight"), shape).or_init(init);
-    let mut all = vec![Parameter::one(weight, shape.len() > 1)];
+    let weight = match shape {
+        [_, _] => Parameter::linear(vec![weight]),
+        _ => Parameter::one(weight, false),
+    };
+    let mut all = vec![weight];
     if bias {
         let init = if init == Init::FromCheckpoint { init } else { Init::Zeros };
         let bias = TensorSpec::new(format!("{name}.bias"), &shape[..1]).or_init(init);
@@ -43,33 +48,11 @@ fn norm(config: &ModernBertConfig, name: &str) -> Vec<Parameter> {
     layer(name, &[config.hidden], config.norm_bias, Init::FromCheckpoint)
 }
 
-/// A stage's parameter views, taken in the order in which the stage lists them.
-struct Views<'a> {
-    left: std::slice::Iter<'a, Tensor>,
-    config: &'a ModernBertConfig,
-}
-
-impl<'a> Views<'a> {
-    fn new(parameters: &'a [Tensor], config: &'a ModernBertConfig) -> Self {
-        Self { left: parameters.iter(), config }
-    }
-
-    fn next(&mut self) -> &'a Tensor {
-        self.left.next().expect("a stage is handed the parameters that it lists")
-    }
-
-    /// A linear layer's product with `x`.
-    fn linear(&mut self, x: &Tensor, bias: bool) -> Result<Tensor> {
-        let weight = self.next();
-        linear(x, weight, bias.then(|| self.next()))
-    }
-
-    /// Layer normalisation of `x`.
-    fn norm(&mut self, x: &Tensor) -> Result<Tensor> {
-        let weight = self.next();
-        let bias = self.config.norm_bias.then(|| self.next());
-        Ok(x.f_layer_norm(weight.size(), Some(weight), bias, self.config.norm_eps, false)?)
-    }
+/// Layer normalisation of `x`.
+fn normalise(config: &ModernBertConfig, x: &Tensor, views: &mut Views<'_>) -> Result<Tensor> {
+    let weight = views.one();
+    let bias = config.norm_bias.then(|| views.one());
+    Ok(x.f_layer_norm(weight.size(), Some(weight), bias, config.norm_eps, false)?)
 }
 
 #[derive(Debug)]
@@ -82,7 +65,8 @@ impl Stage for Embeddings {
 
     fn parameters(&self) -> Vec<Parameter> {
         let c = &self.0;
-        let mut all = dense("model.embeddings.tok_embeddings", [c.vocab_size, c.hidden], false);
+        let name = "model.embeddings.tok_embeddings.weight";
+        let mut all = vec![Parameter::one(TensorSpec::new(name, &[c.vocab_size, c.hidden]), true)];
         all.extend(norm(c, "model.embeddings.norm"));
         all
     }
@@ -95,14 +79,13 @@ impl Stage for Embeddings {
 
     fn forward(
         &self,
-        parameters: &[Tensor],
+        mut views: Views<'_>,
         _input: Option<&Tensor>,
         context: ForwardContext<'_>,
     ) -> Result<Tensor> {
-        let mut views = Views::new(parameters, &self.0);
         let padding = self.0.padding_id.unwrap_or(NO_PADDING);
-        let words = embedding(views.next(), &context.batch.input_ids, padding)?;
-        let normed = views.norm(&words)?;
+        let words = embedding(views.one(), &context.batch.input_ids, padding)?;
+        let normed = normalise(&self.0, &words, &mut views)?;
         dropout(normed, self.0.embedding_dropout, context.dropout_seed.is_some())
     }
 }
@@ -189,16 +172,15 @@ impl Stage for Layer {
 
     fn forward(
         &self,
-        parameters: &[Tensor],
+        mut views: Views<'_>,
         input: Option<&Tensor>,
         context: ForwardContext<'_>,
     ) -> Result<Tensor> {
         let c = &self.config;
         let train = context.dropout_seed.is_some();
-        let mut views = Views::new(parameters, c);
         let mut residual = inner(input).shallow_clone();
         let normed = if self.has_attention_norm() {
-            views.norm(&residual)?
+            normalise(c, &residual, &mut views)?
         } else {
             residual.shallow_clone()
         };
@@ -210,7 +192,7 @@ impl Stage for Layer {
         }
         let attended = views.linear(&attended, c.attention_bias)?;
         let x = residual.f_add(&dropout(attended, c.attention_dropout, train)?)?;
-        let normed = views.norm(&x)?;
+        let normed = normalise(c, &x, &mut views)?;
         let up = views.linear(&normed, c.mlp_bias)?;
         let gated = c
             .activation
@@ -270,15 +252,14 @@ impl Stage for Head {
 
     fn forward(
         &self,
-        parameters: &[Tensor],
+        mut views: Views<'_>,
         input: Option<&Tensor>,
         context: ForwardContext<'_>,
     ) -> Result<Tensor> {
         let c = &self.0;
-        let mut views = Views::new(parameters, c);
-        let pooled = self.pool(views.norm(inner(input))?, context.batch)?;
+        let pooled = self.pool(normalise(c, inner(input), &mut views)?, context.batch)?;
         let dense = c.classifier_activation.apply(&views.linear(&pooled, c.classifier_bias)?)?;
-        let normed = views.norm(&dense)?;
+        let normed = normalise(c, &dense, &mut views)?;
         let normed = dropout(normed, c.classifier_dropout, context.dropout_seed.is_some())?;
         to_fp32(&views.linear(&normed, true)?.f_squeeze_dim(1)?)
     }

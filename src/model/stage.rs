@@ -6,6 +6,7 @@
 
 use tch::{Device, Kind, Tensor};
 
+use super::views::Views;
 use crate::error::{Error, Result};
 use crate::torch_ext::attention::CuSeqlens;
 
@@ -21,6 +22,8 @@ pub enum Init {
         /// Where it is truncated, in standard deviations.
         cutoff: f64,
     },
+    /// Uniform between the negative of this and this.
+    Uniform(f64),
     /// All ones.
     Ones,
     /// All zeros.
@@ -82,13 +85,30 @@ pub struct Parameter {
     pub parts: Vec<TensorSpec>,
     /// Whether weight decay applies: not to biases and normalisation weights.
     pub decayed: bool,
+    /// Whether it is the weight `[out, in]` of a linear layer, which [`super::Views::linear`]
+    /// multiplies by.
+    pub linear: bool,
+    /// Whether it learns; otherwise it has neither gradients nor optimizer states.
+    pub trained: bool,
 }
 
 impl Parameter {
     /// A parameter that is one checkpoint tensor.
     #[must_use]
     pub fn one(part: TensorSpec, decayed: bool) -> Self {
-        Self { parts: vec![part], decayed }
+        Self::stacked(vec![part], decayed)
+    }
+
+    /// A parameter of several checkpoint tensors.
+    #[must_use]
+    pub fn stacked(parts: Vec<TensorSpec>, decayed: bool) -> Self {
+        Self { parts, decayed, linear: false, trained: true }
+    }
+
+    /// The weights of linear layers over one input, as one product.
+    #[must_use]
+    pub fn linear(parts: Vec<TensorSpec>) -> Self {
+        Self { linear: true, ..Self::stacked(parts, true) }
     }
 
     /// The stacked shape.
@@ -189,7 +209,7 @@ pub trait Stage: std::fmt::Debug {
     /// A short name for reports: `embeddings`, `layer 3`, `head`.
     fn name(&self) -> String;
 
-    /// The parameters, in the order that [`Stage::forward`] expects their views.
+    /// The parameters, in the order in which [`Stage::forward`] takes their views.
     fn parameters(&self) -> Vec<Parameter>;
 
     /// Bytes for each token that the stage's graph keeps for its backward pass, its output
@@ -203,7 +223,7 @@ pub trait Stage: std::fmt::Debug {
     /// [`crate::Error::Torch`] when libtorch refuses (out of memory, for example).
     fn forward(
         &self,
-        parameters: &[Tensor],
+        views: Views<'_>,
         input: Option<&Tensor>,
         context: ForwardContext<'_>,
     ) -> Result<Tensor>;

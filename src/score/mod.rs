@@ -32,9 +32,8 @@ use crate::comm::{Groups, Solo};
 use crate::data::Encode as _;
 use crate::engine::{Engine, EngineOptions};
 use crate::error::{Error, Result};
-use crate::hub;
 use crate::model::weights::WeightFiles;
-use crate::model::{ModelConfig, PackedBatch};
+use crate::model::{ModelConfig, PackedBatch, Pretrained};
 use crate::shard::{FlatUnit, ParameterGroups};
 use crate::text::{EncodedPair, PairTokenizer, TokenBatch, TokenPrompt};
 use form::Form;
@@ -87,7 +86,8 @@ pub struct CrossEncoder {
 pub type LlmDecoder = CrossEncoder;
 
 impl CrossEncoder {
-    /// Loads a Hugging Face model, a directory or a hub id ([`hub::resolve`]), on the CPU.
+    /// Loads a Hugging Face model, or an adapter of peft with the model that it is for, a directory or
+    /// a hub id ([`crate::hub::resolve`]), on the CPU.
     ///
     /// # Errors
     /// [`Error::Usage`] when there is no such model;
@@ -96,7 +96,8 @@ impl CrossEncoder {
         Self::on_device(dir, Device::Cpu)
     }
 
-    /// Loads a Hugging Face model, a directory or a hub id ([`hub::resolve`]), on `device`.
+    /// Loads a Hugging Face model, or an adapter of peft with the model that it is for, a directory or
+    /// a hub id ([`crate::hub::resolve`]), on `device`.
     ///
     /// # Errors
     /// As [`CrossEncoder::from_pretrained`]; [`Error::Torch`] when the device has no room.
@@ -261,9 +262,7 @@ struct Opened {
 
 impl Opened {
     fn new(dir: &Path, prompt: Option<&str>) -> Result<Self> {
-        let dir = hub::resolve(&dir.to_string_lossy())?.path;
-        let mut config = ModelConfig::from_dir(&dir)?;
-        let weights = WeightFiles::open(&dir)?;
+        let Pretrained { dir, mut config, weights, .. } = Pretrained::open(&dir.to_string_lossy())?;
         let form = Form::of_dir(&dir, &mut config, &weights, prompt)?;
         let initialised = check_model(&dir, &config, &weights, &form.tokenizer)?;
         Ok(Self { config, weights, form, initialised })

@@ -157,7 +157,7 @@ mod tests {
         let spec = |name: &str, shape: &[i64]| TensorSpec::new(name, shape);
         let parameters = [
             Parameter::one(spec("norm.bias", &[5]), false),
-            Parameter { parts: vec![spec("q", &[3, 3]), spec("k", &[2, 3])], decayed: true },
+            Parameter::stacked(vec![spec("q", &[3, 3]), spec("k", &[2, 3])], true),
             Parameter::one(spec("classifier.weight", &[1, 7]), true),
         ];
         let layout = UnitLayout::new(&parameters, &groups(), 3);
@@ -183,7 +183,7 @@ mod tests {
     #[test]
     fn stacked_parts_may_learn_at_rates_of_their_own() {
         let spec = |name: &str| TensorSpec::new(name, &[2, 3]);
-        let stacked = Parameter { parts: vec![spec("q"), spec("key"), spec("v")], decayed: true };
+        let stacked = Parameter::stacked(vec![spec("q"), spec("key"), spec("v")], true);
         let groups = ParameterGroups { special: vec![(vec!["key".into()], 5e-3)], ..groups() };
         let layout = UnitLayout::new(&[stacked], &groups, 1);
         let runs: Vec<_> = layout.runs.iter().map(|run| (run.range.clone(), run.lr)).collect();

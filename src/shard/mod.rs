@@ -3,6 +3,7 @@
 pub mod layout;
 pub mod sharding;
 pub mod unit;
+mod values;
 
 pub use layout::{ParameterGroups, UnitLayout};
 pub use sharding::{Sharding, Share};

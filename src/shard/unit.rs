@@ -5,11 +5,12 @@ use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 use super::layout::{ParameterGroups, UnitLayout};
-use super::sharding::Share;
+use super::sharding::{Sharding, Share};
+use super::values::{Keeping, Source, Values, cut, views_of};
 use crate::comm::{Communicator, Pending, Reduction};
 use crate::error::Result;
-use crate::model::Stage;
-use crate::model::weights::{WeightFiles, initialise};
+use crate::model::weights::WeightFiles;
+use crate::model::{Parameter, Stage};
 use crate::optim::{Moments, Segment, adamw};
 use crate::torch_ext::autograd::set_grad;
 use crate::torch_ext::storage;
@@ -33,6 +34,26 @@ impl UnitOptions {
     /// Whether gradients are reduced in another precision than they are computed in.
     fn widens(&self) -> bool {
         self.reduce_fp32 && self.kind != Kind::Float
+    }
+
+    /// How parameters that learn are kept: with fp32 master weights, where the buffer does not hold
+    /// them at all times in fp32, or where they are offloaded.
+    fn trained(&self) -> Keeping {
+        let Self { device, kind, share, offload, .. } = *self;
+        let separate = kind != Kind::Float || share.sharding.parameters || offload.states;
+        let home = if offload.states || offload.parameters { Device::Cpu } else { device };
+        Keeping { device, kind, share, part: separate.then_some((Kind::Float, home)) }
+    }
+
+    /// How frozen parameters are kept: in the computing precision, divided where those that learn
+    /// are.
+    fn frozen(&self) -> Keeping {
+        let Self { device, kind, share, offload, .. } = *self;
+        let divided = share.sharding.parameters;
+        let sharding = Sharding { states: divided, gradients: false, parameters: divided };
+        let home = if offload.parameters { Device::Cpu } else { device };
+        let part = divided.then_some((kind, home));
+        Keeping { device, kind, share: Share { sharding, ..share }, part }
     }
 }
 
@@ -58,22 +79,18 @@ pub struct HeldBytes {
     pub host: usize,
 }
 
-/// A stage's parameters in one buffer, with views that the stage computes with; while training
-/// also gradients and the optimizer's states, in the same layout.
+/// A stage's parameters, with views that the stage computes with. Those that learn are in one
+/// buffer; while training also their gradients and the optimizer's states, in the same layout.
+/// Frozen ones are in another, of which there is nothing else.
 #[derive(Debug)]
 pub struct FlatUnit {
-    layout: UnitLayout,
     options: UnitOptions,
-    /// Elements whose states this rank holds.
-    slice: Range<usize>,
-    /// `[length]` in the computing precision; its memory is absent between two uses where
-    /// parameters are divided.
-    values: Tensor,
+    trained: Values,
+    frozen: Option<Values>,
+    /// In the stage's order.
     views: Vec<Tensor>,
-    /// fp32 `[slice]`, where `values` does not hold them at all times in fp32, or where they are
-    /// offloaded.
-    master: Option<Tensor>,
-    fingerprint: i64,
+    /// Which of the views those of trained parameters are.
+    places: Vec<usize>,
     training: Option<Training>,
 }
 
@@ -134,33 +151,28 @@ impl FlatUnit {
         groups: &ParameterGroups,
         options: UnitOptions,
     ) -> Result<Self> {
-        let UnitOptions { device, kind, share, offload, .. } = options;
-        let layout = UnitLayout::new(&stage.parameters(), groups, share.world_size);
-        let slice = share.slice(layout.length);
-        let _no_grad = tch::no_grad_guard();
-        let whole = Tensor::f_zeros([layout.length as i64], (Kind::Float, device))?;
-        for place in &layout.places {
-            for (spec, range) in &place.parts {
-                let value = match weights.read(spec)? {
-                    Some(value) => value,
-                    None => initialise(spec, seed)?,
-                };
-                cut(&whole, range)?.f_copy_(&value.f_reshape([-1])?)?;
-            }
-        }
-        let bits = whole.f_view_dtype(Kind::Int)?;
-        let fingerprint = bits.f_sum(Kind::Int64)?.f_int64_value(&[])?;
-        let separate = kind != Kind::Float || share.sharding.parameters || offload.states;
-        let master = if separate {
-            let home = if offload.states || offload.parameters { Device::Cpu } else { device };
-            Some(cut(&whole, &slice)?.f_detach_copy()?.f_to_device(home)?)
-        } else {
-            None
+        let parameters = stage.parameters();
+        let which = |trained: bool| -> Vec<usize> {
+            (0..parameters.len()).filter(|&index| parameters[index].trained == trained).collect()
         };
-        let values = if kind == Kind::Float { whole } else { whole.f_to_kind(kind)? };
-        let views = views_of(&layout, &values)?;
-        let unit =
-            Self { layout, options, slice, values, views, master, fingerprint, training: None };
+        let (places, rest) = (which(true), which(false));
+        let load = |which: &[usize], keeping| {
+            let parameters: Vec<Parameter> =
+                which.iter().map(|&index| parameters[index].clone()).collect();
+            Values::load(&parameters, Source { weights, seed }, groups, keeping)
+        };
+        let trained = load(&places, options.trained())?;
+        let frozen = match &rest[..] {
+            [] => None,
+            rest => Some(load(rest, options.frozen())?),
+        };
+        let mut views: Vec<_> = places.iter().copied().zip(trained.views()?).collect();
+        if let Some(frozen) = &frozen {
+            views.extend(rest.into_iter().zip(frozen.views()?));
+        }
+        views.sort_by_key(|(index, _)| *index);
+        let views = views.into_iter().map(|(_, view)| view).collect();
+        let unit = Self { options, trained, frozen, views, places, training: None };
         unit.release()?;
         Ok(unit)
     }
@@ -172,22 +184,24 @@ impl FlatUnit {
     pub fn prepare_training(&mut self) -> Result<()> {
         let UnitOptions { device, kind, share: Share { sharding, .. }, offload, .. } = self.options;
         let zeros = |length: usize, kind| Tensor::f_zeros([length as i64], (kind, device));
-        let grads = zeros(self.layout.length, kind)?;
-        for (view, grad) in self.views.iter_mut().zip(views_of(&self.layout, &grads)?) {
+        let layout = &self.trained.layout;
+        let grads = zeros(layout.length, kind)?;
+        for (&place, grad) in self.places.iter().zip(views_of(layout, &grads)?) {
+            let view = &mut self.views[place];
             *view = view.f_detach()?.f_set_requires_grad(true)?;
             set_grad(view, &grad)?;
         }
         let widens = self.options.widens();
+        let length = self.trained.slice.len();
         let reduced = if sharding.gradients || widens {
-            Some(zeros(self.slice.len(), if widens { Kind::Float } else { kind })?)
+            Some(zeros(length, if widens { Kind::Float } else { kind })?)
         } else {
             None
         };
         if sharding.gradients {
             storage::give_back(&grads)?;
         }
-        let moments =
-            Moments::zeros(self.slice.len(), if offload.states { Device::Cpu } else { device })?;
+        let moments = Moments::zeros(length, if offload.states { Device::Cpu } else { device })?;
         self.training = Some(Training { grads, reduced, moments });
         Ok(())
     }
@@ -196,13 +210,19 @@ impl FlatUnit {
     /// weights, however their processors add floats.
     #[must_use]
     pub fn fingerprint(&self) -> i64 {
-        self.fingerprint
+        self.buffers().map(|values| values.fingerprint).fold(0, i64::wrapping_add)
     }
 
-    /// Where each parameter lies.
+    /// Where each parameter that learns lies.
     #[must_use]
     pub fn layout(&self) -> &UnitLayout {
-        &self.layout
+        &self.trained.layout
+    }
+
+    /// Whether anything learns.
+    #[must_use]
+    pub fn is_trained(&self) -> bool {
+        !self.trained.is_empty()
     }
 
     /// The parameters in the stage's order, as the stage computes with them; valid between
@@ -212,10 +232,15 @@ impl FlatUnit {
         &self.views
     }
 
-    /// The flat parameter buffer `[length]`, valid as [`FlatUnit::views`].
+    /// The flat buffer `[length]` of parameters that learn, valid as [`FlatUnit::views`].
     #[must_use]
     pub fn values(&self) -> &Tensor {
-        &self.values
+        &self.trained.flat
+    }
+
+    /// The buffers of parameters.
+    fn buffers(&self) -> impl Iterator<Item = &Values> {
+        std::iter::once(&self.trained).chain(&self.frozen)
     }
 
     /// This rank's gradients of the step: `[slice]`, reduced once the step's reductions are done.
@@ -226,7 +251,7 @@ impl FlatUnit {
         let training = self.training();
         match &training.reduced {
             Some(reduced) => Ok(reduced.shallow_clone()),
-            None => cut(&training.grads, &self.slice),
+            None => cut(&training.grads, &self.trained.slice),
         }
     }
 
@@ -235,14 +260,8 @@ impl FlatUnit {
     /// # Errors
     /// [`crate::Error::Comm`] from the communicator, [`crate::Error::Torch`] when there is no room.
     pub fn gather(&self, comm: &dyn Communicator) -> Result<Pending> {
-        let Some(master) = &self.master else { return Ok(Pending::done()) };
-        if !self.options.share.sharding.parameters || storage::held_bytes(&self.values) > 0 {
-            return Ok(Pending::done());
-        }
-        let _no_grad = tch::no_grad_guard();
-        storage::take(&self.values)?;
-        cut(&self.values, &self.slice)?.f_copy_(master)?;
-        comm.all_gather(&self.values)
+        let gathering = self.buffers().map(|values| values.gather(comm));
+        Ok(Pending::all(gathering.collect::<Result<_>>()?))
     }
 
     /// Gives the memory of gathered parameters back; nothing where they are not divided.
@@ -250,10 +269,7 @@ impl FlatUnit {
     /// # Errors
     /// [`crate::Error::Torch`] from libtorch.
     pub fn release(&self) -> Result<()> {
-        if self.options.share.sharding.parameters {
-            storage::give_back(&self.values)?;
-        }
-        Ok(())
+        self.buffers().try_for_each(Values::release)
     }
 
     /// Makes room for the gradients of a backward pass.
@@ -277,7 +293,7 @@ impl FlatUnit {
     /// [`crate::Error::Comm`] from the communicator.
     pub fn start_reduction(&self, comm: &dyn Communicator, last: bool) -> Result<Reducing> {
         let sharding = self.options.share.sharding;
-        if !(sharding.gradients || last) {
+        if !((sharding.gradients || last) && self.is_trained()) {
             return Ok(Reducing { pending: Pending::done(), buffer: None });
         }
         let grads = &self.training().grads;
@@ -307,14 +323,14 @@ impl FlatUnit {
         let training = self.training();
         reducing.pending.wait()?;
         if let (Some(reduced), Some(buffer)) = (&training.reduced, &reducing.buffer) {
-            let _ = reduced.shallow_clone().f_add_(&cut(buffer, &self.slice)?)?;
+            let _ = reduced.shallow_clone().f_add_(&cut(buffer, &self.trained.slice)?)?;
             if self.options.share.sharding.gradients {
                 storage::give_back(&training.grads)?;
             } else {
                 let _ = training.grads.shallow_clone().f_zero_()?;
             }
         }
-        if let Some(replicas) = replicas {
+        if let Some(replicas) = replicas.filter(|_| self.is_trained()) {
             replicas.all_reduce(&self.grads()?, Reduction::Sum)?.wait()?;
         }
         Ok(())
@@ -344,26 +360,27 @@ impl FlatUnit {
         if let Some(scale) = grad_scale {
             let _ = grads.f_mul_scalar_(scale)?;
         }
-        let values = match &self.master {
+        let Values { layout, slice, flat, part: master, .. } = &self.trained;
+        let values = match master {
             Some(master) => master.f_to_device(place)?,
-            None => cut(&self.values, &self.slice)?,
+            None => cut(flat, slice)?,
         };
         let step = &step.f_to_device(place)?;
-        for run in &self.layout.runs {
-            let start = run.range.start.max(self.slice.start);
-            let end = run.range.end.min(self.slice.end);
+        for run in &layout.runs {
+            let start = run.range.start.max(slice.start);
+            let end = run.range.end.min(slice.end);
             if start >= end {
                 continue;
             }
             let segment = Segment {
-                start: (start - self.slice.start) as i64,
+                start: (start - slice.start) as i64,
                 length: (end - start) as i64,
                 lr: run.lr * factor,
                 weight_decay: run.weight_decay,
             };
             adamw(&values, &grads, moments, segment, step)?;
         }
-        if let Some(master) = self.master.as_ref().filter(|master| master.device() != place) {
+        if let Some(master) = master.as_ref().filter(|master| master.device() != place) {
             master.shallow_clone().f_copy_(&values)?;
         }
         self.clear_gradients()
@@ -386,36 +403,30 @@ impl FlatUnit {
     /// [`crate::Error::Comm`] from the communicator.
     pub fn share_update(&self, comm: &dyn Communicator) -> Result<Pending> {
         let sharding = self.options.share.sharding;
-        if sharding.parameters {
+        if sharding.parameters || !self.is_trained() {
             return Ok(Pending::done());
         }
         let _no_grad = tch::no_grad_guard();
-        if let Some(master) = &self.master {
-            cut(&self.values, &self.slice)?.f_copy_(master)?;
+        let Values { slice, flat, part: master, .. } = &self.trained;
+        if let Some(master) = master {
+            cut(flat, slice)?.f_copy_(master)?;
         }
-        if sharding.states { comm.all_gather(&self.values) } else { Ok(Pending::done()) }
+        if sharding.states { comm.all_gather(flat) } else { Ok(Pending::done()) }
     }
 
-    /// The whole parameters in fp32 `[length]`, collected from all ranks, which all call it.
+    /// The whole parameters that learn, in fp32 `[length]`, collected from all ranks, which all call
+    /// it.
     ///
     /// # Errors
     /// [`crate::Error::Comm`] from the communicator, [`crate::Error::Torch`] when there is no room.
     pub fn whole_fp32(&self, comm: &dyn Communicator) -> Result<Tensor> {
-        let Some(master) = &self.master else { return Ok(self.values.shallow_clone()) };
-        let _no_grad = tch::no_grad_guard();
-        let length = self.layout.length as i64;
-        let whole = Tensor::f_zeros([length], (Kind::Float, self.options.device))?;
-        cut(&whole, &self.slice)?.f_copy_(master)?;
-        if self.options.share.sharding.states {
-            comm.all_gather(&whole)?.wait()?;
-        }
-        Ok(whole)
+        self.trained.whole_fp32(comm)
     }
 
     /// Elements whose optimizer states this rank holds.
     #[must_use]
     pub fn slice(&self) -> &Range<usize> {
-        &self.slice
+        &self.trained.slice
     }
 
     /// This rank's equal part of the buffer, of those of all ranks that divide, or could divide,
@@ -423,7 +434,7 @@ impl FlatUnit {
     #[must_use]
     pub fn own_part(&self) -> Range<usize> {
         let Share { rank, world_size, .. } = self.options.share;
-        let part = self.layout.length / world_size;
+        let part = self.trained.layout.length / world_size;
         rank * part..(rank + 1) * part
     }
 
@@ -435,7 +446,8 @@ impl FlatUnit {
     pub fn copy_states(&self, target: &[Tensor; 3]) -> Result<()> {
         let _no_grad = tch::no_grad_guard();
         let own = self.own_part();
-        let part = own.start - self.slice.start..own.end - self.slice.start;
+        let first = self.trained.slice.start;
+        let part = own.start - first..own.end - first;
         for (source, target) in self.states()?.iter().zip(target) {
             target.shallow_clone().f_copy_(&cut(source, &part)?)?;
         }
@@ -457,9 +469,10 @@ impl FlatUnit {
 
     /// fp32 `[slice]`: weights, first and second moments, as they are kept.
     fn states(&self) -> Result<[Tensor; 3]> {
-        let weights = match &self.master {
+        let Values { slice, flat, part: master, .. } = &self.trained;
+        let weights = match master {
             Some(master) => master.shallow_clone(),
-            None => cut(&self.values, &self.slice)?,
+            None => cut(flat, slice)?,
         };
         let Moments { exp_avg, exp_avg_sq } = &self.training().moments;
         Ok([weights, exp_avg.shallow_clone(), exp_avg_sq.shallow_clone()])
@@ -469,9 +482,15 @@ impl FlatUnit {
     #[must_use]
     pub fn held_bytes(&self) -> HeldBytes {
         let bytes = storage::held_bytes;
-        let master = self.master.as_ref().map_or(0, bytes);
+        let Values { flat, part: master, .. } = &self.trained;
+        let master = master.as_ref().map_or(0, bytes);
         let offload = self.options.offload;
-        let mut held = HeldBytes { parameters: bytes(&self.values), ..HeldBytes::default() };
+        let mut held = HeldBytes { parameters: bytes(flat), ..HeldBytes::default() };
+        if let Some(Values { flat, part, .. }) = &self.frozen {
+            held.parameters += bytes(flat);
+            let part = part.as_ref().map_or(0, bytes);
+            *(if offload.parameters { &mut held.host } else { &mut held.parameters }) += part;
+        }
         if offload.states || offload.parameters {
             held.host += master;
         } else if self.options.kind == Kind::Float {
@@ -491,20 +510,4 @@ impl FlatUnit {
     fn training(&self) -> &Training {
         self.training.as_ref().expect("prepare_training comes before training")
     }
-}
-
-/// Elements `range` of a flat tensor, as a view.
-fn cut(flat: &Tensor, range: &Range<usize>) -> Result<Tensor> {
-    Ok(flat.f_narrow(0, range.start as i64, range.len() as i64)?)
-}
-
-/// Views of the parameters in `flat`. Their version counter is not `flat`'s: gathering writes into
-/// the same memory between a forward and a backward pass, with the same values.
-fn views_of(layout: &UnitLayout, flat: &Tensor) -> Result<Vec<Tensor>> {
-    let flat = flat.f_data()?;
-    layout
-        .places
-        .iter()
-        .map(|place| Ok(cut(&flat, &place.range)?.f_view(&place.shape[..])?))
-        .collect()
 }

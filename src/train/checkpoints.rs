@@ -389,7 +389,8 @@ impl<'a> Checkpoints<'a> {
             }
         }
         let sidecar = Sidecar::of_run(plan, inputs.model_revision.clone(), Value::Null);
-        let model = ModelFiles::read(&inputs.config, &inputs.model_dir, sidecar, MAX_SHARD_BYTES)?;
+        let (config, dir) = (&inputs.config, &inputs.model_dir);
+        let model = ModelFiles::read(config, dir, Some(sidecar), MAX_SHARD_BYTES)?;
         let options = SaveOptions {
             identity,
             items_per_step: items_per_step(plan, groups.world.world_size()),

@@ -9,9 +9,8 @@ use super::{best, teacher};
 use crate::config::{DatasetKind, Plan};
 use crate::data::{CacheOptions, Dataset, LoadOptions, LoadReport, Sampler, SamplerOptions};
 use crate::error::{Error, Result};
-use crate::hub::{self, ModelDir};
-use crate::model::ModelConfig;
 use crate::model::weights::WeightFiles;
+use crate::model::{ModelConfig, Pretrained, lora};
 use crate::optim::Schedule;
 use crate::score::{PairTexts, check_model};
 use crate::text::{PairTokenizer, pad_token_id};
@@ -53,11 +52,14 @@ impl Inputs {
     /// # Errors
     /// User errors that name the file, the line or the setting.
     pub fn load(plan: &Plan, world_size: usize) -> Result<Self> {
-        let ModelDir { path: model_dir, revision: model_revision } = model_dir(plan)?;
-        let config = model_config(plan, &model_dir)?;
-        let weights = WeightFiles::open(&model_dir)?;
+        let pretrained = pretrained(plan)?;
+        let Pretrained { dir: model_dir, revision, mut config, weights, .. } = pretrained;
         let tokenizer = Arc::new(tokenizer(plan, &model_dir)?);
         let initialised = check_model(&model_dir, &config, &weights, &tokenizer)?;
+        if let Some(lora) = &plan.training.lora {
+            let lora = lora::resolve(lora, &config);
+            config.lora = Some(lora.map_err(|bad| plan.error(bad.key, bad.message))?);
+        }
 
         let padding = match config.raw.get("pad_token_id").and_then(Value::as_u64) {
             Some(id) => u32::try_from(id).ok(),
@@ -99,7 +101,7 @@ impl Inputs {
         let schedule = Schedule::new(total, training.warmup_proportion, training.stable_proportion);
         Ok(Self {
             model_dir,
-            model_revision,
+            model_revision: revision,
             config,
             weights,
             tokenizer,
@@ -115,24 +117,25 @@ impl Inputs {
     }
 }
 
-/// The base model's directory, downloaded where it is on the hub.
-fn model_dir(plan: &Plan) -> Result<ModelDir> {
-    hub::resolve(&plan.model.path).map_err(|error| match error {
+/// The base model, downloaded where it is on the hub; it must be of the kind that the plan names.
+fn pretrained(plan: &Plan) -> Result<Pretrained> {
+    let pretrained = Pretrained::open(&plan.model.path).map_err(|error| match error {
         Error::Usage(message) => plan.error("model_name_or_path", message),
         other => other,
-    })
-}
-
-/// The base model's configuration, which must be of the kind that the plan names.
-fn model_config(plan: &Plan, dir: &Path) -> Result<ModelConfig> {
-    let config = ModelConfig::from_dir(dir)?;
+    })?;
+    if pretrained.base.is_some() && plan.training.lora.is_some() {
+        let message = "is an adapter itself; merge it first with reranker convert --merge, or train \
+                       without lora, which goes on from the merged weights";
+        return Err(plan.error("model_name_or_path", format!("{} {message}", plan.model.path)));
+    }
+    let config = &pretrained.config;
     if config.kind() != plan.model.kind {
         return Err(plan.error(
             "model_type",
             format!(
                 "{} does not fit {}, whose config.json says {}; use {}",
                 plan.model.kind,
-                dir.display(),
+                pretrained.dir.display(),
                 config.model_type,
                 config.kind()
             ),
@@ -145,7 +148,7 @@ fn model_config(plan: &Plan, dir: &Path) -> Result<ModelConfig> {
             format!("{} is more than the model's {positions} positions", plan.data.max_len),
         ));
     }
-    Ok(config)
+    Ok(pretrained)
 }
 
 /// The base model's tokenizer with the run's texts around query and document.

@@ -74,7 +74,7 @@ pub struct Steps {
 pub struct ModelSummary {
     /// `model_type` in its `config.json`.
     pub family: String,
-    /// Trained numbers.
+    /// Elements of its parameters, adapters included.
     pub parameters: usize,
     /// The longest input it has positions for, in tokens.
     pub positions: usize,
@@ -197,6 +197,7 @@ fn notes(inputs: &Inputs, plan: &Plan) -> Result<Vec<String>> {
     if let Some(revision) = &inputs.model_revision {
         notes.push(format!("{}: revision {revision} of the hub", plan.model.path));
     }
+    notes.extend(adapters(inputs));
     let classes = &plan.parallel.layer_classes;
     for line in foreign_layer_classes(classes, &inputs.config.model_type) {
         notes.push(plan.warning("layer_classes", line));
@@ -212,10 +213,29 @@ fn notes(inputs: &Inputs, plan: &Plan) -> Result<Vec<String>> {
     Ok(notes)
 }
 
+/// What of the model learns, where that is not all of it.
+fn adapters(inputs: &Inputs) -> Option<String> {
+    let lora = inputs.config.lora.as_ref()?;
+    let all = parameters(inputs);
+    let stages = crate::model::stages(&inputs.config);
+    let each = stages.iter().flat_map(|stage| stage.parameters());
+    let trained: usize = each.filter(|one| one.trained).map(|one| one.elements()).sum();
+    let saved: Vec<&str> = lora.saved_names.iter().map(String::as_str).collect();
+    Some(format!(
+        "LoRA of rank {} beside {} linear layers, and {} trained whole: {trained} of {all} \
+         parameters learn ({:.2} %)",
+        lora.r,
+        lora.targets.len(),
+        saved.join(", "),
+        100.0 * trained as f64 / all as f64
+    ))
+}
+
 fn warnings(inputs: &Inputs, plan: &Plan) -> Vec<String> {
     let mut warnings = Vec::new();
     let stages = crate::model::stages(&inputs.config);
-    let parameters: Vec<_> = stages.iter().flat_map(|stage| stage.parameters()).collect();
+    let all = stages.iter().flat_map(|stage| stage.parameters());
+    let parameters: Vec<_> = all.filter(|parameter| parameter.trained).collect();
     for keyword in parameter_groups(plan).unmatched(&parameters) {
         let message = format!("{keyword:?} is in no parameter's name");
         warnings.push(plan.warning("special_lr_groups", message));

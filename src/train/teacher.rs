@@ -7,7 +7,7 @@ use std::fs::{self, Metadata};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
-use rr_launch::contract::WorkerEnv;
+use rr_launch::contract::{WorkerEnv, heartbeat};
 use serde_json::{Value, json};
 use tch::Device;
 use tracing::{info, warn};
@@ -149,6 +149,7 @@ pub(super) fn teach(
         return write_synced(&place(plan, JOB), identity.to_string().as_bytes());
     }
     // Rank 0 may have more left to do than a collective's deadline allows.
+    heartbeat::waiting(format_args!("rank 0 to write the teacher's scores"));
     while !is_done(plan, &identity) {
         std::thread::sleep(LOOK);
     }
@@ -179,6 +180,7 @@ fn score(
     }
     let mut said = started;
     let pairs = job.run(&model, store, chunks, &options, |Progress { due, done, .. }| {
+        heartbeat::working(format_args!("scoring with the teacher, {done} of {due} chunks"));
         if is_first && said.elapsed() >= SAY {
             said = Instant::now();
             let left = started.elapsed().as_secs_f64() * (due - done) as f64 / done.max(1) as f64;

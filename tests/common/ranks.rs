@@ -7,10 +7,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use reranker::comm::{Communicator, Gloo, Groups, Nccl, Solo};
-use reranker::config::LossKind;
+use reranker::config::{LoraPlan, LossKind, TargetModules};
 use reranker::engine::{Engine, EngineOptions, MemoryForecast, StepOptions};
-use reranker::model::ModelConfig;
 use reranker::model::weights::WeightFiles;
+use reranker::model::{Lora, ModelConfig, lora};
 use reranker::optim::Schedule;
 use reranker::shard::{HeldBytes, Offload, ParameterGroups, Sharding, Share};
 use reranker::torch_ext::nccl;
@@ -41,6 +41,8 @@ pub struct Case {
     pub kind: Kind,
     pub offload: Offload,
     pub reduce_fp32: bool,
+    /// With adapters, in place of training all weights.
+    pub lora: bool,
 }
 
 impl Case {
@@ -55,6 +57,7 @@ impl Case {
             kind: Kind::Float,
             offload: Offload::default(),
             reduce_fp32: false,
+            lora: false,
         }
     }
 }
@@ -169,7 +172,8 @@ pub struct Trainer {
 impl Trainer {
     pub fn new(case: Case, groups: &Groups) -> Self {
         let golden = Golden::load("bert_odd");
-        let config = ModelConfig::from_dir(&golden.dir).unwrap().without_dropout();
+        let mut config = ModelConfig::from_dir(&golden.dir).unwrap().without_dropout();
+        config.lora = case.lora.then(|| adapters(&config));
         let weights = WeightFiles::open(&golden.dir).unwrap();
         let rates = ParameterGroups {
             lr: 1e-3,
@@ -248,6 +252,20 @@ impl Trainer {
             largest: lengths.max().unwrap(),
         }
     }
+}
+
+/// Adapters in the upper layer, beside two of three stacked projections and a product by itself,
+/// with norms trained whole: stages with nothing to learn, with a little, and with all.
+fn adapters(config: &ModelConfig) -> Lora {
+    let targets = [".*layer.1.*query", ".*layer.1.*value", ".*layer.1.output.dense"].join("|");
+    let plan = LoraPlan {
+        r: 3,
+        alpha: 5.0,
+        dropout: 0.0,
+        target_modules: Some(TargetModules::Text(targets)),
+        modules_to_save: vec!["layer.1.output.LayerNorm".into()],
+    };
+    lora::resolve(&plan, config).unwrap()
 }
 
 /// Two to five pairs, so that four ranks sometimes have none.

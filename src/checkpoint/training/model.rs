@@ -28,7 +28,7 @@ pub(super) fn write(
         .flat_map(|unit| &unit.parts)
         .map(|part| TensorSpec::new(part.name.clone(), &part.shape))
         .collect();
-    let mut writer = WeightWriter::new(&target, specs.clone(), model.max_shard_bytes)?;
+    let mut writer = WeightWriter::new(&target, specs.clone(), model.form)?;
     for spec in &specs {
         writer.write(spec, &states.weights(&spec.name)?)?;
     }

@@ -15,6 +15,7 @@ pub use decoder::{DecoderConfig, ScoreHead};
 pub use encoder::{EncoderConfig, HeadForm, PositionIds};
 pub use modernbert::{LayerAttention, ModernBertConfig, Pooling};
 
+use super::lora::Lora;
 use crate::config::ModelKind;
 use crate::error::{Error, Result};
 
@@ -108,6 +109,8 @@ pub struct ModelConfig {
     pub trunk: Trunk,
     /// The whole file, from which a saved model's `config.json` is made.
     pub raw: Value,
+    /// Adapters that are trained in place of the weights; the file has none.
+    pub lora: Option<Lora>,
 }
 
 impl ModelConfig {
@@ -136,7 +139,7 @@ impl ModelConfig {
             .map_err(|error| file(format!("not valid JSON: {error}")))?;
         let model_type = raw.get("model_type").and_then(Value::as_str).unwrap_or("").to_owned();
         let trunk = Trunk::read(&model_type, &raw).map_err(file)?;
-        Ok(Self { model_type, trunk, raw })
+        Ok(Self { model_type, trunk, raw, lora: None })
     }
 
     /// The family of models it belongs to, as a configuration names it.
@@ -213,6 +216,9 @@ impl ModelConfig {
                 modernbert.classifier_dropout = 0.0;
             }
             Trunk::Decoder(decoder) => decoder.attention_dropout = 0.0,
+        }
+        if let Some(lora) = &mut self.lora {
+            lora.dropout = 0.0;
         }
         self
     }

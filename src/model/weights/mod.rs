@@ -2,6 +2,7 @@
 //! safetensors or as `torch.save` writes them. Tensors are read one at a time, so that no more than
 //! one is held beside the model.
 
+mod adapter;
 mod pickle;
 mod safetensors;
 mod torch_file;
@@ -96,6 +97,8 @@ pub struct WeightFiles {
     files: Vec<(PathBuf, File)>,
     /// File and place of each tensor.
     entries: BTreeMap<String, (usize, Place)>,
+    /// Rank and scaling of the adapter of each module that has one.
+    scalings: BTreeMap<String, (i64, f64)>,
 }
 
 impl WeightFiles {
@@ -105,7 +108,12 @@ impl WeightFiles {
     /// [`Error::File`] or [`Error::Io`] for a directory without weights, a file that is missing,
     /// truncated or of another format.
     pub fn open(dir: &Path) -> Result<Self> {
-        let mut this = Self { dir: dir.to_owned(), files: Vec::new(), entries: BTreeMap::new() };
+        let mut this = Self {
+            dir: dir.to_owned(),
+            files: Vec::new(),
+            entries: BTreeMap::new(),
+            scalings: BTreeMap::new(),
+        };
         let Some((name, is_index)) = SOURCES.iter().find(|(name, _)| dir.join(name).exists())
         else {
             let names: Vec<_> = SOURCES.iter().map(|(name, _)| *name).collect();
@@ -180,7 +188,9 @@ impl WeightFiles {
     /// [`Error::File`] or [`Error::Io`] that names the tensor or the file.
     pub fn read(&self, spec: &TensorSpec) -> Result<Option<Tensor>> {
         match (self.find(spec)?, spec.init) {
-            (Some((file, place, kind)), _) => self.read_place(file, place, kind).map(Some),
+            (Some((file, place, kind)), _) => {
+                self.merge(spec, self.read_place(file, place, kind)?).map(Some)
+            }
             (None, Init::TokenRows { positive, negative, .. }) => {
                 let (file, table, kind) = self.token_table(spec)?;
                 let row = |row| self.read_place(file, &table.row(row, kind), kind);
@@ -275,6 +285,13 @@ fn spellings(name: &str) -> Vec<String> {
     all
 }
 
+/// A name without the prefix of the trunk, where it has one.
+#[must_use]
+pub fn without_trunk(name: &str) -> &str {
+    let inside = TRUNK_PREFIXES.iter().find_map(|prefix| name.strip_prefix(prefix));
+    inside.unwrap_or(name)
+}
+
 fn shard_names(path: &Path) -> Result<BTreeSet<String>> {
     let text = std::fs::read_to_string(path).map_err(|source| Error::Io {
         path: path.to_owned(),
@@ -312,6 +329,11 @@ pub fn initialise(spec: &TensorSpec, seed: u64) -> Result<Tensor> {
         Ok(Tensor::f_from_slice(&values)?.f_reshape(&spec.shape[..])?)
     };
     match spec.init {
+        Init::Uniform(bound) => {
+            let draws = seed::uniforms(seed::of_name(seed, &spec.name)).take(spec.elements());
+            let values: Vec<f32> = draws.map(|draw| ((2.0 * draw - 1.0) * bound) as f32).collect();
+            Ok(Tensor::f_from_slice(&values)?.f_reshape(&spec.shape[..])?)
+        }
         Init::Zeros => Ok(Tensor::f_zeros(&spec.shape[..], options)?),
         Init::Ones => Ok(Tensor::f_ones(&spec.shape[..], options)?),
         Init::Normal(std) => normal(std, f64::INFINITY),

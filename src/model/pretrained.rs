@@ -1,0 +1,58 @@
+//! A model on disk, whatever its form: a whole one, or an adapter with the model that it is for.
+
+use std::path::PathBuf;
+
+use super::lora::peft::{AdapterConfig, CONFIG_FILE};
+use super::weights::WeightFiles;
+use super::{ModelConfig, stages};
+use crate::error::{Error, Result};
+use crate::hub::{self, ModelDir};
+
+/// A tokenizer's file that every model directory of ours has.
+const TOKENIZER: &str = "tokenizer.json";
+
+/// A model that was found and opened; its weights are still on disk.
+#[derive(Debug)]
+pub struct Pretrained {
+    /// The directory with the tokenizer, and `reranker.json` where there is one.
+    pub dir: PathBuf,
+    /// The hub's commit that the model is a snapshot of.
+    pub revision: Option<String>,
+    /// Its configuration.
+    pub config: ModelConfig,
+    /// Its weights, with those of an adapter merged in as they are read.
+    pub weights: WeightFiles,
+    /// Where it is an adapter, the model that it is for.
+    pub base: Option<String>,
+}
+
+impl Pretrained {
+    /// Opens the model that `name` means ([`hub::resolve`]): a directory or a hub id of a model, or
+    /// of an adapter in peft's form.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when there is no such model, or no model under an adapter; [`Error::File`] or
+    /// [`Error::Io`] that names what is missing or wrong.
+    pub fn open(name: &str) -> Result<Self> {
+        let ModelDir { path: dir, revision } = hub::resolve(name)?;
+        let Some(adapter) = AdapterConfig::from_dir(&dir)? else {
+            let config = ModelConfig::from_dir(&dir)?;
+            let weights = WeightFiles::open(&dir)?;
+            return Ok(Self { dir, revision, config, weights, base: None });
+        };
+        let base = hub::resolve(&adapter.base).map_err(|error| match error {
+            Error::Usage(message) => Error::File {
+                path: dir.join(CONFIG_FILE),
+                message: format!("base_model_name_or_path: {message}"),
+            },
+            other => other,
+        })?;
+        let config = ModelConfig::from_dir(&base.path)?;
+        let parameters: Vec<_> =
+            stages(&config).iter().flat_map(|stage| stage.parameters()).collect();
+        let weights = WeightFiles::open(&base.path)?.with_adapter(&dir, &adapter, &parameters)?;
+        // Adapters that peft saved have none of their own.
+        let dir = if dir.join(TOKENIZER).exists() { dir } else { base.path };
+        Ok(Self { dir, revision, config, weights, base: Some(adapter.base) })
+    }
+}
