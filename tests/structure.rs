@@ -6,7 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use clap::CommandFactory as _;
+use clap::{CommandFactory as _, ValueEnum as _};
+use rr_launch::manual::Manual;
 
 /// The floors of `src/`, as in `docs/architecture.md`. A module imports only from floors below its
 /// own; floor 0 is `rr_launch::contract`.
@@ -40,11 +41,13 @@ const WITHIN_A_FLOOR: &[(&str, &str)] = &[
 const FLAGS: &[(&str, &str)] = &[
     (
         "rr-launch",
-        "--bind --config --config-file --config_file --cpu --dry-run --gpus --grace --hang-timeout --help \
-         --log-dir --master-port --max-restarts --nproc --overwrite --parallel --preempt-signal \
-         --resume --resume-anyway --set --skip-bad-records --timeout --version",
+        "--bind --config --config-file --config_file --cpu --dry-run --generate --gpus --grace \
+         --hang-timeout --help --log-dir --log-format --master-port --max-restarts --nproc --overwrite \
+         --parallel --prefix --preempt-signal --resume --resume-anyway --set --show --skip-bad-records \
+         --timeout --version",
     ),
     ("reranker", "--help --version"),
+    ("reranker generate", "--help"),
     (
         "reranker train",
         "--config --config-file --config_file --device --help --overwrite --parallel --resume \
@@ -207,7 +210,8 @@ fn modules_import_only_downward() {
             }
         }
         for part in modules_behind(&code, "rr_launch::") {
-            assert_eq!(part, "contract", "{path}: only the contract of the launcher is shared");
+            let is_shared = part == "contract" || (part == "manual" && module == "cli");
+            assert!(is_shared, "{path}: only contract and manual of the launcher are shared");
         }
     }
     let listed = WITHIN_A_FLOOR.iter().map(|&(from, to)| (from.to_owned(), to.to_owned()));
@@ -361,6 +365,24 @@ fn the_flags_are_frozen() {
         })
         .collect();
     assert_eq!(found, frozen, "a flag came or went: that changes scripts, so change FLAGS too");
+}
+
+#[test]
+fn the_man_page_and_the_completions_name_every_flag() {
+    let mut reranker = reranker::cli::Cli::command();
+    reranker.build();
+    let commands = reranker.get_subcommands().filter(|command| !command.is_hide_set());
+    let flags: BTreeSet<_> = commands
+        .flat_map(|command| command.get_arguments().filter(|argument| !argument.is_hide_set()))
+        .filter_map(clap::Arg::get_long)
+        .collect();
+    assert!(flags.len() > 30, "{flags:?}");
+    for manual in Manual::value_variants() {
+        let text = manual.text(reranker::cli::Cli::command()).replace(r"\-", "-");
+        for flag in &flags {
+            assert!(text.contains(flag), "{manual:?} lacks --{flag}");
+        }
+    }
 }
 
 #[test]

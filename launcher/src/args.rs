@@ -1,26 +1,47 @@
 //! The command line: raw flags, and what they ask for.
 
+mod output;
+
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use clap::Parser;
 use clap::error::ErrorKind;
+use clap::{ArgAction, Parser};
 
 pub use crate::binding::Binding;
 use crate::contract::{preemption, vars};
 use crate::error::LaunchError;
+use crate::manual::Manual;
 use crate::supervise;
+pub use output::OutputArgs;
 
 const USAGE: &str = "rr-launch [OPTIONS] --config FILE
        rr-launch [OPTIONS] -- PROGRAM [ARG]...";
 
+/// Of the man page; `--help` has the first line.
+const DESCRIPTION: &str = "Starts one worker per device, watches them, and leaves nothing behind.
+
+With --config, workers run `reranker train` on a training file, which is checked before anything \
+starts. With a program behind --, they run that under torchrun's environment (RANK, LOCAL_RANK, \
+WORLD_SIZE, MASTER_ADDR, MASTER_PORT and so on).
+
+When a worker fails, the others are ended, and the rank that ended first is named with its last lines. \
+The exit code is 0 if all workers ended with 0; that of the worker that failed first; 128 + n if \
+it, or the launcher, was ended by signal n; 1 if the launcher could not do its work; 2 if the command \
+line, a file or a setting is wrong; 40 for a hang; 41 if the workers were asked to make room and saved; \
+42 if --max-restarts is used up; 43 if starting again would end alike.
+
+TERM, INT and HUP are handed to all workers, which have --grace to end; a second INT ends them at once. \
+USR1, USR2 and --preempt-signal ask them to save and end.";
+
 const EXAMPLES: &str = "Examples:
-  rr-launch --gpus 0,1 --config config/training_llm.yaml
+  rr-launch --gpus 0,1 --config train.yaml
   rr-launch --gpus all --parallel config/deepspeed/zero2.yaml --config train.yaml --set lr=2e-5
   rr-launch --max-restarts 3 --hang-timeout 600 --log-dir logs --config train.yaml
-  rr-launch --gpus 0,1 -- python train.py";
+  rr-launch --gpus 0,1 -- python train.py
+  rr-launch --cpu --nproc 4 --show failed --log-dir logs --log-format json -- ./my-program";
 
 /// The flags of `rr-launch`.
 #[derive(Debug, Parser)]
@@ -28,12 +49,15 @@ const EXAMPLES: &str = "Examples:
     name = "rr-launch",
     version,
     about = "Starts one worker per device, watches them, and leaves nothing behind",
+    long_about = DESCRIPTION,
     override_usage = USAGE,
+    disable_help_flag = true,
+    max_term_width = 100,
     after_help = EXAMPLES
 )]
 #[allow(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 pub struct Args {
-    /// GPUs by index, UUID or MIG UUID, or `all` [default: the config's, else all]
+    /// GPUs by index, UUID, MIG UUID, `all` [default: config's, or all]
     #[arg(long, value_name = "LIST", conflicts_with = "cpu")]
     pub gpus: Option<GpuRequest>,
     /// Run on the CPU
@@ -86,10 +110,10 @@ pub struct Args {
     /// A signal that makes workers save and end, beside USR1 and USR2
     #[arg(long, value_name = "SIGNAL", value_parser = preempting_signal)]
     pub preempt_signal: Option<i32>,
-    /// Directory for the launch's summary, launch.json
-    #[arg(long, value_name = "DIR")]
-    pub log_dir: Option<PathBuf>,
-    /// Tie workers to CPUs: a NUMA node, or cores of their own
+    /// What becomes of the workers' output
+    #[command(flatten)]
+    pub output: OutputArgs,
+    /// Tie workers to CPUs: a NUMA node, or own cores
     #[arg(
         long,
         value_enum,
@@ -101,6 +125,13 @@ pub struct Args {
     /// Print the plan and each worker's environment, start nothing
     #[arg(long)]
     pub dry_run: bool,
+    /// Print help
+    // The long texts are for the manual: a screen has room for a line a flag.
+    #[arg(short, long, action = ArgAction::HelpShort)]
+    pub help: Option<bool>,
+    /// Print the man page or a shell's completions
+    #[arg(long, value_enum, value_name = "man|bash|zsh|fish", hide = true, exclusive = true)]
+    pub generate: Option<Manual>,
     /// Any program, started under torchrun's environment
     #[arg(last = true, value_name = "PROGRAM", hide = true)]
     pub program: Vec<OsString>,
@@ -111,7 +142,7 @@ pub struct Args {
 pub enum Invocation {
     /// Start a job.
     Launch(Box<Args>),
-    /// Print this text (help, version) and end.
+    /// Print this text (help, version, man page, completions) and end.
     Show(String),
 }
 
@@ -170,6 +201,9 @@ impl Args {
     ) -> Result<Invocation, LaunchError> {
         match Self::try_parse_from(command_line) {
             Ok(args) => {
+                if let Some(manual) = args.generate {
+                    return Ok(Invocation::Show(manual.text(Self::command())));
+                }
                 args.work()?;
                 Ok(Invocation::Launch(Box::new(args)))
             }
@@ -237,7 +271,7 @@ impl Args {
                 .preempt_signal
                 .map_or_else(inherited, |signal| Ok(Some(signal)))?,
             master_port: self.master_port,
-            log_dir: self.log_dir.clone(),
+            output: self.output.options(),
         })
     }
 
@@ -376,8 +410,12 @@ mod tests {
 
     #[test]
     fn help_fits_one_screen() {
-        let text = Args::command().term_width(100).render_help().to_string();
-        assert!(text.lines().count() <= 36, "{text}");
+        let text = match Args::read(["rr-launch", "--help"].map(Into::into)).unwrap() {
+            Invocation::Show(text) => text,
+            Invocation::Launch(_) => panic!("--help launches"),
+        };
+        assert!((24..=50).contains(&text.lines().count()), "{text}");
+        assert!(text.lines().all(|line| line.chars().count() <= 100), "{text}");
         assert!(text.contains("Examples:"), "{text}");
     }
 

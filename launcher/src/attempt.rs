@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd as _;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::error::LaunchError;
@@ -10,11 +11,16 @@ use crate::fleet::{self, Strays, Worker};
 use crate::guardian::Guardian;
 use crate::hang::{self, Monitor, Position};
 use crate::lifecycle::Cause;
-use crate::output::{Console, LineSplitter, Piece, Stream, Tail};
+use crate::output::{LineSplitter, Output, Stream, Voice};
 use crate::plan::Plan;
 use crate::procfs::Activity;
+use crate::report;
 use crate::summary::{AttemptRecord, RankRecord};
-use crate::sys::{Epoll, Interest};
+use crate::sys::{self, Epoll, Interest};
+
+/// What a worker's pipe is to hold, so that a burst of output does not wait for the launcher's turn on a
+/// CPU. The kernel takes memory for what is in it only.
+const PIPE_SIZE: i32 = 256 * 1024;
 
 /// What a descriptor in the epoll set stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,27 +71,6 @@ pub struct Pipe {
     pub splitter: LineSplitter,
 }
 
-/// What a line of a worker is marked and remembered with.
-pub struct Voice {
-    prefix: Vec<u8>,
-    /// Its last lines.
-    pub tail: Tail,
-}
-
-impl Voice {
-    /// Queues a piece of a worker's output. Only rank 0 has a status.
-    pub fn say(&mut self, piece: Piece<'_>, rank: usize, stream: Stream, console: &mut Console) {
-        match piece {
-            Piece::Line(line) => {
-                self.tail.push(line);
-                console.sink(stream).line(&self.prefix, line);
-            }
-            Piece::Status(status) if rank == 0 => console.sink(stream).set_status(status),
-            Piece::Status(_) => {}
-        }
-    }
-}
-
 /// One start of all workers.
 pub struct Attempt {
     /// Its number: the restarts before it.
@@ -112,18 +97,18 @@ impl Attempt {
         number: u32,
         guardian: &Guardian,
         epoll: &Epoll,
+        output: &mut Output,
         hang_timeout: Option<Duration>,
     ) -> Result<Self, LaunchError> {
+        let run = plan.run_id();
+        output.note(&format!("run {run}, attempt {number}: {}", report::workers(plan.workers())));
+        let voices = output.voices(number, plan.ranks())?;
         let mut pipes = Vec::new();
         let workers = fleet::start(plan, guardian, |worker| watch(worker, &mut pipes, epoll))?;
-        let voice = |worker: &Worker| Voice {
-            prefix: format!("[{}] ", worker.rank).into_bytes(),
-            tail: Tail::default(),
-        };
         let started = Instant::now();
         Ok(Self {
             number,
-            voices: workers.iter().map(voice).collect(),
+            voices,
             workers,
             strays: Strays::default(),
             pipes,
@@ -200,8 +185,8 @@ impl Attempt {
         let rank_record = |worker: &Worker| {
             let exit = worker.ended.map(|(exit, _)| exit);
             let beat = worker.beat();
-            let tail = self.voices[worker.rank].tail.lines();
-            let lines = tail.map(|line| String::from_utf8_lossy(line).into_owned());
+            let voice = &self.voices[worker.rank];
+            let lines = voice.tail.lines().map(|line| String::from_utf8_lossy(line).into_owned());
             RankRecord {
                 rank: worker.rank,
                 pid: worker.pid(),
@@ -210,6 +195,7 @@ impl Attempt {
                 elapsed: worker.ended.map(|(_, after)| after),
                 step: beat.as_ref().map(|beat| beat.step),
                 phase: beat.map(|beat| beat.phase),
+                log: voice.path().map(Path::to_owned),
                 last_lines: if keeps_lines(worker.rank) { lines.collect() } else { Vec::new() },
             }
         };
@@ -229,6 +215,7 @@ fn watch(worker: &mut Worker, pipes: &mut Vec<Pipe>, epoll: &Epoll) -> io::Resul
     }
     for stream in [Stream::Stdout, Stream::Stderr] {
         let Some(pipe) = worker.take_pipe(stream) else { continue };
+        sys::widen_pipe(pipe.as_fd(), PIPE_SIZE);
         epoll.add(pipe.as_fd(), Interest::Read, Token::Pipe(pipes.len()).pack())?;
         pipes.push(Pipe {
             file: Some(pipe.into()),

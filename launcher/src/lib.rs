@@ -18,6 +18,7 @@ mod fleet;
 mod guardian;
 mod hang;
 mod lifecycle;
+pub mod manual;
 mod oom;
 mod output;
 mod plan;
@@ -101,6 +102,11 @@ fn launch(args: &Args) -> Result<u8, LaunchError> {
     plan.bind(shares);
     plan.share(vars::TORCHELASTIC_MAX_RESTARTS, args.max_restarts.to_string());
     let options = args.supervision()?;
+    if let Some(rank) = options.output.show.highest().filter(|&rank| rank >= plan.workers()) {
+        let last = plan.workers() - 1;
+        let trouble = format!("--show: there is no rank {rank}; ranks go from 0 to {last}");
+        return Err(LaunchError::Usage(trouble));
+    }
     if let Some(signal) = options.preempt_signal {
         plan.share(vars::RR_PREEMPT_SIGNAL, sys::signal_name(signal));
     }
@@ -108,11 +114,6 @@ fn launch(args: &Args) -> Result<u8, LaunchError> {
         // As above: whoever closes stdout has read enough.
         let _ = write!(std::io::stdout(), "{plan}");
         return Ok(contract::exit_code::OK);
-    }
-    if let Some(dir) = &options.log_dir {
-        std::fs::create_dir_all(dir).map_err(|error| {
-            LaunchError::Usage(format!("--log-dir: cannot create {}: {error}", dir.display()))
-        })?;
     }
     supervise::run(plan, options)
 }

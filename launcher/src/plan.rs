@@ -103,6 +103,11 @@ impl Plan {
         self.placement.workers()
     }
 
+    /// The rank and the local rank of each worker of this host.
+    pub fn ranks(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
+        (0..self.workers()).map(|rank| (rank, rank))
+    }
+
     /// The identifier of the launch, the same over restarts.
     pub fn run_id(&self) -> &str {
         &self.run_id

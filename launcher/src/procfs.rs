@@ -23,6 +23,12 @@ pub fn children() -> Vec<Pid> {
     }
 }
 
+/// This host's name.
+pub fn hostname() -> String {
+    let name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    if name.trim().is_empty() { "localhost".to_owned() } else { name.trim().to_owned() }
+}
+
 /// The fields of a `stat` file behind the name, which may hold anything: the state is the first.
 fn stat(path: &str) -> Option<Vec<String>> {
     let text = fs::read_to_string(format!("{path}/stat")).ok()?;

@@ -55,7 +55,11 @@ pub fn workers(count: usize) -> String {
 fn blame(record: &AttemptRecord, rank: usize) -> Vec<String> {
     let worker = &record.ranks[rank];
     let (Some(exit), Some(after)) = (worker.exit, worker.elapsed) else { return Vec::new() };
-    let ending = if worker.last_lines.is_empty() { "it wrote nothing" } else { "its last lines:" };
+    let ending = match &worker.log {
+        _ if worker.last_lines.is_empty() => "it wrote nothing".to_owned(),
+        Some(log) => format!("its last lines (all are in {}):", log.display()),
+        None => "its last lines:".to_owned(),
+    };
     let reason =
         if worker.oom_killed { ": the kernel's out-of-memory killer ended it" } else { "" };
     let (pid, after) = (worker.pid, after.as_secs_f64());
@@ -119,6 +123,7 @@ mod tests {
             elapsed: Some(Duration::from_secs(if exit == Exit::Code(0) { 1 } else { 2 })),
             step: Some(3),
             phase: None,
+            log: None,
             last_lines: vec!["x".to_owned()],
         };
         AttemptRecord {

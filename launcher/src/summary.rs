@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -31,6 +31,8 @@ pub struct RankRecord {
     pub step: Option<u64>,
     /// What its last heartbeat said it did.
     pub phase: Option<String>,
+    /// The file that has all its output.
+    pub log: Option<PathBuf>,
     /// Its last lines of output.
     pub last_lines: Vec<String>,
 }
@@ -129,6 +131,7 @@ impl RankRecord {
             "elapsed_s": self.elapsed.map(|elapsed| elapsed.as_secs_f64()),
             "step": self.step,
             "phase": self.phase,
+            "log": self.log,
             "last_lines": self.last_lines,
         })
     }
@@ -149,6 +152,7 @@ mod tests {
             elapsed: Some(Duration::from_secs(1)),
             step: Some(3),
             phase: Some("reading data".to_owned()),
+            log: None,
             last_lines: vec!["x".to_owned()],
         };
         AttemptRecord {

@@ -3,7 +3,6 @@
 
 use std::io::{self, Read as _};
 use std::os::fd::AsFd as _;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use crate::attempt::{Attempt, Token};
@@ -12,7 +11,7 @@ use crate::error::LaunchError;
 use crate::guardian::Guardian;
 use crate::lifecycle::{Cause, Event, Exit, Lifecycle, Order};
 use crate::oom::OomWatch;
-use crate::output::{Console, Reader};
+use crate::output::{self, Output, Reader};
 use crate::plan::{Plan, Rendezvous};
 use crate::report;
 use crate::restarts::Restarts;
@@ -21,6 +20,14 @@ use crate::sys::{self, Epoll, Interest, SignalFd};
 
 /// What one read takes from a pipe: as much as a pipe holds.
 const READ_AT_ONCE: usize = 64 * 1024;
+
+/// A turn of the loop that has read less than this is followed by a nap: workers that write line by
+/// line would otherwise wake the launcher for each. Far less than what a pipe holds, so that a nap makes
+/// nobody wait.
+const LITTLE: usize = 16 * 1024;
+
+/// How long it naps. It is also how much later it may hear of something else.
+const NAP: Duration = Duration::from_millis(1);
 
 /// How a job is watched.
 #[derive(Debug, Clone)]
@@ -35,8 +42,8 @@ pub struct Options {
     pub preempt_signal: Option<i32>,
     /// The port that the user has named.
     pub master_port: Option<u16>,
-    /// Where the summary goes.
-    pub log_dir: Option<PathBuf>,
+    /// What becomes of the output.
+    pub output: output::Options,
 }
 
 /// Starts the plan's workers, watches them until all have ended, and returns the exit code.
@@ -53,10 +60,10 @@ pub fn run(plan: Plan, options: Options) -> Result<u8, LaunchError> {
     let watching = || LaunchError::system("watch the workers");
     let epoll = Epoll::new().map_err(watching())?;
     epoll.add(signals.as_fd(), Interest::Read, Token::Signals.pack()).map_err(watching())?;
-    let attempt = Attempt::start(&plan, 0, &guardian, &epoll, options.hang_timeout)?;
+    let mut output = Output::open(options.output.clone())?;
+    let attempt = Attempt::start(&plan, 0, &guardian, &epoll, &mut output, options.hang_timeout)?;
     let lifecycle = Lifecycle::new(options.grace, Restarts::new(options.max_restarts));
     let summary = Summary { run_id: plan.run_id().to_owned(), attempts: Vec::new() };
-    let console = Console::new().map_err(watching())?;
     let buffer = vec![0; READ_AT_ONCE];
     let mut supervisor = Supervisor {
         plan,
@@ -66,11 +73,12 @@ pub fn run(plan: Plan, options: Options) -> Result<u8, LaunchError> {
         signals,
         attempt,
         guardian,
-        console,
+        output,
         lifecycle,
         oom,
         summary,
         buffer,
+        just_read: 0,
     };
     supervisor.watch_all()?;
     supervisor.finish().map_err(LaunchError::system("write the last output"))
@@ -95,11 +103,13 @@ struct Supervisor {
     // Dropped in this order: workers are killed before the guardian looks for what they left.
     attempt: Attempt,
     guardian: Guardian,
-    console: Console,
+    output: Output,
     lifecycle: Lifecycle,
     oom: OomWatch,
     summary: Summary,
     buffer: Vec<u8>,
+    /// Bytes of output read in this turn of the loop.
+    just_read: usize,
 }
 
 impl Supervisor {
@@ -111,9 +121,9 @@ impl Supervisor {
             let Some(Order::Restart(number)) = restart else { return Ok(()) };
             let rendezvous = Rendezvous::on_this_host(self.options.master_port)?;
             self.plan.restart(number, rendezvous);
+            let Self { plan, guardian, epoll, output, .. } = self;
             let timeout = self.options.hang_timeout;
-            self.attempt =
-                Attempt::start(&self.plan, number, &self.guardian, &self.epoll, timeout)?;
+            self.attempt = Attempt::start(plan, number, guardian, epoll, output, timeout)?;
         }
     }
 
@@ -130,6 +140,9 @@ impl Supervisor {
             self.look_for_hang(now);
             self.tidy(now);
             self.write_out()?;
+            if (1..LITTLE).contains(&std::mem::take(&mut self.just_read)) {
+                std::thread::sleep(NAP);
+            }
         }
         Ok(())
     }
@@ -160,7 +173,7 @@ impl Supervisor {
         }
         if let Some((rank, lines)) = self.attempt.look_for_hang(now) {
             for line in lines {
-                self.console.say(&line);
+                self.output.say(&line);
             }
             self.tell(Event::Hung { rank }, now);
         }
@@ -233,7 +246,7 @@ impl Supervisor {
         let others = self.attempt.running();
         if others > 0 {
             let line = format!("rank {rank} {exit}; ending the other {}", report::workers(others));
-            self.console.say(&line);
+            self.output.say(&line);
         }
     }
 
@@ -251,7 +264,7 @@ impl Supervisor {
             Order::Kill => {
                 let running = workers.iter().filter(|worker| worker.ended.is_none()).count();
                 if running > 0 {
-                    self.console
+                    self.output
                         .say(&format!("killing {} that did not end", report::workers(running)));
                 }
                 for worker in workers {
@@ -261,7 +274,7 @@ impl Supervisor {
             Order::Abandon => {
                 for worker in workers.iter_mut().filter(|worker| !worker.is_gone()) {
                     let (rank, pid) = (worker.rank, worker.pid());
-                    self.console.say(&format!(
+                    self.output.say(&format!(
                         "rank {rank} (pid {pid}) cannot be killed; it hangs in a system call"
                     ));
                     worker.abandon();
@@ -289,26 +302,27 @@ impl Supervisor {
 
     /// Passes on what was read from a pipe into the first `count` bytes of the buffer.
     fn take_in(&mut self, index: usize, count: usize) {
-        let Self { attempt: Attempt { pipes, voices, .. }, console, buffer, .. } = self;
+        self.just_read += count;
+        let Self { attempt: Attempt { pipes, voices, .. }, output, buffer, .. } = self;
         let pipe = &mut pipes[index];
-        let voice = &mut voices[pipe.rank];
-        let (rank, stream) = (pipe.rank, pipe.stream);
-        pipe.splitter.push(&buffer[..count], |piece| voice.say(piece, rank, stream, console));
+        let (voice, stream) = (&mut voices[pipe.rank], pipe.stream);
+        pipe.splitter.push(&buffer[..count], |piece| output.pass_on(voice, stream, piece));
     }
 
     fn end_of_output(&mut self, index: usize) {
-        let Self { attempt: Attempt { pipes, voices, .. }, console, .. } = self;
+        let Self { attempt: Attempt { pipes, voices, .. }, output, .. } = self;
         let pipe = &mut pipes[index];
         pipe.file = None;
-        let voice = &mut voices[pipe.rank];
-        let (rank, stream) = (pipe.rank, pipe.stream);
-        pipe.splitter.finish(|piece| voice.say(piece, rank, stream, console));
+        let (voice, stream) = (&mut voices[pipe.rank], pipe.stream);
+        pipe.splitter.finish(|piece| output.pass_on(voice, stream, piece));
+        output.end(voice, stream);
     }
 
     /// Writes what is queued, and settles who has to wait for whom.
     fn write_out(&mut self) -> io::Result<()> {
+        self.output.write_files(&mut self.attempt.voices);
         let mut closed = false;
-        for (index, sink) in self.console.sinks().iter_mut().enumerate() {
+        for (index, sink) in self.output.console.sinks().iter_mut().enumerate() {
             let before = sink.reader();
             let after = sink.flush();
             closed |= before != Reader::Gone && after == Reader::Gone;
@@ -330,10 +344,11 @@ impl Supervisor {
     /// Stops reading pipes whose sink is full, and reads them again when it has room. A pipe that
     /// is not read is taken out of the set: its end would wake the loop without end.
     fn hold_back(&mut self) -> io::Result<()> {
-        for (sink_index, hold) in self.console.pressure() {
+        for (sink_index, hold) in self.output.console.pressure() {
             for (index, pipe) in self.attempt.pipes.iter().enumerate() {
                 let Some(file) = &pipe.file else { continue };
-                if self.console.index_of(pipe.stream) != sink_index {
+                let sink = self.output.console.index_of(pipe.stream);
+                if sink != sink_index || !self.attempt.voices[pipe.rank].is_shown() {
                     continue;
                 }
                 if hold {
@@ -349,7 +364,7 @@ impl Supervisor {
     /// Everybody is gone: the last output, the report, and what comes next.
     fn conclude(&mut self) -> io::Result<Option<Order>> {
         self.drain()?;
-        for sink in self.console.sinks() {
+        for sink in self.output.console.sinks() {
             sink.clear_status();
         }
         let cause = self.lifecycle.cause();
@@ -358,7 +373,7 @@ impl Supervisor {
         let keeps_lines = |rank| order.is_none() || Some(rank) == blamed;
         let record = self.attempt.record(cause, keeps_lines);
         for line in report::lines(&record, self.lifecycle.verdict(), self.options.max_restarts) {
-            self.console.say(&line);
+            self.output.say(&line);
         }
         self.summary.attempts.push(record);
         let code = order.is_none().then(|| self.lifecycle.exit_code());
@@ -375,10 +390,10 @@ impl Supervisor {
     }
 
     fn write_summary(&mut self, exit_code: Option<u8>) {
-        let Some(dir) = &self.options.log_dir else { return };
+        let Some(dir) = &self.options.output.log_dir else { return };
         if let Err(error) = self.summary.write(dir, self.lifecycle.verdict(), exit_code) {
             let dir = dir.display();
-            self.console.say(&format!("cannot write the summary into {dir}: {error}"));
+            self.output.say(&format!("cannot write the summary into {dir}: {error}"));
         }
     }
 
@@ -407,7 +422,7 @@ impl Supervisor {
     fn write_to_the_end(&mut self) -> io::Result<()> {
         loop {
             self.write_out()?;
-            if self.console.sinks().iter().all(|sink| sink.reader() != Reader::Slow) {
+            if self.output.console.sinks().iter().all(|sink| sink.reader() != Reader::Slow) {
                 return Ok(());
             }
             for token in self.epoll.wait(None)? {

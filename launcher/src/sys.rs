@@ -327,6 +327,12 @@ pub fn readable_bytes(pipe: BorrowedFd<'_>) -> usize {
     if result == 0 { count.max(0) as usize } else { 0 }
 }
 
+/// Asks that a pipe hold so many bytes. The kernel may refuse, and then leaves it as it is.
+pub fn widen_pipe(pipe: BorrowedFd<'_>, bytes: libc::c_int) {
+    // SAFETY: F_SETPIPE_SZ takes one int.
+    unsafe { libc::fcntl(pipe.as_raw_fd(), libc::F_SETPIPE_SZ, bytes) };
+}
+
 /// Whether a write would find room now. True for files, and where a write would fail at once.
 pub fn is_writable(fd: BorrowedFd<'_>) -> bool {
     let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLOUT, revents: 0 };

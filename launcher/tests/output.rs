@@ -77,6 +77,25 @@ sys.stdout.flush()
 }
 
 #[test]
+fn a_restart_behind_a_slow_reader_loses_nothing() {
+    // More than the launcher queues, but no more than its pipes hold: the first attempt ends while
+    // nobody reads, and the second one runs when somebody does again.
+    let script = "yes | head -n 100000; [ $RR_RESTART_COUNT = 1 ] || exit 1; sleep 2";
+    let mut command = shell(1, &["--max-restarts", "1"], script);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let reader = child.stdout.take().unwrap();
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    let mut reader = BufReader::with_capacity(512, reader);
+    let (mut line, mut lines) = (String::new(), 0);
+    while reader.read_line(&mut line).unwrap() > 0 {
+        assert_eq!(line, "[0] y\n");
+        line.clear();
+        lines += 1;
+    }
+    assert_eq!((lines, wait(child)), (200_000, Some(0)));
+}
+
+#[test]
 fn streams_stay_apart_and_bytes_stay_as_they_are() {
     let script = r"printf 'caf\351 \377\n'; echo problem >&2; printf 'two\r\n'; printf unfinished";
     let mut child =

@@ -2,10 +2,12 @@
 
 use std::io::{self, IsTerminal, Write};
 
+use clap::CommandFactory as _;
 use rr_launch::contract::{WorkerEnv, exit_code, preemption};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::time::ChronoUtc;
 
+use super::output::print;
 use super::{Cli, Command, DistillArgs, PlanArgs, check, convert, eval, score};
 use crate::config::Plan;
 use crate::error::{Error, Result};
@@ -23,6 +25,7 @@ pub fn run(cli: &Cli) -> Result<u8> {
         Command::Score(args) => score::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Convert(args) => convert::run(args),
+        Command::Generate { kind } => print(&kind.text(Cli::command())),
     };
     done.map(|()| exit_code::OK)
 }

@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use rr_launch::manual::Manual;
 
 use crate::config;
 use crate::error::Result;
@@ -45,6 +46,13 @@ pub enum Command {
     Eval(EvalArgs),
     /// Convert data between pointwise, grouped and pos/neg records, or merge an adapter
     Convert(ConvertArgs),
+    /// Print the man page or a shell's completions
+    #[command(hide = true)]
+    Generate {
+        /// What to print
+        #[arg(value_enum, value_name = "KIND")]
+        kind: Manual,
+    },
 }
 
 /// Where the plan of a run comes from.

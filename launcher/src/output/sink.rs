@@ -129,6 +129,11 @@ impl Sink {
         changed.then_some(holds_back)
     }
 
+    /// Forgets that workers wait, as new ones do not yet.
+    pub fn forget_pressure(&mut self) {
+        self.holds_back = false;
+    }
+
     /// Whether both write to the same file, pipe or terminal.
     pub fn is_same_as(&self, other: &Self) -> io::Result<bool> {
         use std::os::unix::fs::MetadataExt as _;
