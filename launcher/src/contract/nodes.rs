@@ -57,8 +57,7 @@ impl NodeEnv {
     /// torchrun's own variables, which the training operator sets for each pod.
     fn from_pytorch_job(lookup: &Lookup<'_>) -> Result<Self, ContractError> {
         let nnodes = lookup.require_size(vars::PET_NNODES, String::new)?;
-        let name =
-            if lookup.has(vars::PET_NODE_RANK) { vars::PET_NODE_RANK } else { vars::RANK };
+        let name = if lookup.has(vars::PET_NODE_RANK) { vars::PET_NODE_RANK } else { vars::RANK };
         let node_rank = lookup.require_rank(name, vars::PET_NNODES, nnodes)?;
         let mut node = Self::new(lookup, nnodes, node_rank)?;
         if let Some(host) = lookup.get(vars::PET_MASTER_ADDR).filter(|host| !host.is_empty()) {
@@ -83,11 +82,8 @@ impl NodeEnv {
     fn from_open_mpi(lookup: &Lookup<'_>) -> Result<Self, ContractError> {
         let because = || format!("{} is", vars::OMPI_COMM_WORLD_RANK);
         let nnodes = lookup.require_size(vars::OMPI_COMM_WORLD_SIZE, because)?;
-        let node_rank = lookup.require_rank(
-            vars::OMPI_COMM_WORLD_RANK,
-            vars::OMPI_COMM_WORLD_SIZE,
-            nnodes,
-        )?;
+        let node_rank =
+            lookup.require_rank(vars::OMPI_COMM_WORLD_RANK, vars::OMPI_COMM_WORLD_SIZE, nnodes)?;
         lookup.parse(
             vars::OMPI_COMM_WORLD_LOCAL_SIZE,
             "1: one rr-launch for each node (mpirun --map-by ppr:1:node)",

@@ -13,7 +13,7 @@ use super::message::{Ending, Message, Part, Settlement, World};
 use super::pool::Pool;
 use crate::attempt::Token;
 use crate::lifecycle::Cause;
-use crate::plan::Rendezvous;
+use crate::plan::{Rendezvous, Standing};
 use crate::sys::{Epoll, Interest};
 
 /// How long node 0 waits in the end until all have heard what the run came to.
@@ -65,7 +65,8 @@ impl Cluster {
 
     fn new(world: World, node: usize, links: Vec<Option<Link>>, silence: Duration) -> Self {
         let nodes = world.nodes.len();
-        let clock = Clock { start: Instant::now(), offset_us: (node == 0).then_some(0), best_us: i64::MAX };
+        let clock =
+            Clock { start: Instant::now(), offset_us: (node == 0).then_some(0), best_us: i64::MAX };
         Self {
             node,
             world,
@@ -81,9 +82,13 @@ impl Cluster {
         }
     }
 
-    /// This node's number.
-    pub fn node(&self) -> usize {
-        self.node
+    /// Where this node's workers stand among all.
+    pub fn standing(&self) -> Standing {
+        Standing {
+            node: self.node,
+            first_rank: self.world.first_rank(self.node),
+            world_size: self.world.workers(),
+        }
     }
 
     /// All nodes.
@@ -251,21 +256,30 @@ impl Cluster {
         &mut self,
         hang_timeout: Option<Duration>,
         find_port: impl FnOnce() -> u16,
-    ) -> Option<Settlement> {
+    ) -> Option<&Settlement> {
         if self.settlement.is_none() && self.pool.is_complete() {
             let hang_s = hang_timeout.unwrap_or_default().as_secs_f64();
             let settlement = self.pool.settle(&self.world, hang_s, find_port());
             self.broadcast(&Message::Settled(settlement.clone()));
             self.settlement = Some(settlement);
         }
-        self.settlement.clone()
+        self.settlement()
     }
 
-    /// The next attempt begins, unless the one before was the last.
-    pub fn begin(&mut self, attempt: u32) {
+    /// What the attempt came to, where that is known.
+    pub fn settlement(&self) -> Option<&Settlement> {
+        self.settlement.as_ref()
+    }
+
+    /// The next attempt begins; where its workers meet.
+    pub fn begin(&mut self, attempt: u32) -> Rendezvous {
         let nodes = self.world.nodes.len();
-        (self.attempt, self.settlement) = (attempt, None);
+        if let Some(settlement) = self.settlement.take() {
+            self.world.master_port = settlement.next_port;
+        }
+        self.attempt = attempt;
         (self.pool, self.quiet) = (Pool::new(nodes), vec![false; nodes]);
+        self.rendezvous()
     }
 
     /// When there is something to do without an event.

@@ -1,7 +1,7 @@
 //! How the launchers meet before anything starts: node 0 listens, the others call it until it
 //! answers, and all begin at once when all are there and agree.
 
-use std::io;
+use std::io::{self, Write as _};
 use std::net::{TcpListener, TcpStream, ToSocketAddrs as _};
 use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ use super::message::{Hello, Message, Node, Term, World, name_of};
 use crate::contract::exit_code;
 use crate::error::LaunchError;
 use crate::plan::{self, Rendezvous};
-use crate::report::ranges;
+use crate::report::{ranges, workers};
 use crate::sys::{Epoll, Interest};
 
 /// Between two calls to a node 0 that does not answer.
@@ -119,23 +119,28 @@ impl Meeting {
 }
 
 /// Says no, and waits until it is heard.
-fn refuse(link: io::Result<Link>, line: &str, code: u8, until: Instant) {
+fn refuse(link: io::Result<Link>, reason: &str, code: u8, until: Instant) {
     // Who is gone already needs no answer.
     let Ok(mut link) = link else { return };
-    link.send(&Message::Refuse { line: line.to_owned(), code });
+    link.send(&Message::Refuse { line: reason.to_owned(), code });
     link.part(until);
 }
 
 /// Refuses whoever calls when the launch has begun.
 pub fn refuse_late(listener: &TcpListener) {
     while let Ok((stream, _)) = listener.accept() {
-        let line = "the launch at this address has begun without this node";
+        let reason = "the launch at this address has begun without this node";
         let Ok(mut link) = Link::new(stream) else { continue };
-        let message = Message::Refuse { line: line.to_owned(), code: exit_code::USER_ERROR };
+        let message = Message::Refuse { line: reason.to_owned(), code: exit_code::USER_ERROR };
         // Nothing was read, so that closing it would take this back; it need not be waited for.
         link.receive(Instant::now());
         link.send(&message);
     }
+}
+
+/// A line on stderr. Where nobody reads it nothing is missed.
+fn say(line: &str) {
+    let _ = writeln!(io::stderr(), "rr-launch: {line}");
 }
 
 fn network() -> impl FnOnce(io::Error) -> LaunchError {
@@ -203,7 +208,6 @@ impl Host {
 
     /// Hears what the guests say; why nothing can come of it, and the exit code.
     fn listen(&mut self, now: Instant) -> Option<(String, u8)> {
-        let missing = self.missing();
         let mut index = 0;
         while index < self.guests.len() {
             let guest = &mut self.guests[index];
@@ -211,7 +215,7 @@ impl Host {
             for message in guest.link.receive(now) {
                 match message {
                     Message::Ping { .. } => {
-                        guest.link.send(&Message::Wait { missing: missing.clone() });
+                        guest.link.send(&Message::Wait);
                     }
                     Message::Decline { node_rank, host, code } => {
                         let name = name_of(node_rank, &host);
@@ -231,7 +235,7 @@ impl Host {
                     return Some((line, exit_code::USER_ERROR));
                 }
                 if let Some(line) = self.taken(&hello) {
-                    eprintln!("rr-launch: {line}");
+                    say(&line);
                     let guest = self.guests.remove(index);
                     refuse(Ok(guest.link), &line, exit_code::USER_ERROR, now + FAREWELL);
                     continue;
@@ -279,9 +283,9 @@ impl Host {
         };
         for (index, node) in world.nodes.iter().enumerate() {
             if node.workers != self.own.workers {
-                let (name, count) = (world.name(index), node.workers);
+                let (name, count) = (world.name(index), workers(node.workers));
                 let (own, others) = (world.name(0), self.own.workers);
-                eprintln!("rr-launch: {name} starts {count} workers, {own} starts {others}");
+                say(&format!("{name} starts {count}, {own} starts {others}"));
             }
         }
         let mut links: Vec<Link> = self.guests.into_iter().map(|guest| guest.link).collect();
@@ -301,9 +305,12 @@ fn disagreement(own: &Hello, other: &Hello) -> Option<String> {
         if !is_readable || *name != theirs.name {
             return Some(format!("{name}: not the same on {two} and on {one}"));
         }
-        let shown = |value: &str| if value.is_empty() { "none".to_owned() } else { value.to_owned() };
+        let shown =
+            |value: &str| if value.is_empty() { "none".to_owned() } else { value.to_owned() };
         let (value, theirs) = (shown(value), shown(&theirs.value));
-        return Some(format!("{name}: {theirs} on {two}, {value} on {one}; they have to be the same"));
+        return Some(format!(
+            "{name}: {theirs} on {two}, {value} on {one}; they have to be the same"
+        ));
     }
     (own.terms.len() != other.terms.len()).then(|| format!("{two} is another rr-launch than {one}"))
 }
@@ -321,10 +328,8 @@ fn join(own: &Hello, place: &Place) -> Result<Cluster, LaunchError> {
     loop {
         let left = deadline.map_or(CALL, |deadline| deadline.duration_since(Instant::now()));
         if left.is_zero() {
-            let line = format!(
-                "waited {} s (--rdzv-timeout) for {trouble}",
-                place.patience.as_secs_f64()
-            );
+            let line =
+                format!("waited {} s (--rdzv-timeout) for {trouble}", place.patience.as_secs_f64());
             return Err(LaunchError::Nodes { line, code: exit_code::NODE_LOST });
         }
         let Place { addr, port, .. } = place;
@@ -337,12 +342,11 @@ fn join(own: &Hello, place: &Place) -> Result<Cluster, LaunchError> {
             }
         };
         link.send(&Message::Hello(own.clone()));
-        match sit(&mut link, place, deadline).map_err(network())? {
+        match sit(&mut link, place).map_err(network())? {
             Answer::Begin(world) => {
                 return Ok(Cluster::member(world, own.node_rank, link, place.silence));
             }
             Answer::Refused { line, code } => return Err(LaunchError::Nodes { line, code }),
-            Answer::Missing(missing) => trouble = nodes(&missing),
             Answer::Gone => {
                 trouble = format!("node 0, which hung up at {addr}:{port}");
                 std::thread::sleep(CALL_AGAIN);
@@ -370,38 +374,30 @@ enum Answer {
         line: String,
         code: u8,
     },
-    /// The time is over, and these have not come.
-    Missing(Vec<usize>),
     /// Node 0 has ended, or is out of reach.
     Gone,
 }
 
-/// Waits at node 0 for the others.
-fn sit(link: &mut Link, place: &Place, deadline: Option<Instant>) -> io::Result<Answer> {
+/// Waits at node 0 for the others. How long is node 0's to say.
+fn sit(link: &mut Link, place: &Place) -> io::Result<Answer> {
     let mut epoll = Epoll::new()?;
     epoll.add(link.as_fd(), Interest::Read, 0)?;
-    let mut absent = vec![0];
     loop {
         let now = Instant::now();
         for message in link.receive(now) {
             match message {
                 Message::Welcome(world) => return Ok(Answer::Begin(world)),
                 Message::Refuse { line, code } => return Ok(Answer::Refused { line, code }),
-                Message::Wait { missing } => absent = missing,
                 _ => {}
             }
         }
         if !link.is_open() || link.is_silent(place.silence, now) {
             return Ok(Answer::Gone);
         }
-        if deadline.is_some_and(|deadline| now >= deadline) {
-            return Ok(Answer::Missing(absent));
-        }
         if link.takes_ping(now) {
             link.send(&Message::Ping { sent_us: 0, is_quiet: false });
         }
-        let left = deadline.map_or(PING, |deadline| deadline.duration_since(now).min(PING));
-        epoll.wait(Some(left))?;
+        epoll.wait(Some(PING))?;
     }
 }
 
@@ -421,16 +417,20 @@ mod tests {
 
     #[test]
     fn what_differs_is_named() {
-        let own = hello(0, &[("--nnodes", "3", true), ("--run-id", "", true), ("--config", "1", false)]);
+        let own =
+            hello(0, &[("--nnodes", "3", true), ("--run-id", "", true), ("--config", "1", false)]);
         assert_eq!(disagreement(&own, &Hello { node_rank: 1, ..own.clone() }), None);
-        let other = hello(1, &[("--nnodes", "2", true), ("--run-id", "", true), ("--config", "1", false)]);
+        let other =
+            hello(1, &[("--nnodes", "2", true), ("--run-id", "", true), ("--config", "1", false)]);
         assert_eq!(
             disagreement(&own, &other).as_deref(),
             Some("--nnodes: 2 on node 1 (b), 3 on node 0 (a); they have to be the same")
         );
-        let other = hello(1, &[("--nnodes", "3", true), ("--run-id", "x", true), ("--config", "1", false)]);
+        let other =
+            hello(1, &[("--nnodes", "3", true), ("--run-id", "x", true), ("--config", "1", false)]);
         assert!(disagreement(&own, &other).is_some_and(|line| line.contains("none on node 0")));
-        let other = hello(1, &[("--nnodes", "3", true), ("--run-id", "", true), ("--config", "2", false)]);
+        let other =
+            hello(1, &[("--nnodes", "3", true), ("--run-id", "", true), ("--config", "2", false)]);
         assert_eq!(
             disagreement(&own, &other).as_deref(),
             Some("--config: not the same on node 1 (b) and on node 0 (a)")

@@ -44,10 +44,7 @@ pub enum Message {
         clock_us: i64,
     },
     /// The answer before the start.
-    Wait {
-        /// Who has not come.
-        missing: Vec<usize>,
-    },
+    Wait,
     /// The workers of a node end before they are done; the others' have to end too.
     Ending(Ending),
     /// The user's second INT: everybody is killed.

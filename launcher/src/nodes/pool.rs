@@ -36,11 +36,6 @@ impl Pool {
         self.lost[node] = true;
     }
 
-    /// Whether a node is lost.
-    pub fn has_lost(&self, node: usize) -> bool {
-        self.lost[node]
-    }
-
     /// Whether nothing is left on any node.
     pub fn is_complete(&self) -> bool {
         self.parts.iter().zip(&self.lost).all(|(part, lost)| part.is_some() || *lost)
@@ -130,7 +125,7 @@ mod tests {
             assert!(!pool.is_complete());
             pool.is_gone(node, part);
         }
-        endings.iter().for_each(|&ending| pool.ends(ending));
+        pool.endings.extend(endings);
         assert!(pool.is_complete());
         pool.settle(&world(), 600.0, 7)
     }
