@@ -61,7 +61,7 @@ const FLAGS: &[(&str, &str)] = &[
     ),
     (
         "reranker check",
-        "--config --config-file --config_file --device --for-launch --gpus --help --json --nproc \
+        "--config --config-file --config_file --device --for-launch --gpus --help --json --nnodes --nproc \
          --overwrite --parallel --resume --resume-anyway --set --skip-bad-records --timeout",
     ),
     (

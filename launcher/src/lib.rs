@@ -77,8 +77,10 @@ fn launch(args: &Args) -> Result<u8, LaunchError> {
     sys::wait_for_own_children();
     let mut options = args.supervision()?;
     let place = args.nodes.place()?;
+    let nnodes = place.as_ref().map_or(1, |place| place.nnodes);
     if args.dry_run {
-        let mut plan = plan(args, prepare(args)?, Rendezvous::on_this_host(args.master_port)?)?;
+        let mut plan =
+            plan(args, prepare(args, nnodes)?, Rendezvous::on_this_host(args.master_port)?)?;
         if let Some(place) = &place {
             plan.imagine(place);
         }
@@ -87,15 +89,15 @@ fn launch(args: &Args) -> Result<u8, LaunchError> {
         return Ok(contract::exit_code::OK);
     }
     let Some(place) = place else {
-        let prepared = prepare(args)?;
+        let prepared = prepare(args, nnodes)?;
         // A free port is chosen last, to leave others little time to take it.
         let plan = plan(args, prepared, Rendezvous::on_this_host(args.master_port)?)?;
         return supervise::run(plan, options, None);
     };
-    let (nnodes, node) = (place.nnodes, place.node_rank);
+    let node = place.node_rank;
     options.output.log_dir = options.output.log_dir.map(|dir| dir.join(format!("node-{node}")));
     let meeting = Meeting::open(place)?;
-    let prepared = prepare(args).and_then(|prepared| {
+    let prepared = prepare(args, nnodes).and_then(|prepared| {
         let terms = args.terms(nnodes, prepared.placement.device())?;
         Ok((plan(args, prepared, Rendezvous::nowhere())?, terms))
     });
@@ -114,7 +116,7 @@ fn launch(args: &Args) -> Result<u8, LaunchError> {
 }
 
 /// What is checked, and decided by this machine alone.
-fn prepare(args: &Args) -> Result<Prepared, LaunchError> {
+fn prepare(args: &Args, nnodes: usize) -> Result<Prepared, LaunchError> {
     // What was asked for by name is checked before anything is started, the check step included.
     if args.master_port.is_some() {
         Rendezvous::on_this_host(args.master_port)?;
@@ -136,7 +138,8 @@ fn prepare(args: &Args) -> Result<Prepared, LaunchError> {
         }
         Work::Train(flags) => {
             let reranker = preflight::find_reranker()?;
-            let advice = preflight::check(&reranker, &flags, asked.as_ref(), args.cpu)?;
+            let advice = preflight::check(&reranker, &flags, asked.as_ref(), args.cpu, nnodes)?;
+            let advice = devices::share_of_node(advice, nnodes)?;
             let placement = place(&advice)?;
             let command = flags.train_command(&reranker, placement.device());
             Ok(Prepared { command, placement, text: advice.text })
