@@ -164,6 +164,8 @@ impl Cluster {
                 let pong = Message::Pong { sent_us, clock_us: self.clock.own(now) };
                 self.links[node].as_mut()?.send(&pong);
             }
+            // 0 was sent before the start, by no clock.
+            Message::Pong { sent_us: 0, .. } => {}
             Message::Pong { sent_us, clock_us } => self.clock.learn(sent_us, clock_us, now),
             Message::Ending(mut ending) => {
                 let is_asked = matches!(ending.cause, Cause::Signal(_) | Cause::Preempted { .. });
