@@ -36,7 +36,8 @@ TRAIN = ROOT / "example_data/train_pointwise.jsonl"
 EVAL = ROOT / "example_data/eval_grouped.jsonl"
 MAX_LEN = 64
 LEAST_SHARE = 0.85
-# Further documents for each query: a teacher judges pairs that nobody has labelled.
+# Further documents for each query: a teacher judges pairs that nobody has labelled, and sentences
+# that nobody has asked.
 MORE = 20
 LAYER = "encoder.layer."
 STUDENT = {
@@ -78,20 +79,29 @@ def words(text: str) -> set[str]:
     return set(re.findall(r"[a-z0-9]+|[\u4e00-\u9fff]", text.lower()))
 
 
+def first_sentence(document: str) -> str:
+    """What a document begins with, in place of a query."""
+    return re.split(r"[.;:!?。；！？]", document, maxsplit=1)[0].strip()
+
+
 def write_unlabelled(source: Path, to: Path, more: int) -> int:
     """The pairs of `source` without labels, and for each query as many as `more` further documents:
-    half of them the ones that share most of its rare words, half at random. Returns their number."""
+    half of them the ones that share most of its rare words, half at random. First sentences of the
+    documents are queries too, with half as many. Returns the number of pairs."""
     records = [json.loads(line) for line in source.read_text("utf-8").splitlines()]
     documents = list(dict.fromkeys(record["content"] for record in records))
     bags = [words(document) for document in documents]
     counts = Counter(word for bag in bags for word in bag)
     pairs = dict.fromkeys((record["query"], record["content"]) for record in records)
+    queries = {record["query"]: more for record in records}
+    sentences = filter(None, map(first_sentence, documents))
+    queries |= {sentence: more // 2 for sentence in sentences if sentence not in queries}
     dice = random.Random(666)
-    for query in dict.fromkeys(record["query"] for record in records):
+    for query, count in queries.items():
         asked = words(query)
         near = [sum(1 / counts[word] for word in sorted(asked & bag)) for bag in bags]
         order = sorted(range(len(documents)), key=lambda i: -near[i])
-        chosen = order[: more // 2] + dice.sample(order[more // 2 :], more - more // 2)
+        chosen = order[: count // 2] + dice.sample(order[count // 2 :], count - count // 2)
         pairs |= dict.fromkeys((query, documents[i]) for i in chosen)
     with to.open("w") as out:
         for query, content in pairs:

@@ -98,12 +98,11 @@ impl Bridge {
         let figures: serde_json::Map<String, Value> =
             figures.iter().map(|(tag, figure)| (tag.clone(), json!(figure))).collect();
         let line = json!({"step": step, "figures": figures}).to_string();
-        self.lines.try_send(line).map_err(|error| match error {
-            TrySendError::Full(_) => gone(&format!("its client left {QUEUE} lines unread")),
-            TrySendError::Disconnected(_) => match self.child.try_wait() {
-                Ok(Some(status)) => gone(&format!("its client ended ({status})")),
-                _ => gone("its client reads no more"),
-            },
+        // A full queue may be all that is seen yet of a client that has ended.
+        self.lines.try_send(line).map_err(|error| match (self.child.try_wait(), error) {
+            (Ok(Some(status)), _) => gone(&format!("its client ended ({status})")),
+            (_, TrySendError::Full(_)) => gone(&format!("its client left {QUEUE} lines unread")),
+            (_, TrySendError::Disconnected(_)) => gone("its client reads no more"),
         })
     }
 
