@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly STEPS=(fmt clippy doc build test linkage golden training quickstart interop trackers report
-    gpu torchrun)
+    gpu nodes torchrun)
 readonly BIN=${CARGO_TARGET_DIR:-target}/release
 # The model in tests/golden that stands for its family.
 readonly FAMILIES=(roberta_tiny xlm_roberta_odd modernbert_tiny modernbert_odd)
@@ -39,6 +39,7 @@ describe() {
     trackers) echo "TensorBoard and wandb read back what a run logged" ;;
     report) echo "the report page in a real browser" ;;
     gpu) echo "what the GPU check can do without one" ;;
+    nodes) echo "three machines under rr-launch, where network namespaces can be made" ;;
     torchrun) echo "two machines under torchrun, where network namespaces can be made" ;;
     interop) echo "transformers, sentence-transformers and peft give our scores, huggingface_hub our cache" ;;
     esac
@@ -49,7 +50,7 @@ step_setup() { python=$(scripts/setup.sh --python); }
 step_fmt() {
     cargo fmt --all --check
     if command -v shellcheck >/dev/null; then
-        shellcheck scripts/*.sh .ci/run
+        shellcheck scripts/*.sh scripts/slurm.sbatch .ci/run
     fi
 }
 
@@ -158,6 +159,11 @@ step_report() {
 step_gpu() {
     cargo build --release --workspace --examples
     scripts/gpu-check.sh --cpu
+}
+
+step_nodes() {
+    cargo build --release --workspace
+    PYTHON=$python scripts/check_nodes.sh
 }
 
 step_torchrun() {

@@ -204,7 +204,7 @@ fn strategies_that_make_no_sense() {
     }
     fsdp("", "num_machines: 2\n").refused_with(|error| {
         assert!(error.starts_with("p.yaml:2:15: num_machines: 2, but these "), "{error}");
-        assert!(error.ends_with("start the workers of every machine with torchrun or srun"));
+        assert!(error.ends_with(" every machine: rr-launch --nnodes 2, torchrun or srun"));
     });
     fsdp("", "num_processes: 3\n").refused_with(|error| {
         let start = "p.yaml:2:16: num_processes: the file is for 3 processes and this run has ";

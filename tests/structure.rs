@@ -42,9 +42,10 @@ const FLAGS: &[(&str, &str)] = &[
     (
         "rr-launch",
         "--bind --config --config-file --config_file --cpu --dry-run --generate --gpus --grace \
-         --hang-timeout --help --log-dir --log-format --master-port --max-restarts --nproc --overwrite \
-         --parallel --prefix --preempt-signal --resume --resume-anyway --set --show --skip-bad-records \
-         --timeout --version",
+         --hang-timeout --help --log-dir --log-format --master-port --max-restarts --nnodes \
+         --node-rank --node-timeout --nproc --overwrite --parallel --prefix --preempt-signal --rdzv \
+         --rdzv-timeout --resume --resume-anyway --run-id --set --show --skip-bad-records --timeout \
+         --version",
     ),
     ("reranker", "--help --version"),
     ("reranker generate", "--help"),
@@ -60,7 +61,7 @@ const FLAGS: &[(&str, &str)] = &[
     ),
     (
         "reranker check",
-        "--config --config-file --config_file --device --for-launch --gpus --help --json --nproc \
+        "--config --config-file --config_file --device --for-launch --gpus --help --json --nnodes --nproc \
          --overwrite --parallel --resume --resume-anyway --set --skip-bad-records --timeout",
     ),
     (

@@ -1,5 +1,6 @@
 //! The command line: raw flags, and what they ask for.
 
+mod nodes;
 mod output;
 
 use std::ffi::OsString;
@@ -15,6 +16,7 @@ use crate::contract::{preemption, vars};
 use crate::error::LaunchError;
 use crate::manual::Manual;
 use crate::supervise;
+pub use nodes::NodeArgs;
 pub use output::OutputArgs;
 
 const USAGE: &str = "rr-launch [OPTIONS] --config FILE
@@ -31,7 +33,8 @@ When a worker fails, the others are ended, and the rank that ended first is name
 The exit code is 0 if all workers ended with 0; that of the worker that failed first; 128 + n if \
 it, or the launcher, was ended by signal n; 1 if the launcher could not do its work; 2 if the command \
 line, a file or a setting is wrong; 40 for a hang; 41 if the workers were asked to make room and saved; \
-42 if --max-restarts is used up; 43 if starting again would end alike.
+42 if --max-restarts is used up; 43 if starting again would end alike; 44 if another node was lost or \
+never came. All nodes of a launch end with the same code.
 
 TERM, INT and HUP are handed to all workers, which have --grace to end; a second INT ends them at once. \
 USR1, USR2 and --preempt-signal ask them to save and end.";
@@ -41,6 +44,7 @@ const EXAMPLES: &str = "Examples:
   rr-launch --gpus all --parallel config/deepspeed/zero2.yaml --config train.yaml --set lr=2e-5
   rr-launch --max-restarts 3 --hang-timeout 600 --log-dir logs --config train.yaml
   rr-launch --gpus 0,1 -- python train.py
+  srun rr-launch --nnodes auto --gpus all --config train.yaml
   rr-launch --cpu --nproc 4 --show failed --log-dir logs --log-format json -- ./my-program";
 
 /// The flags of `rr-launch`.
@@ -110,6 +114,9 @@ pub struct Args {
     /// A signal that makes workers save and end, beside USR1 and USR2
     #[arg(long, value_name = "SIGNAL", value_parser = preempting_signal)]
     pub preempt_signal: Option<i32>,
+    /// Several nodes
+    #[command(flatten)]
+    pub nodes: NodeArgs,
     /// What becomes of the workers' output
     #[command(flatten)]
     pub output: OutputArgs,

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use crate::error::LaunchError;
 use crate::fleet::{self, Strays, Worker};
 use crate::guardian::Guardian;
-use crate::hang::{self, Monitor, Position};
+use crate::hang::{Monitor, Position};
 use crate::lifecycle::Cause;
 use crate::output::{LineSplitter, Output, Stream, Voice};
 use crate::plan::Plan;
@@ -29,10 +29,14 @@ pub enum Token {
     Signals,
     /// Room in the sink of this number.
     Sink(usize),
-    /// The end of the worker of this rank.
+    /// The end of the worker of this index.
     End(usize),
     /// Output in the pipe of this number.
     Pipe(usize),
+    /// Messages of this node's launcher.
+    Node(usize),
+    /// A launcher that calls although the launch has begun.
+    Caller,
 }
 
 impl Token {
@@ -43,6 +47,8 @@ impl Token {
             Self::Sink(index) => (1, index),
             Self::End(index) => (2, index),
             Self::Pipe(index) => (3, index),
+            Self::Node(node) => (4, node),
+            Self::Caller => (5, 0),
         };
         (kind << 32) | index as u64
     }
@@ -54,7 +60,9 @@ impl Token {
             0 => Self::Signals,
             1 => Self::Sink(index),
             2 => Self::End(index),
-            _ => Self::Pipe(index),
+            3 => Self::Pipe(index),
+            4 => Self::Node(index),
+            _ => Self::Caller,
         }
     }
 }
@@ -63,8 +71,8 @@ impl Token {
 pub struct Pipe {
     /// `None` once it has ended.
     pub file: Option<File>,
-    /// Whose it is.
-    pub rank: usize,
+    /// Whose it is: an index.
+    pub worker: usize,
     /// Which of the two.
     pub stream: Stream,
     /// Bytes to lines.
@@ -140,40 +148,31 @@ impl Attempt {
         workers.chain(strays).chain(self.monitor.as_ref().map(Monitor::due)).min()
     }
 
-    /// Looks whether the workers still make progress, where that is due. In a hang, whom the
-    /// others seem to wait for, and a line about each.
-    pub fn look_for_hang(&mut self, now: Instant) -> Option<(Option<usize>, Vec<String>)> {
+    /// Looks whether the workers still make progress; `None` where that is not due.
+    pub fn is_stuck(&mut self, now: Instant) -> Option<bool> {
         let monitor = self.monitor.as_mut().filter(|monitor| now >= monitor.due())?;
         let running = self.workers.iter().filter(|worker| worker.ended.is_none());
-        let beats = running.clone().map(|worker| (worker.rank, worker.beat())).collect();
-        if !monitor.look(beats, now) {
-            return None;
-        }
-        let mut positions = Vec::new();
-        let mut lines = Vec::new();
-        for worker in running {
+        let beats = running.map(|worker| (worker.rank, worker.beat())).collect();
+        Some(monitor.look(beats, now))
+    }
+
+    /// Where the workers are that have not ended, and a line about each.
+    pub fn positions(&self, now: Instant) -> (Vec<Position>, Vec<String>) {
+        let running = self.workers.iter().filter(|worker| worker.ended.is_none());
+        let position = |worker: &Worker| {
             let (rank, pid, beat) = (worker.rank, worker.pid(), worker.beat());
             let activity = Activity::of(pid);
-            let standing = monitor.standing(rank, now);
+            let standing = self.monitor.as_ref().and_then(|monitor| monitor.standing(rank, now));
             let parts = [
                 Some(beat.as_ref().map_or("has not reported".to_owned(), ToString::to_string)),
                 standing.map(|standing| format!(", for {:.1} s", standing.as_secs_f64())),
                 activity.as_ref().map(|activity| format!("; {activity}")),
             ];
             let place: String = parts.into_iter().flatten().collect();
-            lines.push(format!("rank {rank} (pid {pid}): {place}"));
             let is_stopped = activity.is_some_and(|activity| activity.is_stopped());
-            positions.push(Position { rank, beat, is_stopped });
-        }
-        let suspect = hang::suspect(&positions);
-        let timeout = monitor.timeout().as_secs_f64();
-        let whom = match suspect {
-            Some(rank) => format!("the others wait for rank {rank}"),
-            None => "all wait for each other".to_owned(),
+            (Position { rank, beat, is_stopped }, format!("rank {rank} (pid {pid}): {place}"))
         };
-        let whom = if positions.len() == 1 { String::new() } else { format!("; {whom}") };
-        lines.insert(0, format!("no progress for {timeout} s{whom}"));
-        Some((suspect, lines))
+        running.map(position).unzip()
     }
 
     /// What is kept of it; last lines only of the ranks that `keeps_lines` names.
@@ -185,7 +184,7 @@ impl Attempt {
         let rank_record = |worker: &Worker| {
             let exit = worker.ended.map(|(exit, _)| exit);
             let beat = worker.beat();
-            let voice = &self.voices[worker.rank];
+            let voice = &self.voices[worker.index];
             let lines = voice.tail.lines().map(|line| String::from_utf8_lossy(line).into_owned());
             RankRecord {
                 rank: worker.rank,
@@ -211,7 +210,7 @@ impl Attempt {
 /// Watches a worker's end and output.
 fn watch(worker: &mut Worker, pipes: &mut Vec<Pipe>, epoll: &Epoll) -> io::Result<()> {
     if let Some(end) = worker.end_of_life() {
-        epoll.add(end, Interest::Read, Token::End(worker.rank).pack())?;
+        epoll.add(end, Interest::Read, Token::End(worker.index).pack())?;
     }
     for stream in [Stream::Stdout, Stream::Stderr] {
         let Some(pipe) = worker.take_pipe(stream) else { continue };
@@ -219,7 +218,7 @@ fn watch(worker: &mut Worker, pipes: &mut Vec<Pipe>, epoll: &Epoll) -> io::Resul
         epoll.add(pipe.as_fd(), Interest::Read, Token::Pipe(pipes.len()).pack())?;
         pipes.push(Pipe {
             file: Some(pipe.into()),
-            rank: worker.rank,
+            worker: worker.index,
             stream,
             splitter: LineSplitter::default(),
         });

@@ -6,6 +6,7 @@
 //! `mpirun`.
 
 pub mod heartbeat;
+pub mod nodes;
 pub mod preemption;
 mod slurm;
 
@@ -46,6 +47,8 @@ pub mod vars {
     pub const RR_HEARTBEAT: &str = "RR_HEARTBEAT";
     /// A signal, such as `TERM`, that asks for a checkpoint and an end, beside USR1 and USR2.
     pub const RR_PREEMPT_SIGNAL: &str = "RR_PREEMPT_SIGNAL";
+    /// The launcher that started a worker, one of its own on each node: what its guardian looks for.
+    pub const RR_LAUNCHER: &str = "RR_LAUNCHER";
     /// Read by the launcher: the `reranker` program to run instead of the one beside it.
     pub const RR_RERANKER: &str = "RR_RERANKER";
     /// torchrun's name of [`RR_RUN_ID`]; its presence tells a program that it was launched.
@@ -72,6 +75,24 @@ pub mod vars {
     pub const SLURM_JOB_NODELIST: &str = "SLURM_JOB_NODELIST";
     /// Slurm: the number of the job.
     pub const SLURM_JOB_ID: &str = "SLURM_JOB_ID";
+    /// Slurm: the number of nodes of this step.
+    pub const SLURM_STEP_NUM_NODES: &str = "SLURM_STEP_NUM_NODES";
+    /// Slurm: the number of nodes of the job.
+    pub const SLURM_NNODES: &str = "SLURM_NNODES";
+    /// Slurm: its newer name.
+    pub const SLURM_JOB_NUM_NODES: &str = "SLURM_JOB_NUM_NODES";
+    /// Slurm: the hosts of this step, such as `node[003-005,9]`.
+    pub const SLURM_STEP_NODELIST: &str = "SLURM_STEP_NODELIST";
+    /// Slurm: the number of the step in the job.
+    pub const SLURM_STEP_ID: &str = "SLURM_STEP_ID";
+    /// Kubernetes' `PyTorchJob`: the number of pods.
+    pub const PET_NNODES: &str = "PET_NNODES";
+    /// Kubernetes' `PyTorchJob`: the number of this pod.
+    pub const PET_NODE_RANK: &str = "PET_NODE_RANK";
+    /// Kubernetes' `PyTorchJob`: the host of pod 0.
+    pub const PET_MASTER_ADDR: &str = "PET_MASTER_ADDR";
+    /// Kubernetes' `PyTorchJob`: a port of pod 0.
+    pub const PET_MASTER_PORT: &str = "PET_MASTER_PORT";
     /// Open MPI: the rank of this process.
     pub const OMPI_COMM_WORLD_RANK: &str = "OMPI_COMM_WORLD_RANK";
     /// Open MPI: the number of processes.
@@ -106,6 +127,8 @@ pub mod exit_code {
     pub const OUT_OF_RESTARTS: u8 = 42;
     /// Starting again would end the same way. A worker that exits so is not restarted.
     pub const DO_NOT_REQUEUE: u8 = 43;
+    /// Another node was lost: its launcher, or the network to it. Or it never came.
+    pub const NODE_LOST: u8 = 44;
     /// Added to a signal's number when a signal ended a worker or the launcher.
     pub const SIGNAL_BASE: u8 = 128;
 
@@ -280,7 +303,7 @@ impl WorkerEnv {
                 return Err(ContractError::Missing { name: vars::MASTER_ADDR, because: because() });
             }
         }
-        match lookup.port()? {
+        match lookup.port(vars::MASTER_PORT)? {
             Some(port) => worker.master_port = port,
             None if world_size == 1 => {}
             None => {
@@ -365,7 +388,7 @@ impl WorkerEnv {
         } else if self.local_world_size < self.world_size {
             return Err(ContractError::Missing { name: vars::MASTER_ADDR, because });
         }
-        self.master_port = match lookup.port()? {
+        self.master_port = match lookup.port(vars::MASTER_PORT)? {
             Some(port) => port,
             None => job_ids
                 .iter()
@@ -377,12 +400,17 @@ impl WorkerEnv {
     }
 }
 
-/// A port that all workers of a job derive alike: FNV-1a of its identifier, folded into
+/// FNV-1a, the same on every machine.
+pub(crate) fn fnv1a(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, &byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
+}
+
+/// A port that all workers of a job derive alike: a hash of its identifier, folded into
 /// [`DERIVED_PORTS`].
 fn port_of_job(id: &str) -> u16 {
-    let hash = id.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    });
+    let hash = fnv1a(id.as_bytes());
     let span = u64::from(DERIVED_PORTS.end - DERIVED_PORTS.start);
     DERIVED_PORTS.start + (hash % span) as u16
 }
@@ -416,8 +444,8 @@ impl Lookup<'_> {
         self.parse(name, "a whole number from 0", |_| true)
     }
 
-    fn port(&self) -> Result<Option<u16>, ContractError> {
-        self.parse(vars::MASTER_PORT, "a port from 1 to 65535", |&port| port != 0)
+    fn port(&self, name: &'static str) -> Result<Option<u16>, ContractError> {
+        self.parse(name, "a port from 1 to 65535", |&port| port != 0)
     }
 
     /// A number of workers, at least 1.

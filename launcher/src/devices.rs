@@ -101,6 +101,20 @@ pub fn place_on_gpus(request: &GpuRequest) -> Result<Placement, LaunchError> {
     select(request, &visible).map(|gpus| Placement::Cuda { gpus })
 }
 
+/// What the configuration asks of one of several nodes: its share of the processes.
+pub fn share_of_node(mut advice: LaunchPlan, nnodes: usize) -> Result<LaunchPlan, LaunchError> {
+    if let Some(processes) = &mut advice.processes {
+        if !processes.is_multiple_of(nnodes) {
+            return Err(LaunchError::Usage(format!(
+                "the configuration asks for {processes} processes, which {nnodes} nodes cannot share \
+                 evenly: say with --gpus, or --cpu --nproc, how many each node starts"
+            )));
+        }
+        *processes /= nnodes;
+    }
+    Ok(advice)
+}
+
 /// Places a job whose command line names no devices: what the configuration says, else all GPUs.
 /// `cpu` is whether the command line said `--cpu`.
 pub fn place_as_advised(advice: &LaunchPlan, cpu: bool) -> Result<Placement, LaunchError> {
@@ -338,6 +352,9 @@ mod tests {
         let cpu =
             LaunchPlan { device: Some("cpu".into()), processes: Some(3), ..Default::default() };
         assert_eq!(place_as_advised(&cpu, false).unwrap(), Placement::Cpu { workers: 3 });
+        let share = |nnodes| share_of_node(cpu.clone(), nnodes).map(|plan| plan.processes);
+        assert_eq!(share(3).unwrap(), Some(1));
+        assert!(share(2).unwrap_err().to_string().contains("3 processes, which 2 nodes"));
         assert_eq!(place_as_advised(&LaunchPlan::default(), true).unwrap().workers(), 1);
     }
 

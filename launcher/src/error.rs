@@ -13,6 +13,14 @@ pub enum LaunchError {
     /// The check step ended with this exit code, and has said why itself.
     #[error("the check ended with exit code {0}")]
     Check(u8),
+    /// The nodes do not come together.
+    #[error("{line}")]
+    Nodes {
+        /// Why.
+        line: String,
+        /// What all of them exit with.
+        code: u8,
+    },
     /// The operating system refused something that a launch needs.
     #[error("cannot {action}: {source}")]
     System {
@@ -34,7 +42,7 @@ impl LaunchError {
     pub fn line(&self) -> Option<String> {
         match self {
             Self::Check(_) => None,
-            Self::Usage(_) | Self::System { .. } => Some(self.to_string()),
+            Self::Usage(_) | Self::Nodes { .. } | Self::System { .. } => Some(self.to_string()),
         }
     }
 
@@ -42,7 +50,7 @@ impl LaunchError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Usage(_) => exit_code::USER_ERROR,
-            Self::Check(code) => *code,
+            Self::Check(code) | Self::Nodes { code, .. } => *code,
             Self::System { .. } => exit_code::FAILURE,
         }
     }

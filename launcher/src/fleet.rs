@@ -40,6 +40,8 @@ enum Group {
 
 /// One worker: a process that leads a group of its own.
 pub struct Worker {
+    /// Its number on this node.
+    pub index: usize,
     /// Its rank.
     pub rank: usize,
     child: Child,
@@ -54,7 +56,7 @@ pub struct Worker {
 }
 
 impl Worker {
-    fn start(plan: &Plan, rank: usize, guardian: &Guardian) -> io::Result<Self> {
+    fn start(plan: &Plan, index: usize, guardian: &Guardian) -> io::Result<Self> {
         let heartbeat = sys::memory_file(c"rr-heartbeat")?;
         heartbeat.write_all_at(&heartbeat::blank(), 0)?;
         // Named through this process rather than inherited: a descriptor would be lost in programs
@@ -64,20 +66,21 @@ impl Worker {
         command
             .args(&plan.command.args)
             .env_remove(vars::RR_PROGRESS)
-            .envs(plan.worker_vars(rank))
+            .envs(plan.worker_vars(index))
             .env(vars::RR_HEARTBEAT, path)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .process_group(0);
-        if let Some(cpus) = plan.cpus(rank) {
+        if let Some(cpus) = plan.cpus(index) {
             sys::bind_to(&mut command, cpus);
         }
         sys::prepare_worker(&mut command, guardian.descriptor());
         let child = command.spawn()?;
         let pidfd = sys::pidfd(child.id() as Pid);
         let started = Instant::now();
-        Ok(Self { rank, child, group: Group::Running, pidfd, heartbeat, started, ended: None })
+        let (rank, group) = (plan.first_rank() + index, Group::Running);
+        Ok(Self { index, rank, child, group, pidfd, heartbeat, started, ended: None })
     }
 
     /// Its process id, which is also its group's.
@@ -210,8 +213,8 @@ pub fn start(
     mut watch: impl FnMut(&mut Worker) -> io::Result<()>,
 ) -> Result<Vec<Worker>, LaunchError> {
     (0..plan.workers())
-        .map(|rank| {
-            let started = Worker::start(plan, rank, guardian).and_then(|mut worker| {
+        .map(|index| {
+            let started = Worker::start(plan, index, guardian).and_then(|mut worker| {
                 watch(&mut worker)?;
                 Ok(worker)
             });
@@ -222,7 +225,7 @@ pub fn start(
                         LaunchError::Usage(format!("cannot start `{program}`: {source}"))
                     }
                     _ => LaunchError::System {
-                        action: format!("start rank {rank} (`{program}`)"),
+                        action: format!("start rank {} (`{program}`)", plan.first_rank() + index),
                         source,
                     },
                 }

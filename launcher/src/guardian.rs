@@ -5,7 +5,7 @@
 //! what they have started: data workers, side processes. The guardian knows every worker's process
 //! group, holds one end of a socket whose other end only the launcher has, and kills the groups
 //! when that end closes without a farewell. What has left its group (`setsid`, a daemon) is known
-//! by the run id in its environment. The guardian sleeps in one system call for the whole run.
+//! by the launcher's identifier in its environment. The guardian sleeps in one system call for the whole run.
 
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
@@ -35,15 +35,15 @@ pub struct Guardian {
 }
 
 impl Guardian {
-    /// Starts the guardian of the run `run_id`. To be called before any worker, and before this
+    /// Starts the guardian of the launcher `launcher_id`. To be called before any worker, and before this
     /// process has a thread.
-    pub fn start(run_id: &str) -> io::Result<Self> {
+    pub fn start(launcher_id: &str) -> io::Result<Self> {
         let (ours, theirs) = sys::message_pair()?;
         let own_end = ours.as_raw_fd();
         let pid = sys::fork_aside(NAME, || {
             // The guardian's copy of the launcher's end would keep the connection open for ever.
             sys::close_inherited(own_end);
-            watch(&theirs, run_id);
+            watch(&theirs, launcher_id);
         })?;
         Ok(Self { pid, socket: Some(ours) })
     }
@@ -78,7 +78,7 @@ impl Drop for Guardian {
 }
 
 /// The guardian's whole life.
-fn watch(launcher: &OwnedFd, run_id: &str) {
+fn watch(launcher: &OwnedFd, launcher_id: &str) {
     let mut groups: Vec<Pid> = Vec::new();
     while let Some(number) = sys::receive_number(launcher) {
         match number {
@@ -90,7 +90,7 @@ fn watch(launcher: &OwnedFd, run_id: &str) {
     for group in groups {
         sys::signal_group(group, libc::SIGKILL);
     }
-    let mark = format!("{}={run_id}", vars::RR_RUN_ID);
+    let mark = format!("{}={launcher_id}", vars::RR_LAUNCHER);
     for _ in 0..SEARCHES {
         let left: Vec<Pid> =
             procfs::processes().filter(|&pid| procfs::was_started_with(pid, &mark)).collect();

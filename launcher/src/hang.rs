@@ -4,10 +4,12 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 use crate::contract::heartbeat::Beat;
 
 /// What one running worker last said: `None` before its first heartbeat.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Position {
     /// Its rank.
     pub rank: usize,
@@ -45,11 +47,6 @@ impl Monitor {
     /// When to look next.
     pub fn due(&self) -> Instant {
         self.looked + self.interval()
-    }
-
-    /// What counts as a hang.
-    pub fn timeout(&self) -> Duration {
-        self.timeout
     }
 
     /// Takes in the heartbeats of the workers that run; returns whether the job hangs. A job of
@@ -111,6 +108,16 @@ pub fn suspect(workers: &[Position]) -> Option<usize> {
         .or_else(|| first(&|worker| worker.beat.is_none()))
         .or_else(|| working.map(|(_, rank)| rank))
         .or_else(behind)
+}
+
+/// Who waits for whom, among so many running workers that made no progress for `seconds`.
+pub fn verdict(suspect: Option<usize>, running: usize, seconds: f64) -> String {
+    let whom = match suspect {
+        _ if running < 2 => String::new(),
+        Some(rank) => format!("; the others wait for rank {rank}"),
+        None => "; all wait for each other".to_owned(),
+    };
+    format!("no progress for {seconds} s{whom}")
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 //!
 //! The way of a launch, one module a step: [`args`] (flags) → `preflight` (`reranker check`) →
 //! `devices` (which GPUs) and `binding` (which CPUs) → `plan` (each worker's command and environment)
-//! → `fleet` (processes) → `supervise` (the event loop over `attempt` after attempt) with `lifecycle`
+//! → `nodes` (the launchers of several nodes meet) → `fleet` (processes) → `supervise` (the event loop over `attempt` after attempt) with `lifecycle`
 //! and `restarts` (what to do when something happens), `hang`, `oom` and `procfs` (what there is to
 //! know), `report` and `summary` (what is told), `output` (lines) and `guardian` (what happens if the
 //! launcher itself is killed).
@@ -19,6 +19,7 @@ mod guardian;
 mod hang;
 mod lifecycle;
 pub mod manual;
+mod nodes;
 mod oom;
 mod output;
 mod plan;
@@ -33,10 +34,11 @@ mod sys;
 use std::ffi::OsString;
 use std::io::Write as _;
 
-use args::{Args, DeviceRequest, Invocation, Work};
+use args::{Args, DeviceRequest, Invocation, Work, WorkerCommand};
 use contract::vars;
 use devices::Placement;
 use error::LaunchError;
+use nodes::Meeting;
 use plan::{Plan, Rendezvous};
 
 /// Runs the launcher with the process's command line and returns its exit code (see
@@ -62,9 +64,59 @@ fn fail(error: &LaunchError) -> u8 {
     error.exit_code()
 }
 
+/// What is settled before the nodes meet, or the workers start.
+struct Prepared {
+    command: WorkerCommand,
+    placement: Placement,
+    /// What the check said the run will do.
+    text: String,
+}
+
 /// From flags to the job's exit code.
 fn launch(args: &Args) -> Result<u8, LaunchError> {
     sys::wait_for_own_children();
+    let mut options = args.supervision()?;
+    let place = args.nodes.place()?;
+    let nnodes = place.as_ref().map_or(1, |place| place.nnodes);
+    if args.dry_run {
+        let mut plan =
+            plan(args, prepare(args, nnodes)?, Rendezvous::on_this_host(args.master_port)?)?;
+        if let Some(place) = &place {
+            plan.imagine(place);
+        }
+        // As above: whoever closes stdout has read enough.
+        let _ = write!(std::io::stdout(), "{plan}");
+        return Ok(contract::exit_code::OK);
+    }
+    let Some(place) = place else {
+        let prepared = prepare(args, nnodes)?;
+        // A free port is chosen last, to leave others little time to take it.
+        let plan = plan(args, prepared, Rendezvous::on_this_host(args.master_port)?)?;
+        return supervise::run(plan, options, None);
+    };
+    let node = place.node_rank;
+    options.output.log_dir = options.output.log_dir.map(|dir| dir.join(format!("node-{node}")));
+    let meeting = Meeting::open(place)?;
+    let prepared = prepare(args, nnodes).and_then(|prepared| {
+        let terms = args.terms(nnodes, prepared.placement.device())?;
+        Ok((plan(args, prepared, Rendezvous::nowhere())?, terms))
+    });
+    let (mut plan, terms) = match prepared {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            meeting.decline(error.exit_code());
+            return Err(error);
+        }
+    };
+    let cluster = meeting.meet(plan.workers(), terms, plan.run_id(), args.master_port)?;
+    plan.name(cluster.world().run_id.clone());
+    plan.restart(0, cluster.rendezvous());
+    plan.join(cluster.standing());
+    supervise::run(plan, options, Some(cluster))
+}
+
+/// What is checked, and decided by this machine alone.
+fn prepare(args: &Args, nnodes: usize) -> Result<Prepared, LaunchError> {
     // What was asked for by name is checked before anything is started, the check step included.
     if args.master_port.is_some() {
         Rendezvous::on_this_host(args.master_port)?;
@@ -78,31 +130,40 @@ fn launch(args: &Args) -> Result<u8, LaunchError> {
         Some(placement) => Ok(placement.clone()),
         None => devices::place_as_advised(advice, args.cpu),
     };
-    let (command, placement, advice) = match args.work()? {
+    match args.work()? {
         Work::Program(command) => {
             preflight::require_program(&command.program)?;
-            let advice = contract::LaunchPlan::default();
-            (command, place(&advice)?, advice)
+            let placement = place(&contract::LaunchPlan::default())?;
+            Ok(Prepared { command, placement, text: String::new() })
         }
         Work::Train(flags) => {
             let reranker = preflight::find_reranker()?;
-            let advice = preflight::check(&reranker, &flags, asked.as_ref(), args.cpu)?;
+            let advice = preflight::check(&reranker, &flags, asked.as_ref(), args.cpu, nnodes)?;
+            let advice = devices::share_of_node(advice, nnodes)?;
             let placement = place(&advice)?;
-            (flags.train_command(&reranker, placement.device()), placement, advice)
+            let command = flags.train_command(&reranker, placement.device());
+            Ok(Prepared { command, placement, text: advice.text })
         }
-    };
-    // A free port is chosen last, to leave others little time to take it.
-    let rendezvous = Rendezvous::on_this_host(args.master_port)?;
+    }
+}
+
+/// Each worker's command and environment.
+fn plan(args: &Args, prepared: Prepared, rendezvous: Rendezvous) -> Result<Plan, LaunchError> {
+    let Prepared { command, placement, text } = prepared;
     for warning in placement.warnings() {
         let _ = writeln!(std::io::stderr(), "rr-launch: {warning}");
     }
     let shares = binding::shares(&binding::topology(), &placement.nodes(), args.bind);
     let shares = shares.map_err(LaunchError::Usage)?;
-    let mut plan = Plan::new(command, placement, rendezvous, advice.text);
+    let mut plan = Plan::new(command, placement, rendezvous, text);
     plan.bind(shares);
+    if let Some(run_id) = &args.nodes.run_id {
+        plan.name(run_id.clone());
+    }
     plan.share(vars::TORCHELASTIC_MAX_RESTARTS, args.max_restarts.to_string());
     let options = args.supervision()?;
-    if let Some(rank) = options.output.show.highest().filter(|&rank| rank >= plan.workers()) {
+    let highest = options.output.show.highest().filter(|_| args.nodes.nnodes.is_none());
+    if let Some(rank) = highest.filter(|&rank| rank >= plan.workers()) {
         let last = plan.workers() - 1;
         let trouble = format!("--show: there is no rank {rank}; ranks go from 0 to {last}");
         return Err(LaunchError::Usage(trouble));
@@ -110,10 +171,5 @@ fn launch(args: &Args) -> Result<u8, LaunchError> {
     if let Some(signal) = options.preempt_signal {
         plan.share(vars::RR_PREEMPT_SIGNAL, sys::signal_name(signal));
     }
-    if args.dry_run {
-        // As above: whoever closes stdout has read enough.
-        let _ = write!(std::io::stdout(), "{plan}");
-        return Ok(contract::exit_code::OK);
-    }
-    supervise::run(plan, options)
+    Ok(plan)
 }

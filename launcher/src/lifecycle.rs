@@ -2,12 +2,13 @@
 //! processes or clocks of its own, so that every decision is tested as a table. The event loop
 //! carries its orders out.
 //!
-//! A launcher that speaks for other hosts adds events of theirs ("a rank of host 2 failed") beside
-//! those of this one: what counts as the cause, when to kill, and whether to start again is
-//! decided here in either case.
+//! Where several nodes take part, each launcher has one of these. What another node reports is one
+//! more event, and what all of them know in the end replaces what this one saw.
 
 use std::fmt;
 use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
 
 use crate::contract::exit_code;
 use crate::restarts::{Restarts, Verdict};
@@ -18,7 +19,7 @@ use crate::sys;
 const KILL_PATIENCE: Duration = Duration::from_secs(30);
 
 /// How a worker ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Exit {
     /// By itself, with this code.
     Code(i32),
@@ -53,7 +54,7 @@ impl fmt::Display for Exit {
 
 /// Why a job ends before all workers are done. The first cause stands; what follows from it never
 /// replaces it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Cause {
     /// A worker failed.
     Failure {
@@ -76,6 +77,11 @@ pub enum Cause {
     },
     /// Nobody reads the launcher's output any more.
     OutputClosed,
+    /// The launcher of another node is gone, or out of reach.
+    NodeLost {
+        /// Which.
+        node: usize,
+    },
 }
 
 impl Cause {
@@ -84,7 +90,10 @@ impl Cause {
         match self {
             Self::Failure { rank, .. } => Some(rank),
             Self::Hang { rank } => rank,
-            Self::Signal(_) | Self::Preempted { .. } | Self::OutputClosed => None,
+            Self::Signal(_)
+            | Self::Preempted { .. }
+            | Self::OutputClosed
+            | Self::NodeLost { .. } => None,
         }
     }
 }
@@ -111,6 +120,21 @@ pub enum Event {
     /// Writing to the launcher's own stdout or stderr has failed because nobody reads it. As for a
     /// program in a pipeline that is the end.
     OutputClosed,
+    /// The workers of another node end, for this cause.
+    PeerEnds(Cause),
+    /// The user of another node wants everybody killed.
+    PeerKills,
+    /// What this attempt came to on all nodes; nothing is left of it anywhere.
+    Settled {
+        /// The first cause of all.
+        cause: Option<Cause>,
+        /// A worker has said that a checkpoint is saved.
+        has_saved: bool,
+        /// Workers had to be ended.
+        was_stopped: bool,
+        /// There can be no restart.
+        is_final: bool,
+    },
     /// Nothing of this attempt is left.
     AllGone {
         /// The newest step that a heartbeat told of.
@@ -179,6 +203,17 @@ impl Lifecycle {
             Event::PreemptionAsked(signal) => self.preemption_asked(signal, now),
             Event::Hung { rank } => self.stop(Cause::Hang { rank }, libc::SIGTERM, now),
             Event::OutputClosed => self.stop(Cause::OutputClosed, libc::SIGTERM, now),
+            Event::PeerEnds(cause) => self.peer_ends(cause, now),
+            Event::PeerKills => self.may_kill().then(|| self.kill(now)),
+            Event::Settled { cause, has_saved, was_stopped, is_final } => {
+                (self.cause, self.saved) = (cause, has_saved);
+                self.phase = match (is_final, was_stopped) {
+                    (true, _) => Phase::Abandoned,
+                    (false, true) => Phase::Stopping { kill_at: None },
+                    (false, false) => Phase::Saving { kill_at: None },
+                };
+                None
+            }
             Event::AllGone { step } => self.all_gone(step),
             Event::TimePassed => self.time_passed(now),
         }
@@ -228,8 +263,29 @@ impl Lifecycle {
         }
     }
 
+    /// The same happens here, as if it had happened to this node.
+    fn peer_ends(&mut self, cause: Cause, now: Instant) -> Option<Order> {
+        match cause {
+            Cause::Preempted { signal } => {
+                let begins = self.begin_saving(signal, now);
+                signal.filter(|_| begins).map(Order::Ask)
+            }
+            Cause::Signal(signal) => self.stop(cause, signal, now),
+            Cause::Failure { .. } | Cause::NodeLost { .. } if self.is_saving() => {
+                self.cause = Some(cause);
+                self.end_saving(now)
+            }
+            _ => self.stop(cause, libc::SIGTERM, now),
+        }
+    }
+
+    fn may_kill(&self) -> bool {
+        !matches!(self.phase, Phase::Killing { .. } | Phase::Abandoned)
+    }
+
     /// Nothing is left: the end, or all over again.
     fn all_gone(&mut self, step: Option<u64>) -> Option<Order> {
+        self.verdict = Verdict::End;
         let cause = self.cause.filter(|_| self.phase != Phase::Abandoned)?;
         self.verdict = self.restarts.after(cause, step);
         let Verdict::Restart(number) = self.verdict else { return None };
@@ -267,6 +323,21 @@ impl Lifecycle {
         self.verdict
     }
 
+    /// Whether a worker has said that a checkpoint is saved.
+    pub fn has_saved(&self) -> bool {
+        self.saved
+    }
+
+    /// Whether the workers were told to end.
+    pub fn was_stopped(&self) -> bool {
+        !matches!(self.phase, Phase::Running | Phase::Saving { .. })
+    }
+
+    /// Whether something is left that cannot be killed.
+    pub fn is_abandoned(&self) -> bool {
+        self.phase == Phase::Abandoned
+    }
+
     /// Whether the workers may still be doing what they were started for.
     pub fn is_running(&self) -> bool {
         self.phase == Phase::Running
@@ -288,6 +359,7 @@ impl Lifecycle {
                 Some(Cause::Preempted { signal }) => {
                     exit_code::of_signal(signal.unwrap_or(libc::SIGKILL))
                 }
+                Some(Cause::NodeLost { .. }) => exit_code::NODE_LOST,
                 Some(Cause::OutputClosed) => exit_code::of_signal(libc::SIGPIPE),
             },
         }
@@ -454,6 +526,41 @@ mod tests {
         check(2, &[fails, again(1), (ended(0, 0), None), (ended(1, 0), None), (GONE, None)], 0);
         check(2, &[(ended(1, 2), TERM), (GONE, None)], 2);
         check(2, &[fails, again(1), (ended(0, 43), TERM), (GONE, None)], 43);
+    }
+
+    #[test]
+    fn what_happens_on_another_node_happens_here() {
+        let lost = Cause::NodeLost { node: 1 };
+        let failed = Cause::Failure { rank: 5, exit: Exit::Code(9) };
+        let settled = |cause, has_saved, was_stopped, is_final| {
+            (Event::Settled { cause: Some(cause), has_saved, was_stopped, is_final }, None)
+        };
+        let ends = |cause| (Event::PeerEnds(cause), TERM);
+        // The first cause of all replaces what this node saw first.
+        let events = [(ended(0, 1), TERM), settled(failed, false, true, false), (GONE, None)];
+        check(0, &events, 9);
+        check(3, &[ends(lost), settled(lost, false, true, true), (GONE, None)], 44);
+        let again = (GONE, Some(Order::Restart(1)));
+        let events = [ends(failed), settled(failed, false, true, false), again];
+        check(1, &events, 0);
+        let asked = Cause::Preempted { signal: Some(SIGUSR1) };
+        let ask = (Event::PeerEnds(asked), Some(Order::Ask(SIGUSR1)));
+        check(
+            3,
+            &[ask, (ended(0, 41), None), settled(asked, true, false, false), (GONE, None)],
+            41,
+        );
+        check(3, &[ask, ends(failed), settled(failed, true, true, false), again], 0);
+        let int = Cause::Signal(SIGINT);
+        let events = [
+            (Event::PeerEnds(int), Some(Order::Signal(SIGINT))),
+            (Event::PeerEnds(int), None),
+            (Event::PeerKills, Some(Order::Kill)),
+            (Event::PeerKills, None),
+            settled(int, false, true, false),
+            (GONE, None),
+        ];
+        check(3, &events, 130);
     }
 
     #[test]

@@ -12,9 +12,10 @@ use crate::binding::Share;
 use crate::contract::{LOOPBACK, WorkerEnv, vars};
 use crate::devices::Placement;
 use crate::error::LaunchError;
+use crate::nodes::Place;
 use crate::report::ranges;
 
-/// Where the workers meet. All on this host, for now; more hosts will add themselves here.
+/// Where the workers meet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rendezvous {
     /// Host of rank 0.
@@ -24,6 +25,11 @@ pub struct Rendezvous {
 }
 
 impl Rendezvous {
+    /// Not known yet.
+    pub fn nowhere() -> Self {
+        Self { addr: String::new(), port: 0 }
+    }
+
     /// A rendezvous on the loopback address, at `port` or at a free one. Refuses a taken port. The
     /// port is let go again for rank 0 to take; nothing can hold it for another process.
     pub fn on_this_host(port: Option<u16>) -> Result<Self, LaunchError> {
@@ -47,12 +53,23 @@ impl Rendezvous {
 }
 
 /// Listens on all addresses, as rank 0 will.
-fn listen(port: u16) -> io::Result<TcpListener> {
+pub fn listen(port: u16) -> io::Result<TcpListener> {
     TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)).or_else(|error| match error.kind() {
         io::ErrorKind::AddrInUse | io::ErrorKind::PermissionDenied => Err(error),
         // A host without IPv6.
         _ => TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)),
     })
+}
+
+/// Where the workers of a node stand among those of all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Standing {
+    /// The node's number.
+    pub node: usize,
+    /// The rank of its first worker.
+    pub first_rank: usize,
+    /// Workers on all nodes.
+    pub world_size: usize,
 }
 
 /// Everything that is decided before the first worker starts.
@@ -63,6 +80,10 @@ pub struct Plan {
     placement: Placement,
     rendezvous: Rendezvous,
     run_id: String,
+    /// Of this launcher alone, on whatever node.
+    launcher_id: String,
+    /// Where its workers stand among those of all nodes.
+    standing: Standing,
     restart_count: u32,
     /// Variables that all workers share.
     shared: Vec<(&'static str, String)>,
@@ -84,12 +105,16 @@ impl Plan {
     ) -> Self {
         // Counts the cores of this process's affinity mask, and a container's quota of them.
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let standing = Standing { node: 0, first_rank: 0, world_size: placement.workers() };
+        let run_id = new_run_id();
         let shared = shared_vars(&placement, cores, |name| std::env::var_os(name).is_some());
         Self {
             command,
             placement,
             rendezvous,
-            run_id: new_run_id(),
+            launcher_id: run_id.clone(),
+            run_id,
+            standing,
             restart_count: 0,
             shares: None,
             shared,
@@ -105,12 +130,47 @@ impl Plan {
 
     /// The rank and the local rank of each worker of this host.
     pub fn ranks(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
-        (0..self.workers()).map(|rank| (rank, rank))
+        let first = self.standing.first_rank;
+        (0..self.workers()).map(move |index| (first + index, index))
     }
 
     /// The identifier of the launch, the same over restarts.
     pub fn run_id(&self) -> &str {
         &self.run_id
+    }
+
+    /// The identifier of this launcher: what its guardian finds its processes by.
+    pub fn launcher_id(&self) -> &str {
+        &self.launcher_id
+    }
+
+    /// The rank of this node's first worker.
+    pub fn first_rank(&self) -> usize {
+        self.standing.first_rank
+    }
+
+    /// The number of workers on all nodes.
+    pub fn world_size(&self) -> usize {
+        self.standing.world_size
+    }
+
+    /// Gives the launch the user's identifier.
+    pub fn name(&mut self, run_id: String) {
+        self.run_id = run_id;
+    }
+
+    /// Makes the workers part of a world of several nodes.
+    pub fn join(&mut self, standing: Standing) {
+        self.standing = standing;
+    }
+
+    /// As [`Self::join`] for a plan that is only shown: every node is taken to start as many workers,
+    /// and the port to be the one that is free here.
+    pub fn imagine(&mut self, place: &Place) {
+        let (node, workers) = (place.node_rank, self.workers());
+        let (first_rank, world_size) = (node * workers, place.nnodes * workers);
+        self.standing = Standing { node, first_rank, world_size };
+        self.rendezvous.addr.clone_from(&place.addr);
     }
 
     /// Sets a variable for all workers.
@@ -123,9 +183,9 @@ impl Plan {
         self.shares = shares;
     }
 
-    /// The CPUs of the worker of `rank`, where it is bound.
-    pub fn cpus(&self, rank: usize) -> Option<&[usize]> {
-        self.shares.as_ref().map(|shares| shares[rank].cpus.as_slice())
+    /// The CPUs of the worker of this index, where it is bound.
+    pub fn cpus(&self, index: usize) -> Option<&[usize]> {
+        self.shares.as_ref().map(|shares| shares[index].cpus.as_slice())
     }
 
     /// Plans the restart of this number, with another rendezvous: what an earlier attempt left in
@@ -134,14 +194,15 @@ impl Plan {
         (self.restart_count, self.rendezvous) = (number, rendezvous);
     }
 
-    /// The variables to set for the worker of `rank`, in a stable order.
-    pub fn worker_vars(&self, rank: usize) -> Vec<(&'static str, String)> {
+    /// The variables to set for this node's worker of this index, in a stable order.
+    pub fn worker_vars(&self, index: usize) -> Vec<(&'static str, String)> {
+        let rank = self.standing.first_rank + index;
         let worker = WorkerEnv {
             rank,
-            local_rank: rank,
-            world_size: self.workers(),
+            local_rank: index,
+            world_size: self.standing.world_size,
             local_world_size: self.workers(),
-            group_rank: 0,
+            group_rank: self.standing.node,
             master_addr: self.rendezvous.addr.clone(),
             master_port: self.rendezvous.port,
             run_id: Some(self.run_id.clone()),
@@ -149,10 +210,11 @@ impl Plan {
             progress: self.progress && rank == 0,
         };
         let mut list = worker.to_vars();
+        list.push((vars::RR_LAUNCHER, self.launcher_id.clone()));
         list.extend(self.shared.iter().cloned());
         let threads = list.iter_mut().find(|(name, _)| *name == vars::OMP_NUM_THREADS);
         if let (Some(shares), Some((_, threads))) = (&self.shares, threads) {
-            *threads = shares[rank].threads.to_string();
+            *threads = shares[index].threads.to_string();
         }
         list
     }
@@ -185,7 +247,7 @@ fn shared_vars(
     list
 }
 
-/// Distinct for every launch on a host: the second it began and the launcher's process id.
+/// Distinct for every launcher on a host: the second it began and the launcher's process id.
 fn new_run_id() -> String {
     let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     format!("{}-{}", since_epoch.as_secs(), std::process::id())
@@ -200,16 +262,16 @@ impl fmt::Display for Plan {
         let command = words.map(|word| quoted(word)).collect::<Vec<_>>().join(" ");
         let plural = if self.workers() == 1 { "" } else { "s" };
         writeln!(out, "{} worker{plural} on {}", self.workers(), self.placement.device())?;
-        for rank in 0..self.workers() {
+        for index in 0..self.workers() {
             let variables: Vec<_> = self
-                .worker_vars(rank)
+                .worker_vars(index)
                 .into_iter()
                 .map(|(name, value)| format!("{name}={}", quoted(&OsString::from(value))))
                 .collect();
-            writeln!(out, "\nrank {rank}")?;
+            writeln!(out, "\nrank {}", self.standing.first_rank + index)?;
             writeln!(out, "  environment: {}", variables.join(" "))?;
             writeln!(out, "  command:     {command}")?;
-            if let Some(cpus) = self.cpus(rank) {
+            if let Some(cpus) = self.cpus(index) {
                 writeln!(out, "  cpus:        {}", ranges(cpus))?;
             }
         }

@@ -59,17 +59,22 @@ pub fn require_program(program: &OsStr) -> Result<(), LaunchError> {
 }
 
 /// Runs the check with the job's flags and reads its plan. Its messages go to stderr as they are.
+/// `asked` are the workers of this node; each of `nnodes` is taken to start as many.
 pub fn check(
     reranker: &Path,
     flags: &TrainFlags,
     asked: Option<&Placement>,
     cpu: bool,
+    nnodes: usize,
 ) -> Result<LaunchPlan, LaunchError> {
     let mut command = Command::new(reranker);
     command.args(["check", "--for-launch"]).args(flags.as_args());
+    if nnodes > 1 {
+        command.args(["--nnodes", &nnodes.to_string()]);
+    }
     match asked {
         Some(placement) => {
-            command.args(["--nproc", &placement.workers().to_string()]);
+            command.args(["--nproc", &(nnodes * placement.workers()).to_string()]);
             command.args(["--device", placement.device()]);
         }
         None if cpu => {

@@ -7,26 +7,21 @@ use crate::restarts::Verdict;
 use crate::summary::{AttemptRecord, RankRecord};
 use crate::sys;
 
-/// Why an attempt ended, with the last lines of the rank to blame, how the others ended, and what
-/// follows; nothing where all is well.
-pub fn lines(record: &AttemptRecord, verdict: Verdict, max_restarts: u32) -> Vec<String> {
-    let mut lines = Vec::new();
-    match record.cause {
-        None => return lines,
-        Some(Cause::Failure { rank, .. } | Cause::Hang { rank: Some(rank) }) => {
-            lines.extend(blame(record, rank));
+/// Why an attempt ended (on another node too: then `told` says it), how the ranks of this one that
+/// are not to blame ended, and what follows; nothing where all is well.
+pub fn lines(
+    record: &AttemptRecord,
+    told: Option<&[String]>,
+    verdict: Verdict,
+    max_restarts: u32,
+) -> Vec<String> {
+    let Some(cause) = record.cause else { return Vec::new() };
+    let mut lines = told.map_or_else(|| reason(record), <[String]>::to_vec);
+    if matches!(cause, Cause::Failure { .. } | Cause::Hang { .. }) {
+        if told.is_some() && matches!(cause, Cause::Hang { .. }) {
+            lines.extend(reason(record));
         }
-        Some(Cause::Hang { rank: None }) => lines.extend(others(record, None)),
-        Some(Cause::Signal(signal)) => lines.push(format!("ended by {}", sys::signal_name(signal))),
-        Some(Cause::Preempted { signal }) => {
-            let by = signal.map_or(String::new(), |s| format!(" by {}", sys::signal_name(s)));
-            let saved = record.ranks.iter().any(|rank| rank.exit == Some(Exit::PREEMPTED));
-            let what = if saved { "saved a checkpoint" } else { "no worker saved" };
-            lines.push(format!("preempted{by}; {what}"));
-        }
-        Some(Cause::OutputClosed) => {
-            lines.push("ended because nobody reads the output any more".to_owned());
-        }
+        lines.extend(others(record, cause.rank()));
     }
     match verdict {
         Verdict::End => {}
@@ -45,15 +40,47 @@ pub fn lines(record: &AttemptRecord, verdict: Verdict, max_restarts: u32) -> Vec
     lines
 }
 
+/// Why an attempt ended, in this node's words: with the last lines of the rank to blame, where that is
+/// one of its own.
+pub fn reason(record: &AttemptRecord) -> Vec<String> {
+    match record.cause {
+        Some(Cause::Failure { rank, .. } | Cause::Hang { rank: Some(rank) }) => blame(record, rank),
+        Some(cause @ Cause::Preempted { .. }) => {
+            let saved = record.ranks.iter().any(|rank| rank.exit == Some(Exit::PREEMPTED));
+            let what = if saved { "saved a checkpoint" } else { "no worker saved" };
+            vec![format!("{}; {what}", brief(cause))]
+        }
+        Some(Cause::Hang { rank: None }) | None => Vec::new(),
+        Some(cause) => vec![brief(cause)],
+    }
+}
+
+/// A cause in a few words.
+pub fn brief(cause: Cause) -> String {
+    match cause {
+        Cause::Failure { rank, exit } => format!("rank {rank} {exit}"),
+        Cause::Hang { .. } => "no progress".to_owned(),
+        Cause::Signal(signal) => format!("ended by {}", sys::signal_name(signal)),
+        Cause::Preempted { signal } => {
+            let by = signal.map_or(String::new(), |s| format!(" by {}", sys::signal_name(s)));
+            format!("preempted{by}")
+        }
+        Cause::OutputClosed => "ended because nobody reads the output any more".to_owned(),
+        Cause::NodeLost { node } => format!("node {node} is lost"),
+    }
+}
+
 /// "1 worker", "2 workers".
 pub fn workers(count: usize) -> String {
     let plural = if count == 1 { "" } else { "s" };
     format!("{count} worker{plural}")
 }
 
-/// The rank to blame, its last lines, and how the others ended.
+/// The rank to blame, its last lines, and who was done before.
 fn blame(record: &AttemptRecord, rank: usize) -> Vec<String> {
-    let worker = &record.ranks[rank];
+    let Some(worker) = record.ranks.iter().find(|worker| worker.rank == rank) else {
+        return Vec::new();
+    };
     let (Some(exit), Some(after)) = (worker.exit, worker.elapsed) else { return Vec::new() };
     let ending = match &worker.log {
         _ if worker.last_lines.is_empty() => "it wrote nothing".to_owned(),
@@ -72,7 +99,6 @@ fn blame(record: &AttemptRecord, rank: usize) -> Vec<String> {
     if !done.is_empty() {
         lines.push(format!("before that, with code 0, ended rank {}", ranges(&done)));
     }
-    lines.extend(others(record, Some(rank)));
     lines
 }
 
@@ -140,7 +166,7 @@ mod tests {
         let cause = Cause::Failure { rank: 1, exit: Exit::Code(3) };
         let attempt = record(cause, &[term, Exit::Code(3), term, term, Exit::Code(0)]);
         assert_eq!(
-            lines(&attempt, Verdict::Restart(1), 2),
+            lines(&attempt, None, Verdict::Restart(1), 2),
             [
                 "rank 1 (pid 100) exited with code 3 after 2.0 s; its last lines:",
                 "| x",
@@ -152,7 +178,21 @@ mod tests {
         );
         let hang = record(Cause::Hang { rank: None }, &[term, term]);
         let expected = ["ranks 0-1 were killed by SIGTERM (exit code 143)"];
-        assert_eq!(lines(&hang, Verdict::End, 0), expected);
+        assert_eq!(lines(&hang, None, Verdict::End, 0), expected);
+    }
+
+    #[test]
+    fn what_another_node_has_told_comes_first() {
+        let term = Exit::Signal(libc::SIGTERM);
+        let cause = Cause::Failure { rank: 7, exit: Exit::Code(3) };
+        let told = ["node 1 (b): rank 7 exited with code 3".to_owned(), "| x".to_owned()];
+        assert_eq!(
+            lines(&record(cause, &[term, term]), Some(&told), Verdict::End, 0),
+            [&told[0], &told[1], "ranks 0-1 were killed by SIGTERM (exit code 143)"]
+        );
+        let lost = record(Cause::NodeLost { node: 1 }, &[term]);
+        let told = ["node 1 (b) is lost".to_owned()];
+        assert_eq!(lines(&lost, Some(&told), Verdict::End, 0), told);
     }
 
     #[test]
@@ -160,7 +200,7 @@ mod tests {
         let killed = Exit::Signal(libc::SIGKILL);
         let mut attempt = record(Cause::Failure { rank: 0, exit: killed }, &[killed]);
         attempt.ranks[0].oom_killed = true;
-        let said = lines(&attempt, Verdict::Exhausted, 2);
+        let said = lines(&attempt, None, Verdict::Exhausted, 2);
         assert!(said[0].contains("(exit code 137): the kernel's out-of-memory killer"), "{said:?}");
         assert_eq!(
             said.last().map(String::as_str),
@@ -173,8 +213,8 @@ mod tests {
         let cause = Cause::Preempted { signal: Some(libc::SIGUSR1) };
         let saved = record(cause, &[Exit::PREEMPTED, Exit::PREEMPTED]);
         let expected = ["preempted by SIGUSR1; saved a checkpoint"];
-        assert_eq!(lines(&saved, Verdict::End, 0), expected);
+        assert_eq!(lines(&saved, None, Verdict::End, 0), expected);
         let lost = record(cause, &[Exit::Signal(libc::SIGKILL)]);
-        assert_eq!(lines(&lost, Verdict::End, 0), ["preempted by SIGUSR1; no worker saved"]);
+        assert_eq!(lines(&lost, None, Verdict::End, 0), ["preempted by SIGUSR1; no worker saved"]);
     }
 }

@@ -1,5 +1,5 @@
-//! Whether a job that has failed is started again: pure, so that whoever has the facts, this
-//! launcher or the one that speaks for several, comes to the same verdict.
+//! Whether a job that has failed is started again: pure, so that the launchers of several nodes, which
+//! have the same facts, come to the same verdict.
 
 use crate::contract::exit_code;
 use crate::lifecycle::{Cause, Exit};
@@ -63,7 +63,10 @@ fn is_curable(cause: Cause) -> bool {
     match cause {
         Cause::Failure { exit: Exit::Code(code), .. } => !INCURABLE.map(i32::from).contains(&code),
         Cause::Failure { exit: Exit::Signal(_), .. } | Cause::Hang { .. } => true,
-        Cause::Signal(_) | Cause::Preempted { .. } | Cause::OutputClosed => false,
+        Cause::Signal(_)
+        | Cause::Preempted { .. }
+        | Cause::OutputClosed
+        | Cause::NodeLost { .. } => false,
     }
 }
 
@@ -92,6 +95,7 @@ mod tests {
             Cause::Signal(15),
             Cause::Preempted { signal: None },
             Cause::OutputClosed,
+            Cause::NodeLost { node: 1 },
         ] {
             assert_eq!(Restarts::new(9).after(cause, None), Verdict::End, "{cause:?}");
         }

@@ -101,6 +101,7 @@ fn kind(cause: Cause) -> &'static str {
         Cause::Signal(_) => "signal",
         Cause::Preempted { .. } => "preempted",
         Cause::OutputClosed => "output_closed",
+        Cause::NodeLost { .. } => "node_lost",
     }
 }
 

@@ -1,6 +1,8 @@
 //! The event loop: one thread that waits for the workers' ends, their output, signals and room to
 //! write, and carries out what [`Lifecycle`] decides.
 
+mod peers;
+
 use std::io::{self, Read as _};
 use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
@@ -9,10 +11,12 @@ use crate::attempt::{Attempt, Token};
 use crate::contract::preemption;
 use crate::error::LaunchError;
 use crate::guardian::Guardian;
+use crate::hang::{self, Position};
 use crate::lifecycle::{Cause, Event, Exit, Lifecycle, Order};
+use crate::nodes::Cluster;
 use crate::oom::OomWatch;
 use crate::output::{self, Output, Reader};
-use crate::plan::{Plan, Rendezvous};
+use crate::plan::Plan;
 use crate::report;
 use crate::restarts::Restarts;
 use crate::summary::Summary;
@@ -47,20 +51,22 @@ pub struct Options {
 }
 
 /// Starts the plan's workers, watches them until all have ended, and returns the exit code.
-pub fn run(plan: Plan, options: Options) -> Result<u8, LaunchError> {
+/// `cluster` are the other nodes, where there are any.
+pub fn run(plan: Plan, options: Options, cluster: Option<Cluster>) -> Result<u8, LaunchError> {
     // Signals are blocked before the guardian is forked and the first worker starts, so that none
     // is lost: whatever arrives meanwhile is read by the loop.
     let preempting = preemption::signals(options.preempt_signal);
     let signals = SignalFd::open(&handled_signals(&preempting))
         .map_err(LaunchError::system("block signals"))?;
     let guardian =
-        Guardian::start(plan.run_id()).map_err(LaunchError::system("start the guardian"))?;
+        Guardian::start(plan.launcher_id()).map_err(LaunchError::system("start the guardian"))?;
     sys::adopt_orphans().map_err(LaunchError::system("become the parent of orphans"))?;
     let oom = OomWatch::start();
     let watching = || LaunchError::system("watch the workers");
     let epoll = Epoll::new().map_err(watching())?;
     epoll.add(signals.as_fd(), Interest::Read, Token::Signals.pack()).map_err(watching())?;
     let mut output = Output::open(options.output.clone())?;
+    cluster.iter().try_for_each(|cluster| cluster.watch(&epoll)).map_err(watching())?;
     let attempt = Attempt::start(&plan, 0, &guardian, &epoll, &mut output, options.hang_timeout)?;
     let lifecycle = Lifecycle::new(options.grace, Restarts::new(options.max_restarts));
     let summary = Summary { run_id: plan.run_id().to_owned(), attempts: Vec::new() };
@@ -77,6 +83,9 @@ pub fn run(plan: Plan, options: Options) -> Result<u8, LaunchError> {
         lifecycle,
         oom,
         summary,
+        cluster,
+        positions: Vec::new(),
+        is_part_told: false,
         buffer,
         just_read: 0,
     };
@@ -107,6 +116,12 @@ struct Supervisor {
     lifecycle: Lifecycle,
     oom: OomWatch,
     summary: Summary,
+    /// The other nodes, where there are any.
+    cluster: Option<Cluster>,
+    /// Where the workers were in a hang of all nodes.
+    positions: Vec<Position>,
+    /// Whether the other nodes know that nothing is left of the attempt here.
+    is_part_told: bool,
     buffer: Vec<u8>,
     /// Bytes of output read in this turn of the loop.
     just_read: usize,
@@ -119,7 +134,7 @@ impl Supervisor {
             self.watch().map_err(LaunchError::system("watch the workers"))?;
             let restart = self.conclude().map_err(LaunchError::system("watch the workers"))?;
             let Some(Order::Restart(number)) = restart else { return Ok(()) };
-            let rendezvous = Rendezvous::on_this_host(self.options.master_port)?;
+            let rendezvous = self.next_rendezvous(number)?;
             self.plan.restart(number, rendezvous);
             let Self { plan, guardian, epoll, output, .. } = self;
             let timeout = self.options.hang_timeout;
@@ -130,13 +145,17 @@ impl Supervisor {
     /// Runs until every worker, its group and what left it are gone.
     fn watch(&mut self) -> io::Result<()> {
         self.tidy(Instant::now());
-        while !self.attempt.is_gone() {
+        while !self.is_over()? {
             let timeout = self.deadline().map(|at| at.saturating_duration_since(Instant::now()));
             for token in self.epoll.wait(timeout)? {
                 self.handle(Token::unpack(token))?;
             }
             let now = Instant::now();
-            self.tell(Event::TimePassed, now);
+            self.hear_others(now);
+            // With nothing left to kill here, only the others are waited for.
+            if !self.attempt.is_gone() {
+                self.tell(Event::TimePassed, now);
+            }
             self.look_for_hang(now);
             self.tidy(now);
             self.write_out()?;
@@ -160,7 +179,7 @@ impl Supervisor {
 
     /// Tells the state machine what has happened, and does as it says.
     fn tell(&mut self, event: Event, now: Instant) -> Option<Order> {
-        let order = self.lifecycle.on(event, now)?;
+        let order = self.decide(event, now)?;
         self.obey(order, now);
         Some(order)
     }
@@ -171,7 +190,14 @@ impl Supervisor {
             self.attempt.monitor = None;
             return;
         }
-        if let Some((rank, lines)) = self.attempt.look_for_hang(now) {
+        let Some(is_stuck) = self.attempt.is_stuck(now) else { return };
+        if self.cluster.is_some() {
+            self.look_for_hang_of_all(is_stuck, now);
+        } else if is_stuck {
+            let (positions, lines) = self.attempt.positions(now);
+            let rank = hang::suspect(&positions);
+            let timeout = self.options.hang_timeout.unwrap_or_default().as_secs_f64();
+            self.output.say(&hang::verdict(rank, positions.len(), timeout));
             for line in lines {
                 self.output.say(&line);
             }
@@ -182,7 +208,9 @@ impl Supervisor {
     /// The next time at which something is to be done without an event.
     fn deadline(&self) -> Option<Instant> {
         let attempt = self.attempt.deadline(Instant::now());
-        attempt.into_iter().chain(self.lifecycle.deadline()).min()
+        let lifecycle = self.lifecycle.deadline().filter(|_| !self.attempt.is_gone());
+        let cluster = self.cluster.as_ref().and_then(Cluster::deadline);
+        attempt.into_iter().chain(lifecycle).chain(cluster).min()
     }
 
     fn handle(&mut self, token: Token) -> io::Result<()> {
@@ -193,8 +221,16 @@ impl Supervisor {
                 }
                 Ok(())
             }
-            Token::End(rank) => self.on_end(rank),
+            Token::End(index) => self.on_end(index),
             Token::Pipe(index) => self.on_output(index),
+            Token::Node(node) => {
+                self.cluster.iter_mut().for_each(|cluster| cluster.read(node, Instant::now()));
+                Ok(())
+            }
+            Token::Caller => {
+                self.cluster.iter().for_each(Cluster::refuse_caller);
+                Ok(())
+            }
             // Its room is used by the next write_out.
             Token::Sink(_) => Ok(()),
         }
@@ -212,9 +248,9 @@ impl Supervisor {
         }
         // Workers with a pidfd are collected in the order of their ends, by their own events;
         // leftovers by `watch` after every wake-up.
-        for rank in 0..self.attempt.workers.len() {
-            if self.attempt.workers[rank].end_of_life().is_none() {
-                self.on_end(rank)?;
+        for index in 0..self.attempt.workers.len() {
+            if self.attempt.workers[index].end_of_life().is_none() {
+                self.on_end(index)?;
             }
         }
         let Attempt { workers, strays, .. } = &mut self.attempt;
@@ -223,9 +259,10 @@ impl Supervisor {
     }
 
     /// A worker may have ended.
-    fn on_end(&mut self, rank: usize) -> io::Result<()> {
+    fn on_end(&mut self, index: usize) -> io::Result<()> {
         let now = Instant::now();
-        let worker = &mut self.attempt.workers[rank];
+        let worker = &mut self.attempt.workers[index];
+        let rank = worker.rank;
         let Some(exit) = worker.collect(now, &self.guardian) else { return Ok(()) };
         if let Some(end) = worker.end_of_life() {
             self.epoll.remove(end)?;
@@ -233,7 +270,7 @@ impl Supervisor {
         if exit == Exit::Signal(libc::SIGKILL) && self.oom.killed(worker.pid()) {
             self.attempt.oom_killed.push(rank);
         }
-        if let Some(order) = self.lifecycle.on(Event::WorkerEnded { rank, exit }, now) {
+        if let Some(order) = self.decide(Event::WorkerEnded { rank, exit }, now) {
             self.announce(rank, exit);
             self.obey(order, now);
         }
@@ -243,7 +280,7 @@ impl Supervisor {
     /// Says at once that the job is ending; the report with the last lines comes when all output
     /// is in.
     fn announce(&mut self, rank: usize, exit: Exit) {
-        let others = self.attempt.running();
+        let others = self.plan.world_size() - self.plan.workers() + self.attempt.running();
         if others > 0 {
             let line = format!("rank {rank} {exit}; ending the other {}", report::workers(others));
             self.output.say(&line);
@@ -305,7 +342,7 @@ impl Supervisor {
         self.just_read += count;
         let Self { attempt: Attempt { pipes, voices, .. }, output, buffer, .. } = self;
         let pipe = &mut pipes[index];
-        let (voice, stream) = (&mut voices[pipe.rank], pipe.stream);
+        let (voice, stream) = (&mut voices[pipe.worker], pipe.stream);
         pipe.splitter.push(&buffer[..count], |piece| output.pass_on(voice, stream, piece));
     }
 
@@ -313,7 +350,7 @@ impl Supervisor {
         let Self { attempt: Attempt { pipes, voices, .. }, output, .. } = self;
         let pipe = &mut pipes[index];
         pipe.file = None;
-        let (voice, stream) = (&mut voices[pipe.rank], pipe.stream);
+        let (voice, stream) = (&mut voices[pipe.worker], pipe.stream);
         pipe.splitter.finish(|piece| output.pass_on(voice, stream, piece));
         output.end(voice, stream);
     }
@@ -348,7 +385,7 @@ impl Supervisor {
             for (index, pipe) in self.attempt.pipes.iter().enumerate() {
                 let Some(file) = &pipe.file else { continue };
                 let sink = self.output.console.index_of(pipe.stream);
-                if sink != sink_index || !self.attempt.voices[pipe.rank].is_shown() {
+                if sink != sink_index || !self.attempt.voices[pipe.worker].is_shown() {
                     continue;
                 }
                 if hold {
@@ -367,12 +404,18 @@ impl Supervisor {
         for sink in self.output.console.sinks() {
             sink.clear_status();
         }
+        let (told, step) = self.take_settlement();
         let cause = self.lifecycle.cause();
-        let order = self.tell(Event::AllGone { step: self.attempt.newest_step() }, Instant::now());
+        let order = self.tell(Event::AllGone { step }, Instant::now());
         let blamed = cause.and_then(Cause::rank);
         let keeps_lines = |rank| order.is_none() || Some(rank) == blamed;
         let record = self.attempt.record(cause, keeps_lines);
-        for line in report::lines(&record, self.lifecycle.verdict(), self.options.max_restarts) {
+        for line in report::lines(
+            &record,
+            told.as_deref(),
+            self.lifecycle.verdict(),
+            self.options.max_restarts,
+        ) {
             self.output.say(&line);
         }
         self.summary.attempts.push(record);
@@ -386,6 +429,7 @@ impl Supervisor {
     fn finish(mut self) -> io::Result<u8> {
         self.write_to_the_end()?;
         self.guardian.dismiss();
+        self.cluster.take().into_iter().for_each(Cluster::part);
         Ok(self.lifecycle.exit_code())
     }
 

@@ -1,11 +1,12 @@
-//! The fault matrix: what can go wrong with a worker, on the first and on the last rank. For each:
-//! the exit code, the rank that is named, the time to the end, and that nobody survives.
+//! The fault matrix: what can go wrong with a worker, on the first and on the last rank, under one
+//! launcher and under two that share the workers as two nodes do. For each: the exit code, the rank that is named, the time to the end, and that nobody survives.
 
 #![allow(clippy::unwrap_used, reason = "a test may end with a panic")]
 
 mod common;
 
 use std::fs;
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant, SystemTime};
@@ -13,6 +14,9 @@ use std::time::{Duration, Instant, SystemTime};
 use common::{Launch, assert_all_end, launcher};
 
 const WORKERS: usize = 3;
+
+/// The workers of each launcher.
+const NODES: [&[usize]; 2] = [&[WORKERS], &[2, 1]];
 
 /// Beyond what a fault takes by itself to be noticed: the promised 2 seconds, and as much again for
 /// a machine that is busy with other things.
@@ -44,6 +48,8 @@ struct Fault {
     takes: Duration,
     /// What is said besides.
     says: &'static str,
+    /// Whether only a launcher that has all workers can say that.
+    says_alone: bool,
 }
 
 const SIMPLE: Fault = Fault {
@@ -54,30 +60,39 @@ const SIMPLE: Fault = Fault {
     names_bad: true,
     takes: Duration::ZERO,
     says: "",
+    says_alone: false,
 };
 
-/// Runs a row for the first and the last rank.
+/// Runs a row for the first and the last rank, on one node and on two.
 fn check(name: &str, fault: &Fault) {
-    for bad in [0, WORKERS - 1] {
-        check_rank(name, fault, bad, None);
+    for (nodes, bad) in NODES.into_iter().flat_map(|nodes| [(nodes, 0), (nodes, WORKERS - 1)]) {
+        check_rank(name, fault, bad, nodes, None);
     }
 }
 
 /// Runs one cell of the matrix, in a control group if one is given.
-fn check_rank(name: &str, fault: &Fault, bad: usize, group: Option<&Path>) {
+fn check_rank(name: &str, fault: &Fault, bad: usize, nodes: &[usize], group: Option<&Path>) {
     let folder = tempfile::tempdir().unwrap();
     let script = format!("{PRELUDE}{}\nfi\n{}", fault.others, fault.bad);
-    let mut command = launcher();
-    command.args(["--cpu", "--nproc", &WORKERS.to_string(), "--grace", "0.5"]).args(fault.flags);
-    command.args(["--", "sh", "-c", &script]);
-    command.env("DIR", folder.path()).env("BAD", bad.to_string());
-    if let Some(group) = group {
-        command = inside(group, &command);
+    let rdzv = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let start = |(node, workers): (usize, &usize)| {
+        let mut command = launcher();
+        command.args(["--cpu", "--nproc", &workers.to_string(), "--grace", "0.5"]);
+        command.args(["--nnodes", &nodes.len().to_string(), "--node-rank", &node.to_string()]);
+        command.args(["--rdzv", &rdzv]).args(fault.flags).args(["--", "sh", "-c", &script]);
+        command.env("DIR", folder.path()).env("BAD", bad.to_string());
+        if let Some(group) = group {
+            command = inside(group, &command);
+        }
+        Launch::start(&mut command)
+    };
+    let launches: Vec<Launch> = nodes.iter().enumerate().map(start).collect();
+    let mut said = String::new();
+    for outcome in launches.into_iter().map(Launch::wait) {
+        assert_eq!(outcome.code, Some(fault.code), "{name}, rank {bad}: {}", outcome.stderr);
+        said.push_str(&outcome.stderr);
     }
-    let outcome = Launch::start(&mut command).wait();
     let ended = SystemTime::now();
-    let said = &outcome.stderr;
-    assert_eq!(outcome.code, Some(fault.code), "{name}, rank {bad}: {said}");
     let began = fs::metadata(folder.path().join("fault")).unwrap().modified().unwrap();
     let took = ended.duration_since(began).unwrap();
     assert!(took < fault.takes + END, "{name}, rank {bad}: the end took {took:?}");
@@ -86,15 +101,17 @@ fn check_rank(name: &str, fault: &Fault, bad: usize, group: Option<&Path>) {
     assert_all_end(&pids);
     let named: Vec<usize> = (0..WORKERS)
         .filter(|rank| {
-            said.lines().any(|l| {
-                l.starts_with(&format!("rr-launch: rank {rank} (pid ")) && l.contains(" after ")
+            said.lines().any(|line| {
+                line.contains(&format!(": rank {rank} (pid ")) && line.contains(" after ")
             })
         })
         .collect();
     assert_eq!(named.len(), 1, "{name}, rank {bad}: {said}");
     assert_eq!(named[0] == bad, fault.names_bad, "{name}, rank {bad}: {said}");
-    assert!(said.contains(fault.says), "{name}, rank {bad}: {said}");
-    println!("{name}, rank {bad}: code {}, ended after {:.2} s", fault.code, took.as_secs_f64());
+    let is_said = (fault.says_alone && nodes.len() > 1) || said.contains(fault.says);
+    assert!(is_said, "{name}, rank {bad}: {said}");
+    let (nodes, code, took) = (nodes.len(), fault.code, took.as_secs_f64());
+    println!("{name}, rank {bad}, {nodes} node(s): code {code}, ended after {took:.2} s");
 }
 
 /// The process ids in a folder.
@@ -117,7 +134,8 @@ fn exits_with_0_early() {
     // The others notice that a peer has left, as in a collective, and fail over it.
     let others = "while ! gone $(cat $DIR/$BAD.pid); do sleep 0.01; done; sleep 0.2; exit 9";
     let says = "before that, with code 0, ended rank ";
-    let fault = Fault { bad: "fault; exit 0", others, code: 9, names_bad: false, says, ..SIMPLE };
+    let (bad, names_bad, says_alone) = ("fault; exit 0", false, true);
+    let fault = Fault { bad, others, code: 9, names_bad, says, says_alone, ..SIMPLE };
     check("exits 0 early", &fault);
 }
 
@@ -277,6 +295,8 @@ fn is_ended_by_the_out_of_memory_killer() {
         ..SIMPLE
     };
     for bad in [0, WORKERS - 1] {
-        check_rank("is OOM-killed", &fault, bad, Some(&group.0));
+        for nodes in NODES {
+            check_rank("is OOM-killed", &fault, bad, nodes, Some(&group.0));
+        }
     }
 }

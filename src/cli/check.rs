@@ -18,8 +18,8 @@ pub(super) fn run(args: &CheckArgs) -> Result<()> {
     let plan = args.plan.plan(args.gpus.or(args.nproc), device)?;
     train::check_output(&plan)?;
     let workers = plan.parallel.processes.unwrap_or(1);
-    // rr-launch starts the workers of one machine, and looks after their GPUs itself.
-    let machines = if args.for_launch { 1 } else { plan.parallel.machines };
+    // rr-launch knows on how many machines it starts workers, and looks after their GPUs itself.
+    let machines = if args.for_launch { args.nnodes.max(1) } else { plan.parallel.machines };
     train::check_machines(&plan, workers, workers.div_ceil(machines))?;
     if !args.for_launch && args.gpus.is_none() {
         runtime::device(plan.parallel.device, 0)?;

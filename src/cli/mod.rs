@@ -121,6 +121,9 @@ pub struct CheckArgs {
     /// Print one JSON line for rr-launch instead of the plan
     #[arg(long, hide = true)]
     for_launch: bool,
+    /// Number of machines that rr-launch starts them on
+    #[arg(long, value_name = "N", default_value = "1", requires = "for_launch", hide = true)]
+    nnodes: usize,
 }
 
 /// The kinds of devices.

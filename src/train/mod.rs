@@ -191,7 +191,7 @@ pub fn check_machines(plan: &Plan, world_size: usize, local: usize) -> Result<()
     if asked > 1 && asked != machines {
         let message = format!(
             "{asked}, but these {world_size} worker(s) are on {machines}; start the workers of \
-             every machine with torchrun or srun"
+             every machine: rr-launch --nnodes {asked}, torchrun or srun"
         );
         return Err(plan.error("num_machines", message));
     }

@@ -17,6 +17,8 @@ use std::os::unix::fs::FileExt as _;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use serde::{Deserialize, Serialize};
+
 use super::vars;
 use crate::sys;
 
@@ -31,7 +33,7 @@ const WAITS: &str = "waits";
 const WORKS: &str = "works";
 
 /// What a worker does.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Beat {
     /// The step it is in, from 1; 0 before the first.
     pub step: u64,

@@ -1,0 +1,20 @@
+//! Several nodes, one launcher on each: how they meet ([`meeting`]), and what they tell each other
+//! while their workers run ([`cluster`]). Node 0 is the hub of a star of TCP connections ([`link`]);
+//! what goes over them is [`message`]. What the nodes' parts of an attempt come to is decided by
+//! [`pool`], without sockets or clocks.
+//!
+//! Collectives are none of the launchers' business: who starts, who watches and who ends is.
+
+pub mod cluster;
+pub mod link;
+pub mod meeting;
+pub mod message;
+pub mod pool;
+
+use std::time::Duration;
+
+pub use cluster::Cluster;
+pub use meeting::{Meeting, Place};
+
+/// Between two signs of life on a connection.
+const PING: Duration = Duration::from_secs(1);

@@ -1,0 +1,439 @@
+//! How the launchers meet before anything starts: node 0 listens, the others call it until it
+//! answers, and all begin at once when all are there and agree.
+
+use std::io::{self, Write as _};
+use std::net::{TcpListener, TcpStream, ToSocketAddrs as _};
+use std::os::fd::AsFd as _;
+use std::time::{Duration, Instant};
+
+use super::PING;
+use super::cluster::Cluster;
+use super::link::Link;
+use super::message::{Hello, Message, Node, Term, World, name_of};
+use crate::contract::exit_code;
+use crate::error::LaunchError;
+use crate::plan::{self, Rendezvous};
+use crate::report::{ranges, workers};
+use crate::sys::{Epoll, Interest};
+
+/// Between two calls to a node 0 that does not answer.
+const CALL_AGAIN: Duration = Duration::from_millis(200);
+
+/// The longest wait for one call to be answered.
+const CALL: Duration = Duration::from_secs(3);
+
+/// How long a refusal may take to be heard.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// Which node this is, and where they meet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// The number of nodes, at least 2.
+    pub nnodes: usize,
+    /// This node's number.
+    pub node_rank: usize,
+    /// The host of node 0.
+    pub addr: String,
+    /// The port on which it listens.
+    pub port: u16,
+    /// How long to wait for the others.
+    pub patience: Duration,
+    /// A node that is silent for so long is lost.
+    pub silence: Duration,
+}
+
+/// A meeting that has not begun.
+pub struct Meeting {
+    place: Place,
+    host: String,
+    /// On node 0.
+    listener: Option<TcpListener>,
+}
+
+/// Who has called node 0.
+struct Guest {
+    link: Link,
+    /// What it said; `None` as long as it has said nothing.
+    hello: Option<Hello>,
+}
+
+impl Meeting {
+    /// Node 0 listens from now on.
+    ///
+    /// # Errors
+    /// It cannot.
+    pub fn open(place: Place) -> Result<Self, LaunchError> {
+        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        let host = host.trim().to_owned();
+        let port = place.port;
+        let listen = || -> io::Result<TcpListener> {
+            let listener = plan::listen(port)?;
+            listener.set_nonblocking(true)?;
+            Ok(listener)
+        };
+        let listener = (place.node_rank == 0).then(listen).transpose().map_err(|error| {
+            LaunchError::Usage(format!("--rdzv: cannot listen on port {port}: {error}"))
+        })?;
+        Ok(Self { place, host, listener })
+    }
+
+    /// Waits for all nodes, and makes sure that they agree. `run_id` is that of the launch if this
+    /// is node 0, `port` the one that the user wants for rank 0.
+    ///
+    /// # Errors
+    /// They do not agree, do not come, or the network fails.
+    pub fn meet(
+        self,
+        workers: usize,
+        terms: Vec<Term>,
+        run_id: &str,
+        port: Option<u16>,
+    ) -> Result<Cluster, LaunchError> {
+        let (host, node_rank) = (self.host.clone(), self.place.node_rank);
+        let own = Hello { node_rank, host, workers, terms };
+        match self.listener {
+            Some(listener) => Host { own, place: self.place, listener, guests: Vec::new() }
+                .receive_all(run_id, port),
+            None => join(&own, &self.place),
+        }
+    }
+
+    /// Tells the others that this node cannot start, and will exit with `code`: those that are
+    /// there already.
+    pub fn decline(self, code: u8) {
+        let until = Instant::now() + FAREWELL;
+        let name = name_of(self.place.node_rank, &self.host);
+        let Some(listener) = self.listener else {
+            if let Ok(mut link) = call(&self.place, FAREWELL) {
+                let node_rank = self.place.node_rank;
+                link.send(&Message::Decline { node_rank, host: self.host, code });
+                link.part(until);
+            }
+            return;
+        };
+        let line = format!("{name} cannot start: exit code {code}; see its output");
+        while let Ok((stream, _)) = listener.accept() {
+            refuse(Link::new(stream), &line, code, until);
+        }
+    }
+}
+
+/// Says no, and waits until it is heard.
+fn refuse(link: io::Result<Link>, reason: &str, code: u8, until: Instant) {
+    // Who is gone already needs no answer.
+    let Ok(mut link) = link else { return };
+    link.send(&Message::Refuse { line: reason.to_owned(), code });
+    link.part(until);
+}
+
+/// Refuses whoever calls when the launch has begun.
+pub fn refuse_late(listener: &TcpListener) {
+    while let Ok((stream, _)) = listener.accept() {
+        let reason = "the launch at this address has begun without this node";
+        let Ok(mut link) = Link::new(stream) else { continue };
+        let message = Message::Refuse { line: reason.to_owned(), code: exit_code::USER_ERROR };
+        // Nothing was read, so that closing it would take this back; it need not be waited for.
+        link.receive(Instant::now());
+        link.send(&message);
+    }
+}
+
+/// A line on stderr. Where nobody reads it nothing is missed.
+fn say(line: &str) {
+    let _ = writeln!(io::stderr(), "rr-launch: {line}");
+}
+
+fn network() -> impl FnOnce(io::Error) -> LaunchError {
+    LaunchError::system("meet the other nodes")
+}
+
+/// Node 0.
+struct Host {
+    own: Hello,
+    place: Place,
+    listener: TcpListener,
+    guests: Vec<Guest>,
+}
+
+impl Host {
+    fn receive_all(mut self, run_id: &str, port: Option<u16>) -> Result<Cluster, LaunchError> {
+        let deadline = Instant::now().checked_add(self.place.patience);
+        // New for each turn: guests come and go, and there are few.
+        while !self.missing().is_empty() {
+            let now = Instant::now();
+            if deadline.is_some_and(|deadline| now >= deadline) {
+                let line = format!(
+                    "{} did not come within {} s (--rdzv-timeout)",
+                    nodes(&self.missing()),
+                    self.place.patience.as_secs_f64()
+                );
+                return Err(self.end(line, exit_code::NODE_LOST));
+            }
+            let left = deadline.map_or(PING, |deadline| deadline.duration_since(now).min(PING));
+            self.wait(left).map_err(network())?;
+            self.accept();
+            if let Some((line, code)) = self.listen(Instant::now()) {
+                return Err(self.end(line, code));
+            }
+        }
+        self.begin(run_id, port)
+    }
+
+    fn wait(&self, timeout: Duration) -> io::Result<()> {
+        let mut epoll = Epoll::new()?;
+        epoll.add(self.listener.as_fd(), Interest::Read, 0)?;
+        for guest in &self.guests {
+            epoll.add(guest.link.as_fd(), Interest::Read, 1)?;
+        }
+        epoll.wait(Some(timeout)).map(drop)
+    }
+
+    fn accept(&mut self) {
+        while let Ok((stream, _)) = self.listener.accept() {
+            if let Ok(link) = Link::new(stream) {
+                self.guests.push(Guest { link, hello: None });
+            }
+        }
+    }
+
+    /// The nodes that are not there.
+    fn missing(&self) -> Vec<usize> {
+        let is_there = |node: &usize| self.guest(*node).is_some();
+        (1..self.place.nnodes).filter(|node| !is_there(node)).collect()
+    }
+
+    fn guest(&self, node: usize) -> Option<&Hello> {
+        self.guests.iter().filter_map(|guest| guest.hello.as_ref()).find(|h| h.node_rank == node)
+    }
+
+    /// Hears what the guests say; why nothing can come of it, and the exit code.
+    fn listen(&mut self, now: Instant) -> Option<(String, u8)> {
+        let mut index = 0;
+        while index < self.guests.len() {
+            let guest = &mut self.guests[index];
+            let mut refusal = None;
+            for message in guest.link.receive(now) {
+                match message {
+                    Message::Ping { .. } => {
+                        guest.link.send(&Message::Wait);
+                    }
+                    Message::Decline { node_rank, host, code } => {
+                        let name = name_of(node_rank, &host);
+                        let line = format!("{name} cannot start: exit code {code}; see its output");
+                        return Some((line, code));
+                    }
+                    Message::Hello(hello) => refusal = Some(hello),
+                    _ => {}
+                }
+            }
+            if !guest.link.is_open() || guest.link.is_silent(self.place.silence, now) {
+                self.guests.remove(index);
+                continue;
+            }
+            if let Some(hello) = refusal {
+                if let Some(line) = disagreement(&self.own, &hello) {
+                    return Some((line, exit_code::USER_ERROR));
+                }
+                if let Some(line) = self.taken(&hello) {
+                    say(&line);
+                    let guest = self.guests.remove(index);
+                    refuse(Ok(guest.link), &line, exit_code::USER_ERROR, now + FAREWELL);
+                    continue;
+                }
+                self.guests[index].hello = Some(hello);
+            }
+            index += 1;
+        }
+        None
+    }
+
+    /// Why a node of this rank cannot take part, if there is one already.
+    fn taken(&self, hello: &Hello) -> Option<String> {
+        let Hello { node_rank, host, .. } = hello;
+        let holder = if *node_rank == 0 { Some(&self.own) } else { self.guest(*node_rank) };
+        holder.map(|holder| {
+            let holder = &holder.host;
+            format!("--node-rank {node_rank} of host {host} is that of host {holder} already")
+        })
+    }
+
+    /// Nothing comes of it: all are told why.
+    fn end(self, line: String, code: u8) -> LaunchError {
+        let until = Instant::now() + FAREWELL;
+        for guest in self.guests {
+            refuse(Ok(guest.link), &line, code, until);
+        }
+        LaunchError::Nodes { line, code }
+    }
+
+    /// All are there.
+    fn begin(mut self, run_id: &str, port: Option<u16>) -> Result<Cluster, LaunchError> {
+        let master_port = Rendezvous::on_this_host(port)?.port;
+        self.guests.retain(|guest| guest.hello.is_some());
+        self.guests.sort_by_key(|guest| guest.hello.as_ref().map(|hello| hello.node_rank));
+        let first = self.guests[0].link.own_address().map_err(network())?;
+        let node = |hello: &Hello| Node { host: hello.host.clone(), workers: hello.workers };
+        let mut all = vec![node(&self.own)];
+        all.extend(self.guests.iter().filter_map(|guest| guest.hello.as_ref()).map(node));
+        let world = World {
+            run_id: run_id.to_owned(),
+            nodes: all,
+            master_addr: first.ip().to_string(),
+            master_port,
+        };
+        for (index, node) in world.nodes.iter().enumerate() {
+            if node.workers != self.own.workers {
+                let (name, count) = (world.name(index), workers(node.workers));
+                let (own, others) = (world.name(0), self.own.workers);
+                say(&format!("{name} starts {count}, {own} starts {others}"));
+            }
+        }
+        let mut links: Vec<Link> = self.guests.into_iter().map(|guest| guest.link).collect();
+        for link in &mut links {
+            link.send(&Message::Welcome(world.clone()));
+        }
+        Ok(Cluster::hub(world, links, self.listener, self.place.silence))
+    }
+}
+
+/// What two nodes do not agree on, in a line: the first of the terms that differs.
+fn disagreement(own: &Hello, other: &Hello) -> Option<String> {
+    let [one, two] = [own, other].map(|hello| name_of(hello.node_rank, &hello.host));
+    let mut pairs = own.terms.iter().zip(&other.terms);
+    if let Some((ours, theirs)) = pairs.find(|(ours, theirs)| ours != theirs) {
+        let Term { name, value, is_readable } = ours;
+        if !is_readable || *name != theirs.name {
+            return Some(format!("{name}: not the same on {two} and on {one}"));
+        }
+        let shown =
+            |value: &str| if value.is_empty() { "none".to_owned() } else { value.to_owned() };
+        let (value, theirs) = (shown(value), shown(&theirs.value));
+        return Some(format!(
+            "{name}: {theirs} on {two}, {value} on {one}; they have to be the same"
+        ));
+    }
+    (own.terms.len() != other.terms.len()).then(|| format!("{two} is another rr-launch than {one}"))
+}
+
+/// `node 2`, `nodes 1, 3-5`.
+fn nodes(ranks: &[usize]) -> String {
+    let plural = if ranks.len() == 1 { "" } else { "s" };
+    format!("node{plural} {}", ranges(ranks))
+}
+
+/// A node other than 0: calls until it is welcome.
+fn join(own: &Hello, place: &Place) -> Result<Cluster, LaunchError> {
+    let deadline = Instant::now().checked_add(place.patience);
+    let mut trouble = String::new();
+    loop {
+        let left = deadline.map_or(CALL, |deadline| deadline.duration_since(Instant::now()));
+        if left.is_zero() {
+            let line =
+                format!("waited {} s (--rdzv-timeout) for {trouble}", place.patience.as_secs_f64());
+            return Err(LaunchError::Nodes { line, code: exit_code::NODE_LOST });
+        }
+        let Place { addr, port, .. } = place;
+        let mut link = match call(place, left.min(CALL)) {
+            Ok(link) => link,
+            Err(error) => {
+                trouble = format!("node 0, which does not answer at {addr}:{port}: {error}");
+                std::thread::sleep(CALL_AGAIN.min(left));
+                continue;
+            }
+        };
+        link.send(&Message::Hello(own.clone()));
+        match sit(&mut link, place).map_err(network())? {
+            Answer::Begin(world) => {
+                return Ok(Cluster::member(world, own.node_rank, link, place.silence));
+            }
+            Answer::Refused { line, code } => return Err(LaunchError::Nodes { line, code }),
+            Answer::Gone => {
+                trouble = format!("node 0, which hung up at {addr}:{port}");
+                std::thread::sleep(CALL_AGAIN);
+            }
+        }
+    }
+}
+
+/// One call to node 0.
+fn call(place: &Place, timeout: Duration) -> io::Result<Link> {
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
+    for address in (place.addr.as_str(), place.port).to_socket_addrs()? {
+        match TcpStream::connect_timeout(&address, timeout) {
+            Ok(stream) => return Link::new(stream),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+/// How a call ended.
+enum Answer {
+    Begin(World),
+    Refused {
+        line: String,
+        code: u8,
+    },
+    /// Node 0 has ended, or is out of reach.
+    Gone,
+}
+
+/// Waits at node 0 for the others. How long is node 0's to say.
+fn sit(link: &mut Link, place: &Place) -> io::Result<Answer> {
+    let mut epoll = Epoll::new()?;
+    epoll.add(link.as_fd(), Interest::Read, 0)?;
+    loop {
+        let now = Instant::now();
+        for message in link.receive(now) {
+            match message {
+                Message::Welcome(world) => return Ok(Answer::Begin(world)),
+                Message::Refuse { line, code } => return Ok(Answer::Refused { line, code }),
+                _ => {}
+            }
+        }
+        if !link.is_open() || link.is_silent(place.silence, now) {
+            return Ok(Answer::Gone);
+        }
+        if link.takes_ping(now) {
+            link.send(&Message::Ping { sent_us: 0, is_quiet: false });
+        }
+        epoll.wait(Some(PING))?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hello(node_rank: usize, terms: &[(&str, &str, bool)]) -> Hello {
+        let term = |&(name, value, is_readable): &(&str, &str, bool)| Term {
+            name: name.to_owned(),
+            value: value.to_owned(),
+            is_readable,
+        };
+        let host = ["a", "b"][node_rank].to_owned();
+        Hello { node_rank, host, workers: 2, terms: terms.iter().map(term).collect() }
+    }
+
+    #[test]
+    fn what_differs_is_named() {
+        let own =
+            hello(0, &[("--nnodes", "3", true), ("--run-id", "", true), ("--config", "1", false)]);
+        assert_eq!(disagreement(&own, &Hello { node_rank: 1, ..own.clone() }), None);
+        let other =
+            hello(1, &[("--nnodes", "2", true), ("--run-id", "", true), ("--config", "1", false)]);
+        assert_eq!(
+            disagreement(&own, &other).as_deref(),
+            Some("--nnodes: 2 on node 1 (b), 3 on node 0 (a); they have to be the same")
+        );
+        let other =
+            hello(1, &[("--nnodes", "3", true), ("--run-id", "x", true), ("--config", "1", false)]);
+        assert!(disagreement(&own, &other).is_some_and(|line| line.contains("none on node 0")));
+        let other =
+            hello(1, &[("--nnodes", "3", true), ("--run-id", "", true), ("--config", "2", false)]);
+        assert_eq!(
+            disagreement(&own, &other).as_deref(),
+            Some("--config: not the same on node 1 (b) and on node 0 (a)")
+        );
+    }
+}
