@@ -169,6 +169,7 @@ step_nodes() {
 step_torchrun() {
     cargo build --release --workspace
     PYTHON=$python scripts/check_torchrun.sh
+    "$python" scripts/check_contract.py
 }
 
 # Errors leave through here too (set -e), so that the last line always tells how it went.

@@ -27,6 +27,10 @@ pub mod vars {
     pub const LOCAL_WORLD_SIZE: &str = "LOCAL_WORLD_SIZE";
     /// This host's number among all hosts, from 0.
     pub const GROUP_RANK: &str = "GROUP_RANK";
+    /// torchrun's rank among workers of one role; there is one role, so it is [`RANK`].
+    pub const ROLE_RANK: &str = "ROLE_RANK";
+    /// torchrun's number of workers of one role; it is [`WORLD_SIZE`].
+    pub const ROLE_WORLD_SIZE: &str = "ROLE_WORLD_SIZE";
     /// The host on which rank 0 listens for the rendezvous.
     pub const MASTER_ADDR: &str = "MASTER_ADDR";
     /// The TCP port on which rank 0 listens for the rendezvous.
@@ -242,6 +246,8 @@ impl WorkerEnv {
             (vars::WORLD_SIZE, self.world_size.to_string()),
             (vars::LOCAL_WORLD_SIZE, self.local_world_size.to_string()),
             (vars::GROUP_RANK, self.group_rank.to_string()),
+            (vars::ROLE_RANK, self.rank.to_string()),
+            (vars::ROLE_WORLD_SIZE, self.world_size.to_string()),
             (vars::MASTER_ADDR, self.master_addr.clone()),
             (vars::MASTER_PORT, self.master_port.to_string()),
             (vars::RR_RESTART_COUNT, self.restart_count.to_string()),

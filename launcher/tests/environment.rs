@@ -38,6 +38,8 @@ fn every_worker_is_told_who_it_is() {
             ("WORLD_SIZE", "3"),
             ("LOCAL_WORLD_SIZE", "3"),
             ("GROUP_RANK", "0"),
+            ("ROLE_RANK", &rank),
+            ("ROLE_WORLD_SIZE", "3"),
             ("MASTER_ADDR", "127.0.0.1"),
             ("CUDA_VISIBLE_DEVICES", ""),
             ("RR_RESTART_COUNT", "0"),
