@@ -2,6 +2,7 @@
 nothing of who started it. Each rank prints lines that depend on nothing but the job."""
 
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -38,7 +39,8 @@ def main() -> None:
         lines.append(f"epoch {epoch}: loss {loss.item():.6f}")
     dist.barrier()
     # One write, so that lines of ranks do not mix where the starter does not keep them apart.
-    print("\n".join(f"rank {rank}: {line}" for line in lines), flush=True)
+    sys.stdout.write("".join(f"rank {rank}: {line}\n" for line in lines))
+    sys.stdout.flush()
     dist.destroy_process_group()
 
 
