@@ -190,7 +190,7 @@ def distil(arguments: argparse.Namespace, work: Path) -> dict:
         "share of the gain over BM25": share("BM25"),
         "pairs": pairs,
         "seconds": seconds,
-        "student": {name: str(value) for name, value in STUDENT.items()},
+        "student": {name: value for name, value in STUDENT.items() if value != EVAL},
         "cores": len(os.sched_getaffinity(0)),
     }
 
