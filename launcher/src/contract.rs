@@ -172,6 +172,9 @@ pub enum ContractError {
         /// What calls for it.
         because: String,
     },
+    /// The thread that receives signals cannot be started.
+    #[error("signals that ask to make room cannot be received: {0}")]
+    Signals(String),
 }
 
 /// Who a worker is and where its peers meet.

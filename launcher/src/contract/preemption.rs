@@ -24,10 +24,11 @@ pub fn parse_signal(text: &str) -> Option<i32> {
 }
 
 /// From now on the signals end this process no more, but are remembered; after the first, TERM does
-/// not interrupt the saving either, which a scheduler sends when its patience ends.
+/// not interrupt the saving either, which a scheduler sends when its patience ends. To be called
+/// before the process has other threads.
 ///
 /// # Errors
-/// [`ContractError`] where [`vars::RR_PREEMPT_SIGNAL`] names no signal.
+/// [`ContractError`] where [`vars::RR_PREEMPT_SIGNAL`] names no signal, and where no thread can be started.
 pub fn listen() -> Result<(), ContractError> {
     let also = match std::env::var(vars::RR_PREEMPT_SIGNAL) {
         Ok(text) => Some(parse_signal(&text).ok_or(ContractError::Invalid {
@@ -37,10 +38,7 @@ pub fn listen() -> Result<(), ContractError> {
         })?),
         Err(_) => None,
     };
-    let heard = sys::remember_signals(&signals(also));
-    // sigaction refuses only signals that do not exist or cannot be caught.
-    debug_assert!(heard.is_ok(), "{heard:?}");
-    Ok(())
+    sys::remember_signals(&signals(also)).map_err(|error| ContractError::Signals(error.to_string()))
 }
 
 /// Whether one has come since [`listen`].

@@ -3,7 +3,7 @@
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{checked, owned};
 
@@ -76,57 +76,70 @@ impl AsFd for SignalFd {
 /// Set by the first signal that [`remember_signals`] was called for.
 static REMEMBERED: AtomicBool = AtomicBool::new(false);
 
-/// The signals that it was called for, a bit each.
-static REMEMBERING: AtomicU64 = AtomicU64::new(0);
-
-/// From now on these signals (numbers up to 63) are only remembered. Once one has come, TERM, which
-/// would interrupt what this process does on it, has no effect; before, it ends the process as ever.
+/// From now on these signals are only remembered. Once one has come, TERM, which would interrupt
+/// what this process does on it, has no effect; before, it ends the process as ever.
+///
+/// A thread of its own receives them, so that their order is kept: a handler of TERM could run on
+/// one thread while the signal that came before is about to be handled on another. To be called
+/// while this is the only thread: those that follow inherit that they receive none of these.
 pub fn remember_signals(signals: &[libc::c_int]) -> io::Result<()> {
-    let bits = signals.iter().fold(0, |bits, signal| bits | (1 << signal));
-    REMEMBERING.store(bits, Ordering::Relaxed);
-    for &signal in signals {
-        handle(signal, remember)?;
+    let asked = signals.to_vec();
+    let mut awaited = asked.clone();
+    if !asked.contains(&libc::SIGTERM) && !is_ignored(libc::SIGTERM) {
+        awaited.push(libc::SIGTERM);
     }
-    if !signals.contains(&libc::SIGTERM) && !is_ignored(libc::SIGTERM) {
-        handle(libc::SIGTERM, end_unless_remembered)?;
+    let set = signal_set(&awaited);
+    mask(libc::SIG_BLOCK, &set);
+    let thread = std::thread::Builder::new().name("signals".to_owned());
+    let started = thread.spawn(move || receive(&set, &asked));
+    if started.is_err() {
+        mask(libc::SIG_UNBLOCK, &set);
     }
-    Ok(())
+    started.map(drop)
 }
 
-extern "C" fn remember(_: libc::c_int) {
-    REMEMBERED.store(true, Ordering::Relaxed);
+/// Changes which signals this thread receives.
+fn mask(how: libc::c_int, set: &libc::sigset_t) {
+    // SAFETY: reads an initialised set; a null old set is allowed.
+    let failed = unsafe { libc::pthread_sigmask(how, set, std::ptr::null_mut()) };
+    assert_eq!(failed, 0, "a mask is only refused for an unknown way of changing it");
 }
 
-/// TERM may overtake a signal that came before it but is handled by another thread, or later.
-extern "C" fn end_unless_remembered(term: libc::c_int) {
-    let mut pending = MaybeUninit::<libc::sigset_t>::zeroed();
-    // SAFETY: all zeroes is a valid set, which sigpending fills; all of these calls are
-    // async-signal-safe.
-    unsafe {
-        libc::sigpending(pending.as_mut_ptr());
-        let remembering = REMEMBERING.load(Ordering::Relaxed);
-        let is_asked = |signal| {
-            remembering & (1_u64 << signal) != 0 && libc::sigismember(pending.as_ptr(), signal) == 1
-        };
-        if !remembered_signal() && !(1..64).any(is_asked) {
-            // Delivered when this handler returns.
-            libc::signal(term, libc::SIG_DFL);
-            libc::raise(term);
+/// Waits for signals of `set` for as long as the process lives.
+fn receive(set: &libc::sigset_t, asked: &[libc::c_int]) {
+    loop {
+        let mut signal = 0;
+        // SAFETY: reads an initialised set, and writes a live number.
+        if unsafe { libc::sigwait(set, &raw mut signal) } != 0 {
+            continue;
+        }
+        // Of several that wait the lowest number comes first, whichever was sent first.
+        if asked.contains(&signal) || asked.iter().any(|&signal| is_pending(signal)) {
+            REMEMBERED.store(true, Ordering::Relaxed);
+        } else if !remembered_signal() {
+            end_by(signal);
         }
     }
 }
 
-fn handle(signal: libc::c_int, handler: extern "C" fn(libc::c_int)) -> io::Result<()> {
-    let mut action = MaybeUninit::<libc::sigaction>::zeroed();
-    // SAFETY: all zeroes is a valid sigaction without flags or mask; the handlers above only use
-    // atomics and async-signal-safe calls, and live as long as the program.
+/// Whether a blocked signal waits to be received.
+fn is_pending(signal: libc::c_int) -> bool {
+    let mut pending = MaybeUninit::<libc::sigset_t>::zeroed();
+    // SAFETY: all zeroes is a valid set, which sigpending fills.
     unsafe {
-        let action = action.assume_init_mut();
-        action.sa_sigaction = handler as libc::sighandler_t;
-        // Interrupted system calls go on.
-        action.sa_flags = libc::SA_RESTART;
-        checked(libc::sigaction(signal, action, std::ptr::null_mut())).map(drop)
+        libc::sigpending(pending.as_mut_ptr()) == 0
+            && libc::sigismember(pending.as_ptr(), signal) == 1
     }
+}
+
+/// Ends this process by a signal's default action, so that its parent sees what ended it.
+fn end_by(signal: libc::c_int) {
+    // SAFETY: no handler of ours is replaced.
+    unsafe {
+        libc::signal(signal, libc::SIG_DFL);
+        libc::raise(signal);
+    }
+    mask(libc::SIG_UNBLOCK, &signal_set(&[signal]));
 }
 
 /// Whether such a signal has come.
