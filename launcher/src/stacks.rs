@@ -25,11 +25,20 @@ use crate::sys::{self, Pid};
 /// What is said where no tool is found.
 const HINT: &str = "install gdb, elfutils (eu-stack) or py-spy for stacks";
 
+/// What is said where a Python program's stacks were taken of its interpreter.
+const PYTHON_HINT: &str = "install py-spy for the stacks of Python functions";
+
 /// What is read of a tool's output for the console.
 const READ_AT_MOST: usize = 1 << 20;
 
 /// Frames of a stack on the console; the innermost ones tell where it hangs.
 const SHOWN: usize = 32;
+
+/// Characters of a frame on the console: gdb adds all arguments.
+const WIDTH: usize = 120;
+
+/// Lines of what a tool says instead of a stack.
+const COMPLAINT: usize = 5;
 
 /// A program that prints the stacks of a process, whose id is its last argument.
 #[derive(Debug)]
@@ -42,7 +51,8 @@ struct Tool {
 
 /// The best first.
 const TOOLS: [Tool; 3] = [
-    Tool { name: "py-spy", arguments: &["dump", "--pid"], is_for_python: true },
+    // It reads memory without stopping the process, which for one that is stopped already would fail.
+    Tool { name: "py-spy", arguments: &["dump", "--nonblocking", "--pid"], is_for_python: true },
     Tool { name: "eu-stack", arguments: &["-p"], is_for_python: false },
     Tool {
         name: "gdb",
@@ -63,13 +73,18 @@ const TOOLS: [Tool; 3] = [
 impl Tool {
     /// The first in `PATH` that reads a process.
     fn for_process(pid: Pid) -> Option<&'static Self> {
-        let program = procfs::program(pid);
-        let name = program.as_deref().and_then(|path| path.file_name()?.to_str());
-        let is_python = name.is_some_and(|name| name.starts_with("python"));
+        let is_python = is_python(pid);
         let fits = |tool: &&Self| is_python || !tool.is_for_python;
         let is_there = |tool: &&Self| preflight::find_in_path(OsStr::new(tool.name)).is_some();
         TOOLS.iter().filter(fits).find(is_there)
     }
+}
+
+/// Whether a process is a Python interpreter.
+fn is_python(pid: Pid) -> bool {
+    let program = procfs::program(pid);
+    let name = program.as_deref().and_then(|path| path.file_name()?.to_str());
+    name.is_some_and(|name| name.starts_with("python"))
 }
 
 /// A worker whose stacks are to be taken.
@@ -182,10 +197,19 @@ impl Collection {
                 "{tool} did not end within {limit} s (--stack-timeout): stacks of {ranks} are missing"
             ));
         }
-        if self.cases.iter().any(|case| case.tool.is_none()) {
-            findings.lines.push(HINT.to_owned());
-        }
+        findings.lines.extend(self.hint().map(str::to_owned));
         findings
+    }
+
+    /// What to install for more.
+    fn hint(&self) -> Option<&'static str> {
+        if self.cases.iter().any(|case| case.tool.is_none()) {
+            return Some(HINT);
+        }
+        let lacks_py_spy = |case: &Case| {
+            case.tool.is_some_and(|tool| !tool.is_for_python) && is_python(case.subject.pid)
+        };
+        self.cases.iter().any(lacks_py_spy).then_some(PYTHON_HINT)
     }
 }
 
@@ -291,7 +315,7 @@ impl Case {
         }
     }
 
-    /// The stack of the main thread, for the console; where there is none, what the tool said last.
+    /// The stack of the main thread, for the console; where there is none, what the tool says instead.
     fn told(&self) -> Vec<String> {
         let Some(tool) = self.tool else { return Vec::new() };
         let mut bytes = vec![0; READ_AT_MOST];
@@ -303,13 +327,20 @@ impl Case {
                 (format!("main thread of rank {rank} ({name}):"), frames)
             }
             _ => {
-                let lines: Vec<_> = text.lines().filter(|line| !line.trim().is_empty()).collect();
-                let last = lines[lines.len().saturating_sub(5)..].to_vec();
-                (format!("no stack of rank {rank}; {name} says:"), last)
+                let lines = text.lines().filter(|line| !line.trim().is_empty());
+                (format!("no stack of rank {rank}; {name} says:"), lines.take(COMPLAINT).collect())
             }
         };
-        let shown = shown.into_iter().map(|line| format!("| {line}"));
+        let shown = shown.into_iter().map(|line| format!("| {}", shortened(line)));
         std::iter::once(title).chain(shown).collect()
+    }
+}
+
+/// The beginning of a long line.
+fn shortened(line: &str) -> String {
+    match line.char_indices().nth(WIDTH) {
+        Some((end, _)) => format!("{}…", &line[..end]),
+        None => line.to_owned(),
     }
 }
 
@@ -330,7 +361,9 @@ impl Drop for Case {
 fn main_thread(text: &str, pid: Pid) -> Vec<&str> {
     let begins = |line: &str| line.starts_with("TID ") || line.starts_with("Thread ");
     let is_main = |line: &str| {
-        let mut numbers = line.split(|c: char| !c.is_ascii_alphanumeric());
+        // Behind the quotation mark comes a name, which may hold anything.
+        let before = line.split('"').next().unwrap_or_default();
+        let mut numbers = before.split(|c: char| !c.is_ascii_alphanumeric());
         begins(line)
             && (line.contains("\"MainThread\"") || numbers.any(|word| word == pid.to_string()))
     };
