@@ -130,7 +130,8 @@ pub struct Findings {
 #[derive(Debug)]
 pub struct Collection {
     launcher_id: String,
-    /// Tools at once: those of large programs take a CPU and half a gigabyte for seconds.
+    /// Tools at once: one for two CPUs, since that of a large program takes a CPU and half a gigabyte
+    /// for seconds, and workers that wait may spin.
     at_once: usize,
     cases: Vec<Case>,
     /// What could not be done.
@@ -148,7 +149,8 @@ impl Collection {
                 Err(trouble) => troubles.push(trouble),
             }
         }
-        let at_once = std::thread::available_parallelism().map_or(1, usize::from);
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        let at_once = (cpus / 2).max(1);
         Self { launcher_id: launcher_id.to_owned(), at_once, cases, troubles }
     }
 
