@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
+use reranker::Error;
 use reranker::cli::{Cli, run};
 use reranker::torch_ext::runtime;
 
@@ -12,7 +13,8 @@ fn main() -> ExitCode {
     match run(&cli) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            eprintln!("error: {error}");
+            let kind = if matches!(error, Error::Preempted) { "note" } else { "error" };
+            eprintln!("{kind}: {error}");
             ExitCode::from(error.exit_code())
         }
     }

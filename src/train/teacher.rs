@@ -7,7 +7,7 @@ use std::fs::{self, Metadata};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
-use rr_launch::contract::{WorkerEnv, heartbeat};
+use rr_launch::contract::{WorkerEnv, heartbeat, preemption};
 use serde_json::{Value, json};
 use tch::Device;
 use tracing::{info, warn};
@@ -151,6 +151,9 @@ pub(super) fn teach(
     // Rank 0 may have more left to do than a collective's deadline allows.
     heartbeat::waiting(format_args!("rank 0 to write the teacher's scores"));
     while !is_done(plan, &identity) {
+        if preemption::is_requested() {
+            return Err(Error::Preempted);
+        }
         std::thread::sleep(LOOK);
     }
     Ok(())
@@ -180,7 +183,6 @@ fn score(
     }
     let mut said = started;
     let pairs = job.run(&model, store, chunks, &options, |Progress { due, done, .. }| {
-        heartbeat::working(format_args!("scoring with the teacher, {done} of {due} chunks"));
         if is_first && said.elapsed() >= SAY {
             said = Instant::now();
             let left = started.elapsed().as_secs_f64() * (due - done) as f64 / done.max(1) as f64;
