@@ -236,10 +236,8 @@ impl Case {
         if subject.file.is_some() {
             let (rank, pid) = (subject.rank, subject.pid);
             let place = subject.place.as_deref().unwrap_or("has not reported");
-            let mut text = format!("rank {rank} (pid {pid}): {place}\n\n");
-            for thread in procfs::threads(pid) {
-                text.push_str(&format!("{thread}\n"));
-            }
+            let threads: Vec<_> = procfs::threads(pid).iter().map(ToString::to_string).collect();
+            let text = format!("rank {rank} (pid {pid}): {place}\n\n{}\n", threads.join("\n"));
             output.write_all(text.as_bytes()).map_err(describe)?;
         }
         let tool = Tool::for_process(subject.pid);
@@ -399,8 +397,7 @@ mod tests {
 
     #[test]
     fn a_deep_stack_shows_its_inner_end() {
-        let frames: String = (0..500).map(|frame| format!("#{frame} f\n")).collect();
-        let text = format!("TID 7:\n{frames}");
+        let text = format!("TID 7:\n#0 f\n{}", "#1 f\n".repeat(500));
         let shown = main_thread(&text, 7);
         assert_eq!((shown.len(), shown[0]), (SHOWN, "#0 f"));
     }
