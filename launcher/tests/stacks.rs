@@ -50,8 +50,8 @@ fn hanging(flags: &[&str], does: &str) -> Command {
 }
 
 /// An `eu-stack` that says whom it was asked about.
-const FAKE: &str = r##"[ $1 = -p ] || exit 1
-printf '%s\n' "PID $2 - process" "TID $2:" '#0  0x7f read_shard' '#1  0x55 main' 'TID 1:' '#0  f'"##;
+const FAKE: &str = r#"[ $1 = -p ] || exit 1
+printf '%s\n' "PID $2 - process" "TID $2:" '#0  0x7f read_shard' '#1  0x55 main' 'TID 1:' '#0  f'"#;
 
 #[test]
 fn stacks_of_every_rank_are_in_files_that_the_summary_names() {
