@@ -14,17 +14,15 @@ pub(super) struct Sink {
 
 impl Sink {
     pub(super) fn open(path: &Path) -> Result<Self> {
-        let out: Box<dyn Write> = if path == Path::new("-") {
-            Box::new(BufWriter::new(io::stdout().lock()))
-        } else {
-            let file = File::create(path).map_err(|source| Error::Io {
-                path: path.to_owned(),
-                action: "create",
-                source,
-            })?;
-            Box::new(BufWriter::new(file))
-        };
-        Ok(Self { path: path.to_owned(), out })
+        if path == Path::new("-") {
+            let out = Box::new(BufWriter::new(io::stdout().lock()));
+            return Ok(Self { path: "<stdout>".into(), out });
+        }
+        let path = path.to_owned();
+        match File::create(&path) {
+            Ok(file) => Ok(Self { path, out: Box::new(BufWriter::new(file)) }),
+            Err(source) => Err(Error::Io { path, action: "create", source }),
+        }
     }
 
     pub(super) fn line(&mut self, line: &str) -> Result<()> {
