@@ -109,6 +109,23 @@ fn an_input_is_not_replaced_by_its_scores() {
 }
 
 #[test]
+fn an_output_appears_whole_from_standard_input_too() {
+    let dir = workplace();
+    let dir = dir.path();
+    write(dir, "many.jsonl", format!("{PAIR}\n").repeat(600) + "no record\n");
+    write(dir, "scores.jsonl", "earlier");
+    let args = ["score", "--model", "model", "--output", "scores.jsonl"];
+    let before = launch::snapshot(dir);
+    let many = fs::File::open(dir.join("many.jsonl")).unwrap();
+    let outcome = run(reranker(dir, &args).stdin(many));
+    assert!(outcome.stderr.starts_with("error: <stdin>:601: "), "{outcome:?}");
+    assert!(launch::snapshot(dir) == before, "something was written");
+    let one = fs::File::open(dir.join("pairs.jsonl")).unwrap();
+    assert_eq!(run(reranker(dir, &args).stdin(one)).code, Some(0));
+    assert_eq!(fs::read_to_string(dir.join("scores.jsonl")).unwrap().lines().count(), 1);
+}
+
+#[test]
 fn scores_that_are_no_numbers_are_an_error() {
     let dir = workplace();
     let weights = dir.path().join("model/model.safetensors");

@@ -180,7 +180,7 @@ fn report(args: &EvalArgs, env: &WorkerEnv, evaluation: &Evaluation) -> Result<(
     if let Some(path) = &args.per_query {
         let mut sink = Sink::open(path)?;
         evaluation.per_query().iter().try_for_each(|line| sink.line(&line.to_string()))?;
-        sink.flush()?;
+        sink.finish()?;
     }
     if args.json { print(&evaluation.to_json().to_string()) } else { print(&evaluation.table()) }
 }

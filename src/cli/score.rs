@@ -97,7 +97,7 @@ pub(super) fn run(args: &ScoreArgs) -> Result<()> {
     score_stream(&model, chunks, &args.options.score_options(), args.echo, |scored| {
         sink.line(&serde_json::to_string(scored).unwrap_or_default())
     })?;
-    sink.flush()
+    sink.finish()
 }
 
 /// Whether the output can be built beside its place: not standard output, a pipe or a device.
