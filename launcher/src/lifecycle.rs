@@ -258,7 +258,9 @@ impl Lifecycle {
 
     fn preemption_asked(&mut self, signal: i32, now: Instant) -> Option<Order> {
         match self.phase {
-            Phase::Saving { .. } if signal == libc::SIGINT => Some(self.kill(now)),
+            Phase::Saving { .. } | Phase::Stopping { .. } if signal == libc::SIGINT => {
+                Some(self.kill(now))
+            }
             _ => self.begin_saving(Some(signal), now).then_some(Order::Ask(signal)),
         }
     }
@@ -496,6 +498,10 @@ mod tests {
         // A scheduler's TERM at the end of its patience does not interrupt them.
         check(0, &[asked, (Event::Signalled(SIGTERM), None), saved(1), saved(0), (GONE, None)], 41);
         check(0, &[asked, (Event::Signalled(SIGINT), Some(Order::Kill))], 138);
+        let int = (Event::PreemptionAsked(SIGINT), Some(Order::Ask(SIGINT)));
+        let second = (Event::PreemptionAsked(SIGINT), Some(Order::Kill));
+        check(0, &[int, second], 130);
+        check(0, &[int, (ended(1, 5), TERM), second], 5);
         check(0, &[asked, (ended(0, 0), None), (ended(1, 0), None), (GONE, None)], 0);
         // Srun sends the signal to the workers, and not to us.
         check(5, &[saved(1), saved(0), (GONE, None)], 41);
