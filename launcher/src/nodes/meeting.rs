@@ -19,8 +19,15 @@ use crate::sys::{Epoll, Interest};
 /// Between two calls to a node 0 that does not answer.
 const CALL_AGAIN: Duration = Duration::from_millis(200);
 
+/// Between two looks for a caller that is to be refused.
+const ANSWER: Duration = Duration::from_millis(20);
+
 /// The longest wait for one call to be answered.
 const CALL: Duration = Duration::from_secs(3);
+
+/// How long a node that knows that nothing will come of the meeting waits to tell those who are not
+/// there yet, as they do not start in the same moment. They would wait until their patience is over.
+const LATECOMERS: Duration = Duration::from_secs(5);
 
 /// How long a refusal may take to be heard.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -98,22 +105,39 @@ impl Meeting {
         }
     }
 
-    /// Tells the others that this node cannot start, and will exit with `code`: those that are
-    /// there already.
+    /// Tells the others that this node cannot start, and will exit with `code`: those that come
+    /// within [`LATECOMERS`].
     pub fn decline(self, code: u8) {
-        let until = Instant::now() + FAREWELL;
-        let name = name_of(self.place.node_rank, &self.host);
+        let node_rank = self.place.node_rank;
+        let name = name_of(node_rank, &self.host);
         let Some(listener) = self.listener else {
-            if let Ok(mut link) = call(&self.place, FAREWELL) {
-                let node_rank = self.place.node_rank;
+            let until = Instant::now() + LATECOMERS;
+            let mut link = call(&self.place, FAREWELL);
+            while link.is_err() && Instant::now() < until {
+                std::thread::sleep(CALL_AGAIN);
+                link = call(&self.place, FAREWELL);
+            }
+            if let Ok(mut link) = link {
                 link.send(&Message::Decline { node_rank, host: self.host, code });
-                link.part(until);
+                link.part(Instant::now() + FAREWELL);
             }
             return;
         };
         let line = format!("{name} cannot start: exit code {code}; see its output");
-        while let Ok((stream, _)) = listener.accept() {
-            refuse(Link::new(stream), &line, code, until);
+        turn_away(&listener, self.place.nnodes - 1, &line, code);
+    }
+}
+
+/// Refuses so many callers, those that come within [`LATECOMERS`].
+fn turn_away(listener: &TcpListener, mut callers: usize, line: &str, code: u8) {
+    let until = Instant::now() + LATECOMERS;
+    while callers > 0 && Instant::now() < until {
+        match listener.accept() {
+            Ok((stream, _)) => {
+                refuse(Link::new(stream), line, code, Instant::now() + FAREWELL);
+                callers -= 1;
+            }
+            Err(_) => std::thread::sleep(ANSWER),
         }
     }
 }
@@ -260,8 +284,15 @@ impl Host {
     /// Nothing comes of it: all are told why.
     fn end(self, line: String, code: u8) -> LaunchError {
         let until = Instant::now() + FAREWELL;
+        let absent = (self.place.nnodes - 1).saturating_sub(self.guests.len());
         for guest in self.guests {
             refuse(Ok(guest.link), &line, code, until);
+        }
+        // Who did not come in all that time hardly comes now.
+        if code != exit_code::NODE_LOST {
+            say(&line);
+            turn_away(&self.listener, absent, &line, code);
+            return LaunchError::Told(code);
         }
         LaunchError::Nodes { line, code }
     }
