@@ -162,6 +162,28 @@ pub fn refuse_late(listener: &TcpListener) {
     }
 }
 
+/// When to say that a wait goes on: not where the others come soon, and then not often.
+struct Reminder {
+    due: Instant,
+}
+
+impl Reminder {
+    const FIRST: Duration = Duration::from_secs(10);
+    const NEXT: Duration = Duration::from_secs(60);
+
+    fn new(now: Instant) -> Self {
+        Self { due: now + Self::FIRST }
+    }
+
+    fn is_due(&mut self, now: Instant) -> bool {
+        let is_due = now >= self.due;
+        if is_due {
+            self.due = now + Self::NEXT;
+        }
+        is_due
+    }
+}
+
 /// A line on stderr. Where nobody reads it nothing is missed.
 fn say(line: &str) {
     let _ = writeln!(io::stderr(), "rr-launch: {line}");
@@ -182,6 +204,7 @@ struct Host {
 impl Host {
     fn receive_all(mut self, run_id: &str, port: Option<u16>) -> Result<Cluster, LaunchError> {
         let deadline = Instant::now().checked_add(self.place.patience);
+        let mut reminder = Reminder::new(Instant::now());
         // New for each turn: guests come and go, and there are few.
         while !self.missing().is_empty() {
             let now = Instant::now();
@@ -198,6 +221,11 @@ impl Host {
             self.accept();
             if let Some((line, code)) = self.listen(Instant::now()) {
                 return Err(self.end(line, code));
+            }
+            let missing = self.missing();
+            if !missing.is_empty() && reminder.is_due(Instant::now()) {
+                let patience = self.place.patience.as_secs_f64();
+                say(&format!("waiting for {}, up to {patience} s in all", nodes(&missing)));
             }
         }
         self.begin(run_id, port)
@@ -356,12 +384,17 @@ fn nodes(ranks: &[usize]) -> String {
 fn join(own: &Hello, place: &Place) -> Result<Cluster, LaunchError> {
     let deadline = Instant::now().checked_add(place.patience);
     let mut trouble = String::new();
+    let mut reminder = Reminder::new(Instant::now());
     loop {
         let left = deadline.map_or(CALL, |deadline| deadline.duration_since(Instant::now()));
         if left.is_zero() {
             let line =
                 format!("waited {} s (--rdzv-timeout) for {trouble}", place.patience.as_secs_f64());
             return Err(LaunchError::Nodes { line, code: exit_code::NODE_LOST });
+        }
+        if reminder.is_due(Instant::now()) {
+            let patience = place.patience.as_secs_f64();
+            say(&format!("waiting for {trouble}; up to {patience} s in all"));
         }
         let Place { addr, port, .. } = place;
         let mut link = match call(place, left.min(CALL)) {
@@ -444,6 +477,14 @@ mod tests {
         };
         let host = ["a", "b"][node_rank].to_owned();
         Hello { node_rank, host, workers: 2, terms: terms.iter().map(term).collect() }
+    }
+
+    #[test]
+    fn a_long_wait_is_told_now_and_then() {
+        let start = Instant::now();
+        let mut reminder = Reminder::new(start);
+        let told = (0..200).filter(|&s| reminder.is_due(start + Duration::from_secs(s)));
+        assert_eq!(told.collect::<Vec<_>>(), [10, 70, 130, 190]);
     }
 
     #[test]
