@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use clap::error::ErrorKind;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{ArgAction, Parser};
 
 pub use crate::binding::Binding;
@@ -370,7 +370,16 @@ fn one_line(error: &clap::Error) -> String {
         .map(|part| part.split_whitespace().collect::<Vec<_>>().join(" "))
         .collect::<Vec<_>>()
         .join("; ");
-    format!("{explanation} (see rr-launch --help)")
+    // As after torchrun, which needs no `--`.
+    let hint = match error.get(ContextKind::InvalidArg) {
+        Some(ContextValue::String(word))
+            if error.kind() == ErrorKind::UnknownArgument && !word.starts_with('-') =>
+        {
+            format!("; a program and its arguments go behind `--`: rr-launch … -- {word} …")
+        }
+        _ => String::new(),
+    };
+    format!("{explanation}{hint} (see rr-launch --help)")
 }
 
 fn worker_count(text: &str) -> Result<usize, String> {

@@ -10,9 +10,10 @@ pub enum LaunchError {
     /// The command line or the machine cannot give what was asked for.
     #[error("{0}")]
     Usage(String),
-    /// The check step ended with this exit code, and has said why itself.
-    #[error("the check ended with exit code {0}")]
-    Check(u8),
+    /// The launch ends with this exit code, and the user has been told why: by the check step, or
+    /// before others had to be told.
+    #[error("ended with exit code {0}")]
+    Told(u8),
     /// The nodes do not come together.
     #[error("{line}")]
     Nodes {
@@ -41,7 +42,7 @@ impl LaunchError {
     /// The line to show, or `None` where the user has already seen one.
     pub fn line(&self) -> Option<String> {
         match self {
-            Self::Check(_) => None,
+            Self::Told(_) => None,
             Self::Usage(_) | Self::Nodes { .. } | Self::System { .. } => Some(self.to_string()),
         }
     }
@@ -50,7 +51,7 @@ impl LaunchError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Usage(_) => exit_code::USER_ERROR,
-            Self::Check(code) | Self::Nodes { code, .. } => *code,
+            Self::Told(code) | Self::Nodes { code, .. } => *code,
             Self::System { .. } => exit_code::FAILURE,
         }
     }

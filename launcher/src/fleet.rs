@@ -251,7 +251,7 @@ impl Strays {
     /// kills them.
     pub fn tidy(&mut self, workers: &[Worker], guardian: &Guardian, now: Instant) {
         let is_known = |pid: &Pid| {
-            *pid == guardian.pid()
+            guardian.spares(*pid)
                 || workers.iter().any(|worker| worker.pid() == *pid && worker.ended.is_none())
         };
         self.left = procfs::children();

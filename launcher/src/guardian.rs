@@ -32,12 +32,16 @@ const FAREWELL: i32 = 0;
 pub struct Guardian {
     pid: Pid,
     socket: Option<OwnedFd>,
+    /// Children that this process had before it became a launcher: a script has started them, and
+    /// then `exec`ed it.
+    bystanders: Vec<Pid>,
 }
 
 impl Guardian {
     /// Starts the guardian of the launcher `launcher_id`. To be called before any worker, and before this
     /// process has a thread.
     pub fn start(launcher_id: &str) -> io::Result<Self> {
+        let bystanders = procfs::children();
         let (ours, theirs) = sys::message_pair()?;
         let own_end = ours.as_raw_fd();
         let pid = sys::fork_aside(NAME, || {
@@ -45,12 +49,12 @@ impl Guardian {
             sys::close_inherited(own_end);
             watch(&theirs, launcher_id);
         })?;
-        Ok(Self { pid, socket: Some(ours) })
+        Ok(Self { pid, socket: Some(ours), bystanders })
     }
 
-    /// Its process id.
-    pub fn pid(&self) -> Pid {
-        self.pid
+    /// Whether a child of this process is the guardian itself, or older than the launch.
+    pub fn spares(&self, pid: Pid) -> bool {
+        pid == self.pid || self.bystanders.contains(&pid)
     }
 
     /// The descriptor on which a worker, before it becomes its program, sends its process id.

@@ -105,8 +105,9 @@ fn launch(args: &Args) -> Result<u8, LaunchError> {
     let (mut plan, terms) = match prepared {
         Ok(prepared) => prepared,
         Err(error) => {
-            meeting.decline(error.exit_code());
-            return Err(error);
+            let code = fail(&error);
+            meeting.decline(code);
+            return Ok(code);
         }
     };
     let cluster = meeting.meet(plan.workers(), terms, plan.run_id(), args.master_port)?;

@@ -273,7 +273,9 @@ impl Lifecycle {
 
     fn preemption_asked(&mut self, signal: i32, now: Instant) -> Option<Order> {
         match self.phase {
-            Phase::Saving { .. } if signal == libc::SIGINT => Some(self.kill(now)),
+            Phase::Saving { .. } | Phase::Stopping { .. } if signal == libc::SIGINT => {
+                Some(self.kill(now))
+            }
             _ => self.begin_saving(Some(signal), now).then_some(Order::Ask(signal)),
         }
     }

@@ -88,7 +88,7 @@ pub fn check(
         .output()
         .map_err(LaunchError::system(format!("run `{} check`", reranker.display())))?;
     if !output.status.success() {
-        return Err(LaunchError::Check(code_of(output.status)));
+        return Err(LaunchError::Told(code_of(output.status)));
     }
     output
         .stdout

@@ -8,9 +8,15 @@ use std::path::PathBuf;
 
 use crate::sys::Pid;
 
+/// Whether `/proc` is that of this process's own namespace. After `unshare --pid` without
+/// `--mount-proc` its numbers mean other processes than they do in system calls.
+fn is_own() -> bool {
+    fs::read_link("/proc/self").is_ok_and(|pid| *pid == *std::process::id().to_string())
+}
+
 /// The processes of this machine that this one can see.
 pub fn processes() -> impl Iterator<Item = Pid> {
-    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let entries = is_own().then(|| fs::read_dir("/proc")).into_iter().flatten().flatten().flatten();
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
 }
 

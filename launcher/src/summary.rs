@@ -69,8 +69,14 @@ impl Summary {
     /// What the file system says.
     pub fn write(&self, dir: &Path, verdict: Verdict, exit_code: Option<u8>) -> io::Result<()> {
         let staged = dir.join(format!(".{FILE_NAME}"));
-        fs::write(&staged, format!("{:#}\n", self.to_json(verdict, exit_code)))?;
-        fs::rename(staged, dir.join(FILE_NAME))
+        let text = format!("{:#}\n", self.to_json(verdict, exit_code));
+        let written =
+            fs::write(&staged, text).and_then(|()| fs::rename(&staged, dir.join(FILE_NAME)));
+        if written.is_err() {
+            // It may not even exist.
+            let _ = fs::remove_file(staged);
+        }
+        written
     }
 
     fn to_json(&self, verdict: Verdict, exit_code: Option<u8>) -> Value {

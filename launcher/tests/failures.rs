@@ -167,3 +167,21 @@ fn a_worker_may_close_its_output_and_go_on() {
     assert_eq!(outcome.code, Some(6));
     assert!(outcome.stderr.contains("it wrote nothing"), "{}", outcome.stderr);
 }
+
+#[test]
+fn what_a_script_started_before_it_became_the_launcher_is_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let (folder, bin) = (folder.path().display(), env!("CARGO_BIN_EXE_rr-launch"));
+    // A monitor beside the job, as entry points of containers start one; and two attempts.
+    let script = format!(
+        "sleep 300 > /dev/null 2>&1 & echo $! > {folder}/monitor
+         exec {bin} --cpu --max-restarts 1 -- sh -c '[ $RR_RESTART_COUNT = 1 ]'"
+    );
+    let outcome = run(std::process::Command::new("sh").args(["-c", &script]));
+    let monitor = std::fs::read_to_string(format!("{folder}/monitor")).unwrap();
+    let monitor = monitor.trim().parse().unwrap();
+    let lives = common::is_alive(monitor);
+    send("KILL", monitor);
+    assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+    assert!(lives, "the monitor was ended with the workers");
+}

@@ -206,3 +206,28 @@ for i in range(5000):
     all.sort_unstable();
     assert!(lines == all, "launch.log");
 }
+
+#[test]
+fn no_line_is_torn_where_there_is_no_more_room() {
+    let folder = tempfile::tempdir().unwrap();
+    let bin = env!("CARGO_BIN_EXE_rr-launch");
+    // 32 KiB a file, and an error instead of a signal beyond.
+    let script = format!(
+        "trap '' XFSZ; ulimit -f 64; exec {bin} --cpu --nproc 2 --show failed --log-dir logs -- \
+         sh -c 'i=0; while [ $i -lt 3000 ]; do echo line $i is whole; i=$((i + 1)); done'"
+    );
+    let outcome =
+        run(std::process::Command::new("sh").args(["-c", &script]).current_dir(folder.path()));
+    assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("the job goes on"), "{}", outcome.stderr);
+    for name in ["logs/launch.log", "logs/attempt-0/rank-0.log", "logs/attempt-0/rank-1.log"] {
+        let text = read(folder.path(), name);
+        let whole = |line: &str| {
+            ["is whole", "no room", "workers"].iter().any(|end| line.ends_with(end))
+                || line.contains("; the job goes on")
+        };
+        assert!(text.ends_with('\n'), "{name} ends with {:?}", text.lines().last());
+        let torn = text.lines().find(|line| !whole(line));
+        assert_eq!(torn, None, "{name}");
+    }
+}

@@ -322,6 +322,7 @@ fn a_signal_to_one_launcher_reaches_all_workers() {
         assert_all_end(&workers);
         for Outcome { stderr, .. } in &outcomes {
             assert!(stderr.contains(&format!("node 1 (host-b): {says}")), "{signal}: {stderr}");
+            assert!(code == 143 || !stderr.contains("ending 2 workers"), "{stderr}");
         }
     }
 }
@@ -394,6 +395,38 @@ fn a_node_that_cannot_start_ends_the_others() {
     let outcomes = wait_all(vec![waiting, start("1", "no-such-program-anywhere")]);
     assert_codes(&outcomes, 2);
     assert!(outcomes[0].stderr.contains("cannot start: exit code 2"), "{}", outcomes[0].stderr);
+}
+
+#[test]
+fn who_comes_late_is_told_too_that_nothing_comes_of_it() {
+    let start = |port: u16, node: &str, program: &str| {
+        let mut command = launcher();
+        let rdzv = format!("127.0.0.1:{port}");
+        command.args(["--cpu", "--nnodes", "3", "--node-rank", node, "--rdzv", &rdzv]);
+        Launch::start(command.args(["--rdzv-timeout", "60", "--", program]))
+    };
+    let late = || std::thread::sleep(Duration::from_millis(1500));
+    let free = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    // Nodes 0 and 2 do not agree.
+    let port = free();
+    let early = [start(port, "0", "true"), start(port, "2", "false")];
+    late();
+    let outcomes = wait_all([start(port, "1", "true")].into_iter().chain(early).collect());
+    assert_codes(&outcomes, 2);
+    for Outcome { stderr, .. } in &outcomes {
+        let is_one = stderr.lines().count() == 1;
+        assert!(is_one && stderr.contains("the command: false on node 2"), "{stderr}");
+    }
+    // A node cannot start, and knows it before another one is there.
+    for (wrong, other) in [("0", "1"), ("2", "0")] {
+        let port = free();
+        let early = start(port, wrong, "no-such-program-anywhere");
+        late();
+        let outcomes = wait_all(vec![start(port, other, "true"), early]);
+        assert_codes(&outcomes, 2);
+        assert!(outcomes[0].stderr.contains("cannot start: exit code 2"), "{}", outcomes[0].stderr);
+        assert_eq!(outcomes[1].stderr.lines().count(), 1, "{}", outcomes[1].stderr);
+    }
 }
 
 #[test]

@@ -56,6 +56,12 @@ fn every_misuse_is_one_line() {
 }
 
 #[test]
+fn a_program_without_the_dashes_is_told_where_it_goes() {
+    let error = refused(&["--cpu", "--nproc", "2", "touch", "started"]);
+    assert!(error.contains("behind `--`: rr-launch … -- touch …"), "{error}");
+}
+
+#[test]
 fn a_program_that_does_not_exist_is_refused() {
     for program in ["no-such-program-anywhere", "./no/such/file", "/"] {
         let error = refused(&["--cpu", "--nproc", "2", "--", program]);

@@ -111,6 +111,10 @@ fn workers_that_are_asked_to_make_room_save_and_end() {
     // A scheduler's TERM at the end of its patience does not interrupt them.
     check(0, &[asked, (Event::Signalled(SIGTERM), None), saved(1), saved(0), (GONE, None)], 41);
     check(0, &[asked, (Event::Signalled(SIGINT), Some(Order::Kill))], 138);
+    let int = (Event::PreemptionAsked(SIGINT), Some(Order::Ask(SIGINT)));
+    let second = (Event::PreemptionAsked(SIGINT), Some(Order::Kill));
+    check(0, &[int, second], 130);
+    check(0, &[int, (ended(1, 5), TERM), second], 5);
     check(0, &[asked, (ended(0, 0), None), (ended(1, 0), None), (GONE, None)], 0);
     // Srun sends the signal to the workers, and not to us.
     check(5, &[saved(1), saved(0), (GONE, None)], 41);

@@ -19,8 +19,15 @@ use crate::sys::{Epoll, Interest};
 /// Between two calls to a node 0 that does not answer.
 const CALL_AGAIN: Duration = Duration::from_millis(200);
 
+/// Between two looks for a caller that is to be refused.
+const ANSWER: Duration = Duration::from_millis(20);
+
 /// The longest wait for one call to be answered.
 const CALL: Duration = Duration::from_secs(3);
+
+/// How long a node that knows that nothing will come of the meeting waits to tell those who are not
+/// there yet, as they do not start in the same moment. They would wait until their patience is over.
+const LATECOMERS: Duration = Duration::from_secs(5);
 
 /// How long a refusal may take to be heard.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -98,22 +105,39 @@ impl Meeting {
         }
     }
 
-    /// Tells the others that this node cannot start, and will exit with `code`: those that are
-    /// there already.
+    /// Tells the others that this node cannot start, and will exit with `code`: those that come
+    /// within [`LATECOMERS`].
     pub fn decline(self, code: u8) {
-        let until = Instant::now() + FAREWELL;
-        let name = name_of(self.place.node_rank, &self.host);
+        let node_rank = self.place.node_rank;
+        let name = name_of(node_rank, &self.host);
         let Some(listener) = self.listener else {
-            if let Ok(mut link) = call(&self.place, FAREWELL) {
-                let node_rank = self.place.node_rank;
+            let until = Instant::now() + LATECOMERS;
+            let mut link = call(&self.place, FAREWELL);
+            while link.is_err() && Instant::now() < until {
+                std::thread::sleep(CALL_AGAIN);
+                link = call(&self.place, FAREWELL);
+            }
+            if let Ok(mut link) = link {
                 link.send(&Message::Decline { node_rank, host: self.host, code });
-                link.part(until);
+                link.part(Instant::now() + FAREWELL);
             }
             return;
         };
         let line = format!("{name} cannot start: exit code {code}; see its output");
-        while let Ok((stream, _)) = listener.accept() {
-            refuse(Link::new(stream), &line, code, until);
+        turn_away(&listener, self.place.nnodes - 1, &line, code);
+    }
+}
+
+/// Refuses so many callers, those that come within [`LATECOMERS`].
+fn turn_away(listener: &TcpListener, mut callers: usize, line: &str, code: u8) {
+    let until = Instant::now() + LATECOMERS;
+    while callers > 0 && Instant::now() < until {
+        match listener.accept() {
+            Ok((stream, _)) => {
+                refuse(Link::new(stream), line, code, Instant::now() + FAREWELL);
+                callers -= 1;
+            }
+            Err(_) => std::thread::sleep(ANSWER),
         }
     }
 }
@@ -138,6 +162,28 @@ pub fn refuse_late(listener: &TcpListener) {
     }
 }
 
+/// When to say that a wait goes on: not where the others come soon, and then not often.
+struct Reminder {
+    due: Instant,
+}
+
+impl Reminder {
+    const FIRST: Duration = Duration::from_secs(10);
+    const NEXT: Duration = Duration::from_secs(60);
+
+    fn new(now: Instant) -> Self {
+        Self { due: now + Self::FIRST }
+    }
+
+    fn is_due(&mut self, now: Instant) -> bool {
+        let is_due = now >= self.due;
+        if is_due {
+            self.due = now + Self::NEXT;
+        }
+        is_due
+    }
+}
+
 /// A line on stderr. Where nobody reads it nothing is missed.
 fn say(line: &str) {
     let _ = writeln!(io::stderr(), "rr-launch: {line}");
@@ -158,6 +204,7 @@ struct Host {
 impl Host {
     fn receive_all(mut self, run_id: &str, port: Option<u16>) -> Result<Cluster, LaunchError> {
         let deadline = Instant::now().checked_add(self.place.patience);
+        let mut reminder = Reminder::new(Instant::now());
         // New for each turn: guests come and go, and there are few.
         while !self.missing().is_empty() {
             let now = Instant::now();
@@ -174,6 +221,11 @@ impl Host {
             self.accept();
             if let Some((line, code)) = self.listen(Instant::now()) {
                 return Err(self.end(line, code));
+            }
+            let missing = self.missing();
+            if !missing.is_empty() && reminder.is_due(Instant::now()) {
+                let patience = self.place.patience.as_secs_f64();
+                say(&format!("waiting for {}, up to {patience} s in all", nodes(&missing)));
             }
         }
         self.begin(run_id, port)
@@ -260,8 +312,15 @@ impl Host {
     /// Nothing comes of it: all are told why.
     fn end(self, line: String, code: u8) -> LaunchError {
         let until = Instant::now() + FAREWELL;
+        let absent = (self.place.nnodes - 1).saturating_sub(self.guests.len());
         for guest in self.guests {
             refuse(Ok(guest.link), &line, code, until);
+        }
+        // Who did not come in all that time hardly comes now.
+        if code != exit_code::NODE_LOST {
+            say(&line);
+            turn_away(&self.listener, absent, &line, code);
+            return LaunchError::Told(code);
         }
         LaunchError::Nodes { line, code }
     }
@@ -325,12 +384,17 @@ fn nodes(ranks: &[usize]) -> String {
 fn join(own: &Hello, place: &Place) -> Result<Cluster, LaunchError> {
     let deadline = Instant::now().checked_add(place.patience);
     let mut trouble = String::new();
+    let mut reminder = Reminder::new(Instant::now());
     loop {
         let left = deadline.map_or(CALL, |deadline| deadline.duration_since(Instant::now()));
         if left.is_zero() {
             let line =
                 format!("waited {} s (--rdzv-timeout) for {trouble}", place.patience.as_secs_f64());
             return Err(LaunchError::Nodes { line, code: exit_code::NODE_LOST });
+        }
+        if reminder.is_due(Instant::now()) {
+            let patience = place.patience.as_secs_f64();
+            say(&format!("waiting for {trouble}; up to {patience} s in all"));
         }
         let Place { addr, port, .. } = place;
         let mut link = match call(place, left.min(CALL)) {
@@ -413,6 +477,14 @@ mod tests {
         };
         let host = ["a", "b"][node_rank].to_owned();
         Hello { node_rank, host, workers: 2, terms: terms.iter().map(term).collect() }
+    }
+
+    #[test]
+    fn a_long_wait_is_told_now_and_then() {
+        let start = Instant::now();
+        let mut reminder = Reminder::new(start);
+        let told = (0..200).filter(|&s| reminder.is_due(start + Duration::from_secs(s)));
+        assert_eq!(told.collect::<Vec<_>>(), [10, 70, 130, 190]);
     }
 
     #[test]

@@ -48,8 +48,11 @@ impl LogFile {
         if !self.buffer.is_empty() && self.lost > 0 {
             let mut mark = gap(self.lost);
             mark.push(b'\n');
-            if self.file.write(&mark).is_ok_and(|count| count == mark.len()) {
-                self.lost = 0;
+            match self.file.write(&mark) {
+                Ok(count) if count == mark.len() => self.lost = 0,
+                Ok(count) => self.take_back(count),
+                // The lines behind it fail as well, and say why.
+                Err(_) => {}
             }
         }
         self.write();
@@ -79,12 +82,16 @@ impl LogFile {
     fn give_up(&mut self, written: usize) {
         let whole = memrchr(b'\n', &self.buffer[..written]).map_or(0, |at| at + 1);
         self.lost += memchr_iter(b'\n', &self.buffer[whole..]).count() as u64;
-        let half = (written - whole) as u64;
-        if half > 0 {
-            // Best effort: making a file shorter needs no room, but a disk may have other troubles.
-            let length = self.file.metadata().map(|metadata| metadata.len());
-            let _ = length.and_then(|length| self.file.set_len(length.saturating_sub(half)));
+        if written > whole {
+            self.take_back(written - whole);
         }
+    }
+
+    /// Removes the last `bytes` of the file, the beginning of a line.
+    fn take_back(&self, bytes: usize) {
+        // Best effort: making a file shorter needs no room, but a disk may have other troubles.
+        let length = self.file.metadata().map(|metadata| metadata.len());
+        let _ = length.and_then(|length| self.file.set_len(length.saturating_sub(bytes as u64)));
     }
 }
 

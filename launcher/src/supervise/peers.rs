@@ -63,7 +63,13 @@ impl Supervisor {
             Cause::NodeLost { node } => format!("{} is lost", cluster.world().name(node)),
             cause => format!("{}: {}", cluster.world().name(ending.node), report::brief(cause)),
         };
-        self.output.say(&format!("{what}; ending {}", report::workers(running)));
+        let running = report::workers(running);
+        let then = match ending.cause {
+            Cause::Preempted { signal: Some(_) } => format!("asking {running} to save"),
+            Cause::Preempted { signal: None } => format!("waiting for {running} to save"),
+            _ => format!("ending {running}"),
+        };
+        self.output.say(&format!("{what}; {then}"));
     }
 
     /// A hang is one only if no node's workers make progress: node 0 sees all.
