@@ -82,6 +82,16 @@ fn a_kubernetes_worker_has_no_local_rank() {
 }
 
 #[test]
+fn a_pod_of_several_workers_needs_a_launcher() {
+    // Training operator 1.9, two pods with nprocPerNode 2.
+    let mut pod = vec![("RANK", "1"), ("WORLD_SIZE", "4"), ("PET_NNODES", "2")];
+    pod.extend([("PET_NPROC_PER_NODE", "2"), ("MASTER_ADDR", "m"), ("MASTER_PORT", "9")]);
+    assert!(error(&pod).contains("WORLD_SIZE is `4`, expected PET_NNODES"));
+    pod.extend([("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "2")]);
+    assert_eq!(read(&pod).unwrap().world_size, 4, "a launcher's worker");
+}
+
+#[test]
 fn malformed_and_contradictory_variables_are_named() {
     assert_eq!(
         error(&torchrun_but("RANK", Some("one"))),
