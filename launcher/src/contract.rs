@@ -311,12 +311,11 @@ impl WorkerEnv {
             0
         };
         if !lookup.has(vars::LOCAL_RANK) {
-            // A PyTorchJob of more than one process a pod (nprocPerNode) counts workers, and starts pods.
-            let pods = lookup.get(vars::PET_NNODES).and_then(|pods| pods.parse().ok());
+            // A PyTorchJob of several processes a pod (nprocPerNode) counts those, but starts pods.
+            let pods = lookup.get(vars::PET_NNODES).and_then(|pods| pods.parse::<usize>().ok());
             let expected = "PET_NNODES: one worker a pod (rr-launch --nnodes auto starts several)";
-            lookup.parse(vars::WORLD_SIZE, expected, |size: &usize| {
-                pods.is_none_or(|pods| pods == *size)
-            })?;
+            let fits = |&size: &usize| pods.is_none_or(|pods| pods == size);
+            lookup.parse(vars::WORLD_SIZE, expected, fits)?;
         }
         let group_rank = lookup.optional(vars::GROUP_RANK)?.unwrap_or(0);
         let because = || format!("{} is {world_size}", vars::WORLD_SIZE);
