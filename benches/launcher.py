@@ -3,7 +3,8 @@
 
 Every launcher starts the same C program (launcher_worker.c), in turns. Measured are
 
-- start: from the command to the moment at which the last worker's main began;
+- start: from the command to the moment at which the last worker's main began; in the column "system"
+  a C program that does nothing else than to start them one after the other;
 - memory: of the launcher's own processes (not its workers) while 8 workers sleep, RSS and PSS;
 - cpu: the time on the CPU of these processes meanwhile, scaled to an hour;
 - death: from SIGKILL to the last rank until the launcher and all workers have ended;
@@ -43,10 +44,14 @@ WORKER = "launch-worker"
 OURS = "rr-launch"
 PEER = "torchrun"
 ACCELERATE = "accelerate"
+SYSTEM = "system"
 
 
 def command(side: str, workers: int, program: list[str], logs: Path | None = None) -> list[str]:
     """How `side` starts `workers` times `program`; with `logs`, to the console and to files."""
+    if side == SYSTEM:
+        binary, _, folder = program
+        return [binary, "fork", folder, str(workers)]
     if side == OURS:
         flags = ["--log-dir", str(logs)] if logs else []
         return [str(BIN / OURS), "--cpu", "--nproc", str(workers), *flags, "--", *program]
@@ -270,7 +275,7 @@ def main() -> None:
             sys.exit(f"{missing} does not start two workers here")
         for turn in range(arguments.rounds):
             for kind in arguments.only:
-                for side in sides:
+                for side in [*sides, SYSTEM] if kind == "start" else sides:
                     print(f"round {turn + 1}: ", end="")
                     measures[kind](side, worker, figures)
     report(figures, arguments.result)
@@ -279,9 +284,9 @@ def main() -> None:
 def report(figures: Figures, result: Path | None) -> None:
     """Prints medians and ratios, and keeps them."""
     rows = figures.table()
-    print(f"\n{'median':50} {OURS:>10} {PEER:>10} {ACCELERATE:>10}   ratios")
+    print(f"\n{'median':50} {OURS:>10} {PEER:>10} {ACCELERATE:>10} {SYSTEM:>10}   ratios")
     for row in rows:
-        cells = [row["median"].get(side) for side in (OURS, PEER, ACCELERATE)]
+        cells = [row["median"].get(side) for side in (OURS, PEER, ACCELERATE, SYSTEM)]
         cells = " ".join("-".rjust(10) if cell is None else f"{cell:10.4g}" for cell in cells)
         ratios = ", ".join("-" if ratio is None else f"{ratio:.3g}" for ratio in row["ratio"].values())
         print(f"{row['measure']:50} {cells}   {ratios}")

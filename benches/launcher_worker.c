@@ -1,6 +1,7 @@
 /* The worker of launcher.py, the same under every launcher. Times are CLOCK_MONOTONIC, nanoseconds.
  *
  *   start DIR               notes in DIR/RANK when its main began, and ends
+ *   fork DIR COUNT          starts that COUNT times and waits: what the system alone takes
  *   sleep DIR               notes its process id there, and waits for a signal
  *   log DIR LINES RATE      writes LINES lines of 100 bytes, one write(2) each, RATE a second (0: as
  *                           fast as it goes), notes how long that took, and ends once DIR/go exists
@@ -8,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -53,10 +55,26 @@ static int write_lines(const char *dir, long lines, long rate) {
     return 0;
 }
 
+static int start_all(char **argv, int count) {
+    char rank[16], *args[] = {argv[0], "start", argv[2], NULL};
+    for (int i = 0; i < count; i++) {
+        snprintf(rank, sizeof rank, "%d", i);
+        setenv("RANK", rank, 1);
+        if (vfork() == 0) {
+            execv(argv[0], args);
+            _exit(127);
+        }
+    }
+    int status, failed = 0;
+    while (wait(&status) > 0) failed |= status;
+    return failed != 0;
+}
+
 int main(int argc, char **argv) {
     long long began = now();
     if (argc < 3) return 2;
     if (!strcmp(argv[1], "start")) return note(argv[2], began);
+    if (!strcmp(argv[1], "fork") && argc == 4) return start_all(argv, atoi(argv[3]));
     if (!strcmp(argv[1], "log") && argc == 5)
         return write_lines(argv[2], atol(argv[3]), atol(argv[4]));
     if (strcmp(argv[1], "sleep") || note(argv[2], getpid())) return 2;

@@ -90,6 +90,9 @@ pub enum Error {
     /// Training ran off to values that are not finite: every start from the same weights would.
     #[error("{0}")]
     Diverged(String),
+    /// Asked to make room in the middle of scoring; what is scored is kept.
+    #[error("asked to make room; what is scored is kept, start again to go on")]
+    Preempted,
     /// Training arrived at something it cannot go on from.
     #[error("{0}")]
     Training(String),
@@ -97,7 +100,7 @@ pub enum Error {
 
 impl Error {
     /// The process exit code for this error: 2 where the user can mend it, 4 where
-    /// a checkpoint could not be saved, 43 where starting again would end alike, 1 otherwise.
+    /// a checkpoint could not be saved, 41 where it made room, 43 where starting again would end alike, 1 otherwise.
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
@@ -108,6 +111,7 @@ impl Error {
             | Self::Io { .. } => 2,
             Self::Save(_) => rr_launch::contract::exit_code::CANNOT_SAVE,
             Self::Diverged(_) => rr_launch::contract::exit_code::DO_NOT_REQUEUE,
+            Self::Preempted => rr_launch::contract::exit_code::PREEMPTED,
             Self::NoRoom { .. }
             | Self::PeerCannotSave(_)
             | Self::Torch(_)

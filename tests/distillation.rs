@@ -57,6 +57,16 @@ fn command(bench: &Bench, name: &str, teacher: &str, more: &[&str]) -> Command {
     command
 }
 
+/// The command that only scores what [`command`] would train on.
+fn scores_only(bench: &Bench, name: &str, teacher: &str, more: &[&str]) -> Command {
+    let mut only = Command::new(env!("CARGO_BIN_EXE_reranker").replace("reranker", "rr-launch"));
+    only.current_dir(bench.root.path()).args(["--cpu", "--nproc", "2", "--"]);
+    only.arg(env!("CARGO_BIN_EXE_reranker")).args(["distill", "--scores-only"]);
+    let training = command(bench, name, teacher, more);
+    only.args(training.get_args().skip_while(|&word| word != "--config"));
+    only
+}
+
 fn succeed(command: &mut Command) -> String {
     let outcome = run(command);
     assert_eq!(outcome.code, Some(0), "{command:?}: {}", outcome.stderr);
@@ -105,12 +115,7 @@ fn scores_are_made_once() {
     let whole = bench.root.path().join("whole");
     succeed(&mut command(&bench, "whole", "bert_tiny", &settings));
     // Scores alone, then a training that is killed, then the rest.
-    let mut only = Command::new(env!("CARGO_BIN_EXE_reranker").replace("reranker", "rr-launch"));
-    let launcher = command(&bench, "run", "bert_tiny", &settings);
-    only.current_dir(bench.root.path()).args(["--cpu", "--nproc", "2", "--"]);
-    only.arg(env!("CARGO_BIN_EXE_reranker")).args(["distill", "--scores-only"]);
-    only.args(launcher.get_args().skip_while(|&word| word != "--config"));
-    let said = succeed(&mut only);
+    let said = succeed(&mut scores_only(&bench, "run", "bert_tiny", &settings));
     assert!(said.contains("bert_tiny scored 57 pairs"), "{said}");
     let run_dir = bench.root.path().join("run");
     assert!(!run_dir.join("model").exists());
@@ -125,6 +130,23 @@ fn scores_are_made_once() {
     // Another teacher is another run, and so is other data.
     let outcome = run(&mut command(&bench, "run", "qwen2_tiny", &["resume=auto"]));
     assert_eq!(outcome.code, Some(2), "{}", outcome.stderr);
+}
+
+#[test]
+fn an_adapter_with_another_base_is_another_teacher() {
+    let bench = bench();
+    succeed(&mut bench.command("tuned", 1, &["lora.r=2", "epochs=1"]));
+    let teacher = "tuned/model";
+    assert!(bench.root.path().join(teacher).join("adapter_config.json").exists());
+    let scoring = || succeed(&mut scores_only(&bench, "run", teacher, &[]));
+    let is_scored = |said: &str| said.contains(&format!("{teacher} scored 57 pairs"));
+    assert!(is_scored(&scoring()));
+    let again = scoring();
+    assert!(again.contains("the scores of tuned/model are in") && !is_scored(&again), "{again}");
+    let base = bench.root.path().join("base/model.safetensors");
+    fs::write(&base, fs::read(&base).unwrap()).unwrap();
+    let changed = scoring();
+    assert!(is_scored(&changed), "{changed}");
 }
 
 #[test]

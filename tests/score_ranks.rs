@@ -147,17 +147,23 @@ fn records_of_every_form_are_scored_with_their_texts() {
     }
 }
 
-/// A scoring job that is killed, with all its workers, when its logs hold so many bytes more.
-fn kill_after(dir: &Path, ranks: usize, more: u64, whole: bool) {
+/// A scoring job whose logs hold so many bytes more than before.
+fn begun(dir: &Path, ranks: usize, more: u64) -> Child {
     let before = log_bytes(dir);
     let mut command = score_to(dir, ranks, "scores.jsonl");
-    let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     let limit = Instant::now() + Duration::from_secs(120);
     while log_bytes(dir) < before + more {
         assert!(Instant::now() < limit, "no scores");
         assert!(child.try_wait().unwrap().is_none(), "it was done before it was killed");
         std::thread::sleep(Duration::from_millis(1));
     }
+    child
+}
+
+/// A scoring job that is killed, with all its workers, when its logs hold so many bytes more.
+fn kill_after(dir: &Path, ranks: usize, more: u64, whole: bool) {
+    let mut child = begun(dir, ranks, more);
     if whole {
         child.kill().unwrap();
     } else {
@@ -176,8 +182,12 @@ fn kill_a_worker(launcher: &Child) {
         command.split('\0').nth(1) == Some("score")
     };
     let worker = children.split_whitespace().rfind(is_worker).unwrap();
-    let killed = Command::new("sh").args(["-c", &format!("kill -KILL {worker}")]).status().unwrap();
-    assert!(killed.success());
+    send("KILL", worker);
+}
+
+fn send(signal: &str, pid: &str) {
+    let sent = Command::new("kill").args([&format!("-{signal}"), pid]).status().unwrap();
+    assert!(sent.success());
 }
 
 fn log_bytes(dir: &Path) -> u64 {
@@ -216,6 +226,27 @@ fn a_killed_job_goes_on_and_ends_with_the_same_file() {
     assert!(kept >= pairs * kills / (kills + 2) * 9 / 10 && kept < pairs, "{}", outcome.stderr);
     assert!(read(dir, "scores.jsonl") == expected, "the lines differ from those of one rank");
     assert!(!dir.join("scores.jsonl.partial").exists());
+}
+
+#[test]
+fn a_job_that_makes_room_keeps_its_scores() {
+    let dir = workplace(12_000);
+    let dir = dir.path();
+    for ranks in [2, 1] {
+        let job = begun(dir, ranks, 8000);
+        send("USR1", &job.id().to_string());
+        let ended = job.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&ended.stderr);
+        assert_eq!(ended.status.code(), Some(41), "{said}");
+        let note = "note: asked to make room; what is scored is kept, start again to go on";
+        assert!(said.contains(note), "{said}");
+        assert!(!dir.join("scores.jsonl").exists(), "half an output");
+    }
+    let outcome = run(&mut score_to(dir, 2, "scores.jsonl"));
+    done(&outcome);
+    assert!(kept(&outcome) >= 4000, "{}", outcome.stderr);
+    let stream = run(&mut score(dir, 1, &["--input", "pairs.jsonl"]));
+    assert!(read(dir, "scores.jsonl") == stream.stdout.as_bytes());
 }
 
 #[test]

@@ -37,14 +37,22 @@ fn train(args: &PlanArgs) -> Result<u8> {
 fn distill(args: &DistillArgs) -> Result<u8> {
     as_worker(&args.plan, |plan, env| match (&plan.data.teacher, args.scores_only) {
         (None, _) => Err(train::teacher::missing(plan)),
-        (Some(_), true) => train::teacher::run_scores(plan, env).map(|()| exit_code::OK),
+        (Some(_), true) => {
+            heed_preemption()?;
+            train::teacher::run_scores(plan, env).map(|()| exit_code::OK)
+        }
         (Some(_), false) => train_or_make_room(plan, env),
     })
 }
 
+/// From now on requests to make room are remembered, and no longer end this process.
+pub(super) fn heed_preemption() -> Result<()> {
+    preemption::listen().map_err(|error| Error::Usage(error.to_string()))
+}
+
 /// Trains, and heeds requests to make room.
 fn train_or_make_room(plan: &Plan, env: &WorkerEnv) -> Result<u8> {
-    preemption::listen().map_err(|error| Error::Usage(error.to_string()))?;
+    heed_preemption()?;
     Ok(match train::run(plan, env)? {
         train::Ending::Done => exit_code::OK,
         train::Ending::Preempted => exit_code::PREEMPTED,

@@ -87,7 +87,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     }
     match (&args.data, &args.qrels) {
         (Some(data), _) => {
-            let comm = join_hosts(&env)?;
+            let comm = join_hosts(&env, args.options.timeout)?;
             let outcome = models(args, &env, data, comm.as_ref()).and_then(|evaluation| {
                 comm.leave()?;
                 Ok(evaluation)

@@ -1,11 +1,12 @@
 //! How a model is run: what `score` and `eval` have in common.
 
 use std::path::Path;
+use std::time::Duration;
 
 use clap::Args;
 use rr_launch::contract::WorkerEnv;
 
-use super::DeviceArg;
+use super::{DeviceArg, seconds};
 use crate::error::{Error, Result};
 use crate::score::{CrossEncoder, DEFAULT_BATCH_SIZE, ScoreOptions};
 use crate::torch_ext::runtime;
@@ -22,6 +23,9 @@ pub struct ModelArgs {
     /// How to ask a language model without a score head: qwen3-reranker or bge-reranker-gemma
     #[arg(long, value_name = "NAME")]
     prompt: Option<String>,
+    /// The longest wait for another worker, in seconds [default: 600]
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    pub(super) timeout: Option<Duration>,
     /// Kind of device; by default a GPU where there is one
     #[arg(long, value_enum)]
     device: Option<DeviceArg>,

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use clap::{Args, ValueEnum};
 use rr_launch::contract::WorkerEnv;
 
+use super::commands::heed_preemption;
 use super::model::ModelArgs;
 use super::output::Sink;
 use crate::comm::{Communicator, join_hosts};
@@ -102,7 +103,8 @@ fn score_file(args: &ScoreArgs, env: &WorkerEnv, job: &FileJob) -> Result<()> {
     if let Some(Err(source)) = parent.map(Path::metadata) {
         return Err(Error::Io { path: job.output.clone(), action: "create", source });
     }
-    let comm = join_hosts(env)?;
+    heed_preemption()?;
+    let comm = join_hosts(env, args.options.timeout)?;
     let outcome = score_ranks(args, env, job, comm.as_ref());
     if outcome.is_err() {
         // The others, who may fail for want of this rank, must not be taken for the cause.

@@ -87,11 +87,13 @@ pub trait Communicator: fmt::Debug {
 pub const TIMEOUT: Duration = Duration::from_secs(600);
 
 /// The ranks that `env` describes, for work that moves host values only: over TCP, or a world of one.
+/// `timeout` is the longest wait for another rank, [`TIMEOUT`] where nothing else is asked for.
 ///
 /// # Errors
 /// As [`Gloo::join`].
-pub fn join_hosts(env: &WorkerEnv) -> Result<Box<dyn Communicator>> {
-    Ok(if env.world_size == 1 { Box::new(Solo) } else { Box::new(Gloo::join(env, TIMEOUT)?) })
+pub fn join_hosts(env: &WorkerEnv, timeout: Option<Duration>) -> Result<Box<dyn Communicator>> {
+    let timeout = timeout.unwrap_or(TIMEOUT);
+    Ok(if env.world_size == 1 { Box::new(Solo) } else { Box::new(Gloo::join(env, timeout)?) })
 }
 
 /// What a collective is for.

@@ -9,6 +9,7 @@
 mod deepspeed_file;
 mod describe;
 mod lora;
+mod other_names;
 mod overrides;
 mod parallel;
 pub mod plan;

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::other_names;
 use super::tree::{Entry, Mapping, Node, Place, Value, entry};
 use crate::error::{Error, Result};
 
@@ -491,7 +492,9 @@ fn unknown(name: &str, place: &Place, known: &BTreeSet<String>) -> Error {
         .map_or(("", name), |(_, last)| (&name[..name.len() - last.len()], last));
     let siblings =
         known.iter().filter_map(|name| name.strip_prefix(prefix)).filter(|n| !n.contains('.'));
-    let hint = nearest(last, siblings).map(|near| format!("; did you mean {near}?"));
+    let ours = other_names::ours(last).filter(|ours| known.contains(&format!("{prefix}{ours}")));
+    let hint = ours.or_else(|| nearest(last, siblings));
+    let hint = hint.map(|near| format!("; did you mean {near}?"));
     place.error(format!("{name}: unknown key{}", hint.unwrap_or_default()))
 }
 

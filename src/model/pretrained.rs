@@ -1,5 +1,6 @@
 //! A model on disk, whatever its form: a whole one, or an adapter with the model that it is for.
 
+use std::iter;
 use std::path::PathBuf;
 
 use super::lora::peft::{AdapterConfig, CONFIG_FILE};
@@ -34,19 +35,12 @@ impl Pretrained {
     /// [`Error::Usage`] when there is no such model, or no model under an adapter; [`Error::File`] or
     /// [`Error::Io`] that names what is missing or wrong.
     pub fn open(name: &str) -> Result<Self> {
-        let ModelDir { path: dir, revision } = hub::resolve(name)?;
-        let Some(adapter) = AdapterConfig::from_dir(&dir)? else {
+        let (ModelDir { path: dir, revision }, adapter) = find(name)?;
+        let Some((adapter, base)) = adapter else {
             let config = ModelConfig::from_dir(&dir)?;
             let weights = WeightFiles::open(&dir)?;
             return Ok(Self { dir, revision, config, weights, base: None });
         };
-        let base = hub::resolve(&adapter.base).map_err(|error| match error {
-            Error::Usage(message) => Error::File {
-                path: dir.join(CONFIG_FILE),
-                message: format!("base_model_name_or_path: {message}"),
-            },
-            other => other,
-        })?;
         let config = ModelConfig::from_dir(&base.path)?;
         let parameters: Vec<_> =
             stages(&config).iter().flat_map(|stage| stage.parameters()).collect();
@@ -55,4 +49,27 @@ impl Pretrained {
         let dir = if dir.join(TOKENIZER).exists() { dir } else { base.path };
         Ok(Self { dir, revision, config, weights, base: Some(adapter.base) })
     }
+
+    /// The directories that [`Pretrained::open`] reads: the model's, and that of an adapter's base.
+    ///
+    /// # Errors
+    /// As [`Pretrained::open`].
+    pub fn directories(name: &str) -> Result<Vec<PathBuf>> {
+        let (found, adapter) = find(name)?;
+        Ok(iter::once(found.path).chain(adapter.map(|(_, base)| base.path)).collect())
+    }
+}
+
+/// What `name` means, and where it is an adapter, what that says and the model that it is for.
+fn find(name: &str) -> Result<(ModelDir, Option<(AdapterConfig, ModelDir)>)> {
+    let found = hub::resolve(name)?;
+    let Some(adapter) = AdapterConfig::from_dir(&found.path)? else { return Ok((found, None)) };
+    let base = hub::resolve(&adapter.base).map_err(|error| match error {
+        Error::Usage(message) => Error::File {
+            path: found.path.join(CONFIG_FILE),
+            message: format!("base_model_name_or_path: {message}"),
+        },
+        other => other,
+    })?;
+    Ok((found, Some((adapter, base))))
 }

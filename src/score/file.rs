@@ -5,6 +5,7 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
+use rr_launch::contract::heartbeat;
 use serde_json::{Value, json};
 
 use super::pipeline::score_due;
@@ -104,7 +105,8 @@ impl FileJob {
     /// nothing.
     ///
     /// # Errors
-    /// What reading, scoring or writing reports; [`Error::Comm`] when a rank ends without its part.
+    /// What reading, scoring or writing reports; [`Error::Comm`] when a rank ends without its part;
+    /// [`Error::Preempted`] on a request to make room.
     pub fn run(
         &self,
         model: &CrossEncoder,
@@ -123,6 +125,7 @@ impl FileJob {
         progress(at);
         let found = score_due(model, &mut store, input, encode, options.batch_size, |pairs| {
             at = Progress { due, done: at.done + 1, pairs: at.pairs + pairs as u64 };
+            heartbeat::working(format_args!("scoring, {} of {due} chunks", at.done));
             progress(at);
         })?;
         if found != chunks {
@@ -131,7 +134,9 @@ impl FileJob {
         if store.rank() != 0 {
             return Ok(None);
         }
+        heartbeat::waiting(format_args!("the scores of the other ranks"));
         store.wait(chunks)?;
+        heartbeat::working(format_args!("writing the scores"));
         let pairs = self.write(&store, chunks)?;
         store.remove()?;
         Ok(Some(pairs))

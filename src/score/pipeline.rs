@@ -3,9 +3,11 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use rr_launch::contract::preemption;
+
 use super::store::ScoreStore;
 use super::{CrossEncoder, ScoreOptions};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ordered::ordered_map;
 use crate::text::EncodedPair;
 
@@ -38,7 +40,8 @@ where
 
 /// Scores those of numbered chunks that are due on this rank into `store`; returns the number of all
 /// chunks. `chunks` gives the same on every rank, numbered from 0. `scored` is told how many pairs
-/// each chunk had.
+/// each chunk had. Where the process listens for requests to make room, one ends the work after the
+/// chunk at hand with [`Error::Preempted`].
 pub(super) fn score_due<C: Send + 'static>(
     model: &CrossEncoder,
     store: &mut ScoreStore,
@@ -60,7 +63,7 @@ pub(super) fn score_due<C: Send + 'static>(
     score_chunks(model, chunks, encode, batch_size, |number, logits| {
         store.put(number, &logits)?;
         scored(logits.len());
-        Ok(())
+        if preemption::is_requested() { Err(Error::Preempted) } else { Ok(()) }
     })?;
     Ok(count.load(Ordering::Relaxed))
 }
@@ -74,8 +77,9 @@ pub(super) fn score_due<C: Send + 'static>(
 /// that was scored.
 ///
 /// # Errors
-/// The first error of `pairs`; [`crate::Error::Usage`] for options that cannot work;
-/// [`crate::Error::Torch`] when a batch does not fit; [`crate::Error::Io`] from the disk.
+/// The first error of `pairs`; [`Error::Usage`] for options that cannot work;
+/// [`Error::Torch`] when a batch does not fit; [`Error::Io`] from the disk; [`Error::Preempted`]
+/// after [`preemption::listen`].
 pub fn score_pairs<Q, D>(
     model: &CrossEncoder,
     store: &mut ScoreStore,

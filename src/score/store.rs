@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rr_launch::contract::preemption;
 use serde_json::Value;
 
 use crate::atomic::{create_dir, remove_dir, write_synced};
@@ -221,7 +222,8 @@ impl ScoreStore {
     /// rank's own have to be.
     ///
     /// # Errors
-    /// [`Error::Comm`] when a rank ended without its part; [`Error::Io`] from the disk.
+    /// [`Error::Comm`] when a rank ended without its part; [`Error::Io`] from the disk;
+    /// [`Error::Preempted`] on a request to make room.
     pub fn wait(&mut self, chunks: u64) -> Result<()> {
         loop {
             let missing = (0..chunks).find(|&chunk| self.place(chunk).is_none());
@@ -230,7 +232,14 @@ impl ScoreStore {
             // Before the look at its log: what it wrote, it wrote before it ended.
             let gone = rank == self.rank || self.logs[rank].is_without_writer();
             self.read_on()?;
-            if gone && self.place(missing).is_none() {
+            if self.place(missing).is_some() {
+                continue;
+            }
+            // The others have been asked too, and end.
+            if preemption::is_requested() {
+                return Err(Error::Preempted);
+            }
+            if gone {
                 return Err(Error::Comm {
                     rank: self.rank,
                     operation: "waiting for the scores of the other ranks".into(),

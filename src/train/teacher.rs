@@ -7,7 +7,7 @@ use std::fs::{self, Metadata};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
-use rr_launch::contract::{WorkerEnv, heartbeat};
+use rr_launch::contract::{WorkerEnv, heartbeat, preemption};
 use serde_json::{Value, json};
 use tch::Device;
 use tracing::{info, warn};
@@ -17,7 +17,7 @@ use crate::comm::{Communicator, Reduction, reduce_values};
 use crate::config::{Plan, TeacherPlan};
 use crate::data::{DatasetKind, InputFormat, LoadOptions};
 use crate::error::{Error, Result};
-use crate::hub;
+use crate::model::Pretrained;
 use crate::score::{CrossEncoder, Earlier, FileJob, Progress, ScoreOptions};
 use crate::torch_ext::runtime;
 
@@ -151,6 +151,9 @@ pub(super) fn teach(
     // Rank 0 may have more left to do than a collective's deadline allows.
     heartbeat::waiting(format_args!("rank 0 to write the teacher's scores"));
     while !is_done(plan, &identity) {
+        if preemption::is_requested() {
+            return Err(Error::Preempted);
+        }
         std::thread::sleep(LOOK);
     }
     Ok(())
@@ -180,7 +183,6 @@ fn score(
     }
     let mut said = started;
     let pairs = job.run(&model, store, chunks, &options, |Progress { due, done, .. }| {
-        heartbeat::working(format_args!("scoring with the teacher, {done} of {due} chunks"));
         if is_first && said.elapsed() >= SAY {
             said = Instant::now();
             let left = started.elapsed().as_secs_f64() * (due - done) as f64 / done.max(1) as f64;
@@ -204,25 +206,26 @@ fn is_done(plan: &Plan, identity: &Value) -> bool {
 /// What the scores depend on, by the names, sizes and times of files, so that nothing large is read
 /// to see that they are there.
 fn identity(plan: &Plan, teacher: &TeacherPlan) -> Result<Value> {
-    let dir = hub::resolve(&teacher.path).map_err(|error| named(plan, error))?.path;
+    let dirs = Pretrained::directories(&teacher.path).map_err(|error| named(plan, error))?;
     let read = |path: &Path| {
         let path = path.to_owned();
         move |source| Error::Io { path, action: "read", source }
     };
     let mut files = serde_json::Map::new();
-    for entry in fs::read_dir(&dir).map_err(read(&dir))? {
-        let path = entry.map_err(read(&dir))?.path();
-        let metadata = path.metadata().map_err(read(&path))?;
-        if metadata.is_file() {
-            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            files.insert(name, state(&metadata));
+    for dir in dirs {
+        for entry in fs::read_dir(&dir).map_err(read(&dir))? {
+            let path = entry.map_err(read(&dir))?.path();
+            let metadata = path.metadata().map_err(read(&path))?;
+            if metadata.is_file() {
+                files.insert(path.to_string_lossy().into_owned(), state(&metadata));
+            }
         }
     }
     let data = &plan.data.train;
     let metadata = data.metadata().map_err(read(data))?;
     Ok(json!({
         "program": format!("reranker {}", env!("CARGO_PKG_VERSION")),
-        "teacher": {"path": dir, "files": files},
+        "teacher": files,
         "asked": teacher,
         "data": {"path": data, "state": state(&metadata)},
     }))

@@ -167,7 +167,16 @@ fn refused(table: &[(&str, &str)]) {
 #[test]
 fn unknown_keys_name_the_nearest_known_one() {
     let table = [
-        ("learning_rate: 1", "training.yaml:4:1: learning_rate: unknown key"),
+        ("learning_rate: 1", "training.yaml:4:1: learning_rate: unknown key; did you mean lr?"),
+        (
+            "num_train_epochs: 1",
+            "training.yaml:4:1: num_train_epochs: unknown key; did you mean epochs?",
+        ),
+        (
+            "lora: {lora_alpha: 1}",
+            "training.yaml:4:8: lora.lora_alpha: unknown key; did you mean alpha?",
+        ),
+        ("lora_alpha: 1", "training.yaml:4:1: lora_alpha: unknown key; did you mean lora?"),
         (
             "warmup_proprtion: 1",
             "training.yaml:4:1: warmup_proprtion: unknown key; did you mean warmup_proportion?",
