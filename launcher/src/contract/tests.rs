@@ -138,8 +138,7 @@ const SLURM: [(&str, &str); 9] = [
 
 /// [`SLURM`] with `changes`; an empty value is a variable that is not set.
 fn slurm_but(changes: &[(&'static str, &'static str)]) -> Vec<(&'static str, &'static str)> {
-    let changed = |name| changes.iter().any(|(other, _)| *other == name);
-    let kept = SLURM.into_iter().filter(|(name, _)| !changed(*name));
+    let kept = SLURM.into_iter().filter(|(name, _)| changes.iter().all(|(other, _)| other != name));
     kept.chain(changes.iter().copied().filter(|(_, value)| !value.is_empty())).collect()
 }
 
