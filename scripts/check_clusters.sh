@@ -352,7 +352,7 @@ main() {
     write_slurm
     write_training
     export SLURM_CONF=$work/slurm.conf OMP_NUM_THREADS=1
-    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_orte_tmpdir_base=$work
     start_slurm
     say "$(slurmd -V), two nodes; $(mpirun --version | head -n 1)"
 
