@@ -4,7 +4,9 @@
 #[path = "common/launch.rs"]
 mod launch;
 
+use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
 use launch::{Outcome, copy_model, reranker, run};
@@ -95,6 +97,76 @@ fn outputs_of_score() {
     ] {
         refused(dir.path(), "score", &["--input", "pairs.jsonl", "--output", output], message);
     }
+}
+
+#[test]
+fn an_input_is_not_replaced_by_its_scores() {
+    let dir = workplace();
+    let message =
+        "--output ./pairs.jsonl is the input, which scores would replace; name another file";
+    refused(dir.path(), "score", &["--input", "pairs.jsonl", "--output", "./pairs.jsonl"], message);
+    assert_eq!(fs::read_to_string(dir.path().join("pairs.jsonl")).unwrap(), PAIR);
+}
+
+#[test]
+fn an_output_appears_whole_from_standard_input_too() {
+    let dir = workplace();
+    let dir = dir.path();
+    write(dir, "many.jsonl", format!("{PAIR}\n").repeat(600) + "no record\n");
+    write(dir, "scores.jsonl", "earlier");
+    let args = ["score", "--model", "model", "--output", "scores.jsonl"];
+    let before = launch::snapshot(dir);
+    let many = fs::File::open(dir.join("many.jsonl")).unwrap();
+    let outcome = run(reranker(dir, &args).stdin(many));
+    assert!(outcome.stderr.starts_with("error: <stdin>:601: "), "{outcome:?}");
+    assert!(launch::snapshot(dir) == before, "something was written");
+    let one = fs::File::open(dir.join("pairs.jsonl")).unwrap();
+    assert_eq!(run(reranker(dir, &args).stdin(one)).code, Some(0));
+    assert_eq!(fs::read_to_string(dir.join("scores.jsonl")).unwrap().lines().count(), 1);
+}
+
+#[test]
+fn scores_that_are_no_numbers_are_an_error() {
+    let dir = workplace();
+    let weights = dir.path().join("model/model.safetensors");
+    let mut bytes = fs::read(&weights).unwrap();
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize + 8;
+    let tensors: serde_json::Value = serde_json::from_slice(&bytes[8..header]).unwrap();
+    let bias = tensors["classifier.bias"]["data_offsets"][0].as_u64().unwrap() as usize + header;
+    bytes[bias..bias + 4].copy_from_slice(&f32::NAN.to_le_bytes());
+    fs::write(&weights, bytes).unwrap();
+    write(
+        dir.path(),
+        "eval.jsonl",
+        r#"{"query": "tea", "hits": [{"content": "water", "label": 1}]}"#,
+    );
+    for args in [
+        &["score", "--input", "pairs.jsonl"][..],
+        &["score", "--input", "pairs.jsonl", "--output", "scores.jsonl"],
+        &["eval", "--data", "eval.jsonl"],
+    ] {
+        let outcome = call(dir.path(), &[args, &["--model", "model"]].concat());
+        assert_eq!((outcome.code, outcome.stdout.as_str()), (Some(1), ""), "{args:?}");
+        assert!(outcome.stderr.starts_with("error: the model's score is NaN for "), "{outcome:?}");
+    }
+    assert!(!dir.path().join("scores.jsonl").exists());
+}
+
+#[test]
+fn names_of_files_need_not_be_utf8() {
+    let dir = workplace();
+    let dir = dir.path();
+    let args = ["score", "--model", "model", "--input"];
+    let expected = call(dir, &[&args[..], &["pairs.jsonl"]].concat()).stdout;
+    assert_eq!(expected.lines().count(), 1);
+    let (input, output) = (OsStr::from_bytes(b"in\xff"), OsStr::from_bytes(b"out\xff"));
+    fs::rename(dir.join("pairs.jsonl"), dir.join(input)).unwrap();
+    let outcome = run(reranker(dir, &args).arg(input).arg("--output").arg(output));
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    assert_eq!(fs::read_to_string(dir.join(output)).unwrap(), expected);
+    fs::rename(dir.join("model"), dir.join(OsStr::from_bytes(b"m\xff"))).unwrap();
+    let outcome = run(reranker(dir, &["score", "--model"]).arg(OsStr::from_bytes(b"m\xff")));
+    assert_eq!(outcome.stderr, "error: the model's path m\u{fffd} is not UTF-8, expected UTF-8\n");
 }
 
 #[test]

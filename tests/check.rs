@@ -55,6 +55,15 @@ fn memory_is_predicted_and_what_cannot_fit_is_told() {
 }
 
 #[test]
+fn under_a_launcher_one_rank_prints_the_plan_for_all() {
+    let dir = case(ZERO3);
+    let check = [env!("CARGO_BIN_EXE_reranker"), "check", "--config", "training.yaml"];
+    let launch = [&["--cpu", "--nproc", "2", "--"][..], &check].concat();
+    let text = output_of(&mut launcher(dir.path(), &launch));
+    assert_eq!(text.matches("pairs a step over 2 worker(s)").count(), 1, "{text}");
+}
+
+#[test]
 fn a_plan_for_gpus_needs_none() {
     let dir = case("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 2}\n");
     let text = check(&dir, &["--gpus", "8"]);

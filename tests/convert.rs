@@ -7,7 +7,7 @@ mod launch;
 use std::fs::{self, File};
 use std::path::Path;
 
-use launch::{Outcome, reranker, run};
+use launch::{Outcome, launcher, reranker, run};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -48,6 +48,17 @@ fn refused(data: &str, args: &str, message: &str) {
 
 fn lines(text: &str) -> Vec<Value> {
     text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[test]
+fn one_rank_of_several_converts() {
+    let dir = dir_with("in.jsonl", POINTWISE);
+    let convert =
+        [env!("CARGO_BIN_EXE_reranker"), "convert", "--input", "in.jsonl", "--to", "grouped"];
+    let launch = [&["--cpu", "--nproc", "2", "--prefix", "", "--"][..], &convert].concat();
+    let outcome = run(&mut launcher(dir.path(), &launch));
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    assert_eq!(outcome.stdout, converted(dir.path(), "--input in.jsonl --to grouped"));
 }
 
 #[test]

@@ -5,8 +5,10 @@ mod common;
 #[path = "common/launch.rs"]
 mod launch;
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io::Write;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
@@ -356,6 +358,17 @@ fn check_index(saved: &Path, base: &Path, shards: &[String]) {
         .collect();
     names.sort();
     assert_eq!(map.keys().cloned().collect::<Vec<_>>(), names);
+}
+
+#[test]
+fn names_on_the_command_line_need_not_be_utf8() {
+    let trained = Trained::new("epochs: 1");
+    let name = OsStr::from_bytes(b"t\xff.yaml");
+    fs::rename(trained.path().join("training.yaml"), trained.path().join(name)).unwrap();
+    let args = ["train", "--device", "cpu", "--overwrite", "--config"];
+    output_of(reranker(trained.path(), &args).arg(name));
+    let page = fs::read_to_string(trained.path().join("out/runs/report.html")).unwrap();
+    assert!(page.contains("--config t\u{fffd}.yaml"), "the command is not on the page");
 }
 
 #[test]

@@ -44,8 +44,8 @@ const FLAGS: &[(&str, &str)] = &[
         "--bind --config --config-file --config_file --cpu --dry-run --generate --gpus --grace \
          --hang-timeout --help --log-dir --log-format --master-port --max-restarts --nnodes \
          --node-rank --node-timeout --nproc --overwrite --parallel --prefix --preempt-signal --rdzv \
-         --rdzv-timeout --resume --resume-anyway --run-id --set --show --skip-bad-records --timeout \
-         --version",
+         --rdzv-timeout --resume --resume-anyway --run-id --set --show --skip-bad-records --stack-timeout \
+         --timeout --version",
     ),
     ("reranker", "--help --version"),
     ("reranker generate", "--help"),

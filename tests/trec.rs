@@ -98,6 +98,19 @@ fn runs_stand_side_by_side_and_missing_queries_are_told_or_counted() {
 }
 
 #[test]
+fn columns_stay_apart_and_names_are_one_s_own() {
+    let (dir, _) = golden();
+    let dir = dir.path();
+    let args = ["eval", "--run", "run", "--qrels", "qrels"];
+    let table = output_of(&mut reranker(dir, &[&args[..], &["--k", "1,1000"]].concat()));
+    let heading: Vec<&str> = table.lines().next().unwrap().split_whitespace().collect();
+    assert_eq!(heading[6..], ["Recall@1", "Recall@1000"], "{table}");
+    let outcome = run(&mut reranker(dir, &[&args[..], &["--run", "run", "--json"]].concat()));
+    let message = "two rankings would be called run, expected a name of its own for each";
+    assert_eq!((outcome.code, outcome.stderr), (Some(2), format!("error: {message}\n")));
+}
+
+#[test]
 fn bad_lines_of_trec_files_are_named() {
     let (dir, _) = golden();
     let dir = dir.path();

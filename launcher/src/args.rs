@@ -111,6 +111,13 @@ pub struct Args {
     /// End, or restart, when no worker makes progress for so long
     #[arg(long, value_name = "SECONDS", value_parser = positive_seconds, allow_negative_numbers = true)]
     pub hang_timeout: Option<Duration>,
+    /// Most time for taking stacks of workers that hang; 0: none
+    ///
+    /// By py-spy (of Python programs), eu-stack or gdb, whichever of them is in PATH, before the
+    /// workers are ended: into DIR/attempt-A/rank-R.stacks.txt of --log-dir, else the main thread of
+    /// the rank to blame onto stderr.
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds, allow_negative_numbers = true)]
+    pub stack_timeout: Duration,
     /// A signal that makes workers save and end, beside USR1 and USR2
     #[arg(long, value_name = "SIGNAL", value_parser = preempting_signal)]
     pub preempt_signal: Option<i32>,
@@ -274,6 +281,7 @@ impl Args {
             grace: self.grace,
             max_restarts: self.max_restarts,
             hang_timeout: self.hang_timeout,
+            stack_timeout: self.stack_timeout,
             preempt_signal: self
                 .preempt_signal
                 .map_or_else(inherited, |signal| Ok(Some(signal)))?,

@@ -1,9 +1,10 @@
 //! One start of all workers: their processes, their output pipes, and what is remembered of each.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::error::LaunchError;
@@ -15,6 +16,7 @@ use crate::output::{LineSplitter, Output, Stream, Voice};
 use crate::plan::Plan;
 use crate::procfs::Activity;
 use crate::report;
+use crate::stacks::Subject;
 use crate::summary::{AttemptRecord, RankRecord};
 use crate::sys::{self, Epoll, Interest};
 
@@ -95,6 +97,8 @@ pub struct Attempt {
     pub monitor: Option<Monitor>,
     /// Ranks that the kernel's out-of-memory killer ended.
     pub oom_killed: Vec<usize>,
+    /// Files with the stacks of workers that hung, by rank.
+    pub stacks: BTreeMap<usize, PathBuf>,
     started: Instant,
 }
 
@@ -122,6 +126,7 @@ impl Attempt {
             pipes,
             monitor: hang_timeout.map(|timeout| Monitor::new(timeout, started)),
             oom_killed: Vec::new(),
+            stacks: BTreeMap::new(),
             started,
         })
     }
@@ -175,6 +180,18 @@ impl Attempt {
         running.map(position).unzip()
     }
 
+    /// The workers that have not ended, as those whose stacks are taken.
+    pub fn subjects(&self) -> Vec<Subject> {
+        let running = self.workers.iter().filter(|worker| worker.ended.is_none());
+        let subject = |worker: &Worker| Subject {
+            rank: worker.rank,
+            pid: worker.pid(),
+            place: worker.beat().map(|beat| beat.to_string()),
+            file: self.voices[worker.index].path().map(|log| log.with_extension("stacks.txt")),
+        };
+        running.map(subject).collect()
+    }
+
     /// What is kept of it; last lines only of the ranks that `keeps_lines` names.
     pub fn record(
         &self,
@@ -195,6 +212,7 @@ impl Attempt {
                 step: beat.as_ref().map(|beat| beat.step),
                 phase: beat.map(|beat| beat.phase),
                 log: voice.path().map(Path::to_owned),
+                stacks: self.stacks.get(&worker.rank).cloned(),
                 last_lines: if keeps_lines(worker.rank) { lines.collect() } else { Vec::new() },
             }
         };

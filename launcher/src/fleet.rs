@@ -75,6 +75,7 @@ impl Worker {
         if let Some(cpus) = plan.cpus(index) {
             sys::bind_to(&mut command, cpus);
         }
+        sys::allow_tracing(&mut command);
         sys::prepare_worker(&mut command, guardian.descriptor());
         let child = command.spawn()?;
         let pidfd = sys::pidfd(child.id() as Pid);

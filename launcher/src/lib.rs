@@ -5,7 +5,7 @@
 //! `devices` (which GPUs) and `binding` (which CPUs) → `plan` (each worker's command and environment)
 //! → `nodes` (the launchers of several nodes meet) → `fleet` (processes) → `supervise` (the event loop over `attempt` after attempt) with `lifecycle`
 //! and `restarts` (what to do when something happens), `hang`, `oom` and `procfs` (what there is to
-//! know), `report` and `summary` (what is told), `output` (lines) and `guardian` (what happens if the
+//! know), `stacks` (where workers that hang are), `report` and `summary` (what is told), `output` (lines) and `guardian` (what happens if the
 //! launcher itself is killed).
 
 pub mod args;
@@ -27,6 +27,7 @@ mod preflight;
 mod procfs;
 mod report;
 mod restarts;
+mod stacks;
 mod summary;
 mod supervise;
 mod sys;

@@ -5,6 +5,9 @@
 //! Where several nodes take part, each launcher has one of these. What another node reports is one
 //! more event, and what all of them know in the end replaces what this one saw.
 
+#[cfg(test)]
+mod tests;
+
 use std::fmt;
 use std::time::{Duration, Instant};
 
@@ -117,6 +120,8 @@ pub enum Event {
         /// The one that the others seem to wait for.
         rank: Option<usize>,
     },
+    /// What there is to know of workers that hang is collected.
+    Inspected,
     /// Writing to the launcher's own stdout or stderr has failed because nobody reads it. As for a
     /// program in a pipeline that is the end.
     OutputClosed,
@@ -147,6 +152,8 @@ pub enum Event {
 /// What the event loop has to do now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Order {
+    /// Collect where the workers that hang are, before they end.
+    Inspect,
     /// Send this signal to all workers' process groups.
     Signal(i32),
     /// Send this signal, which asks to make room, to the workers themselves: what they have started
@@ -163,6 +170,10 @@ pub enum Order {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Running,
+    /// The workers hang, and are looked at.
+    Inspecting {
+        until: Option<Instant>,
+    },
     /// The workers save, and end by themselves.
     Saving {
         kill_at: Option<Instant>,
@@ -180,6 +191,7 @@ enum Phase {
 #[derive(Debug)]
 pub struct Lifecycle {
     grace: Duration,
+    inspection: Duration,
     restarts: Restarts,
     phase: Phase,
     cause: Option<Cause>,
@@ -189,10 +201,11 @@ pub struct Lifecycle {
 }
 
 impl Lifecycle {
-    /// All workers run; `grace` is the time from TERM to KILL.
-    pub fn new(grace: Duration, restarts: Restarts) -> Self {
+    /// All workers run; `grace` is the time from TERM to KILL, `inspection` that for looking at
+    /// workers that hang.
+    pub fn new(grace: Duration, inspection: Duration, restarts: Restarts) -> Self {
         let (phase, verdict) = (Phase::Running, Verdict::End);
-        Self { grace, restarts, phase, cause: None, saved: false, verdict }
+        Self { grace, inspection, restarts, phase, cause: None, saved: false, verdict }
     }
 
     /// Takes an event in, and says what to do.
@@ -201,7 +214,8 @@ impl Lifecycle {
             Event::WorkerEnded { rank, exit } => self.worker_ended(rank, exit, now),
             Event::Signalled(signal) => self.signalled(signal, now),
             Event::PreemptionAsked(signal) => self.preemption_asked(signal, now),
-            Event::Hung { rank } => self.stop(Cause::Hang { rank }, libc::SIGTERM, now),
+            Event::Hung { rank } => self.inspect(Cause::Hang { rank }, now),
+            Event::Inspected => self.end_inspection(libc::SIGTERM, now),
             Event::OutputClosed => self.stop(Cause::OutputClosed, libc::SIGTERM, now),
             Event::PeerEnds(cause) => self.peer_ends(cause, now),
             Event::PeerKills => self.may_kill().then(|| self.kill(now)),
@@ -248,6 +262,7 @@ impl Lifecycle {
     fn signalled(&mut self, signal: i32, now: Instant) -> Option<Order> {
         match self.phase {
             Phase::Running => self.stop(Cause::Signal(signal), signal, now),
+            Phase::Inspecting { .. } => self.end_inspection(signal, now),
             Phase::Saving { .. } | Phase::Stopping { .. } if signal == libc::SIGINT => {
                 Some(self.kill(now))
             }
@@ -271,6 +286,7 @@ impl Lifecycle {
                 signal.filter(|_| begins).map(Order::Ask)
             }
             Cause::Signal(signal) => self.stop(cause, signal, now),
+            Cause::Hang { .. } => self.inspect(cause, now),
             Cause::Failure { .. } | Cause::NodeLost { .. } if self.is_saving() => {
                 self.cause = Some(cause);
                 self.end_saving(now)
@@ -296,7 +312,9 @@ impl Lifecycle {
     /// When [`Event::TimePassed`] has an effect next.
     pub fn deadline(&self) -> Option<Instant> {
         match self.phase {
-            Phase::Saving { kill_at } | Phase::Stopping { kill_at } => kill_at,
+            Phase::Inspecting { until: at }
+            | Phase::Saving { kill_at: at }
+            | Phase::Stopping { kill_at: at } => at,
             Phase::Killing { abandon_at } => Some(abandon_at),
             Phase::Running | Phase::Abandoned => None,
         }
@@ -306,11 +324,14 @@ impl Lifecycle {
         if self.deadline().is_none_or(|deadline| now < deadline) {
             return None;
         }
-        if matches!(self.phase, Phase::Killing { .. }) {
-            self.phase = Phase::Abandoned;
-            return Some(Order::Abandon);
+        match self.phase {
+            Phase::Inspecting { .. } => self.end_inspection(libc::SIGTERM, now),
+            Phase::Killing { .. } => {
+                self.phase = Phase::Abandoned;
+                Some(Order::Abandon)
+            }
+            _ => Some(self.kill(now)),
         }
-        Some(self.kill(now))
     }
 
     /// Why this attempt ended, if not by all workers' success.
@@ -341,6 +362,11 @@ impl Lifecycle {
     /// Whether the workers may still be doing what they were started for.
     pub fn is_running(&self) -> bool {
         self.phase == Phase::Running
+    }
+
+    /// Whether the workers hang, and are looked at.
+    pub fn is_inspecting(&self) -> bool {
+        matches!(self.phase, Phase::Inspecting { .. })
     }
 
     /// The launcher's exit code, once all workers have ended for good.
@@ -386,6 +412,22 @@ impl Lifecycle {
         })
     }
 
+    fn inspect(&mut self, cause: Cause, now: Instant) -> Option<Order> {
+        if self.cause.is_some() {
+            return None;
+        }
+        self.cause = Some(cause);
+        self.phase = Phase::Inspecting { until: now.checked_add(self.inspection) };
+        Some(Order::Inspect)
+    }
+
+    fn end_inspection(&mut self, signal: i32, now: Instant) -> Option<Order> {
+        self.is_inspecting().then(|| {
+            self.phase = Phase::Stopping { kill_at: now.checked_add(self.grace) };
+            Order::Signal(signal)
+        })
+    }
+
     fn stop(&mut self, cause: Cause, signal: i32, now: Instant) -> Option<Order> {
         if self.cause.is_some() {
             return None;
@@ -399,173 +441,5 @@ impl Lifecycle {
     fn kill(&mut self, now: Instant) -> Order {
         self.phase = Phase::Killing { abandon_at: now + KILL_PATIENCE };
         Order::Kill
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use libc::{SIGHUP, SIGINT, SIGSEGV, SIGTERM, SIGUSR1};
-
-    use super::*;
-
-    const GRACE: Duration = Duration::from_secs(10);
-
-    fn life(max_restarts: u32) -> Lifecycle {
-        Lifecycle::new(GRACE, Restarts::new(max_restarts))
-    }
-
-    fn ended(rank: usize, code: i32) -> Event {
-        Event::WorkerEnded { rank, exit: Exit::Code(code) }
-    }
-
-    fn killed(rank: usize, signal: i32) -> Event {
-        Event::WorkerEnded { rank, exit: Exit::Signal(signal) }
-    }
-
-    const GONE: Event = Event::AllGone { step: None };
-    const TERM: Option<Order> = Some(Order::Signal(SIGTERM));
-
-    /// Events, all at one moment, with the order that each gives; then the launcher's exit code.
-    fn check(max_restarts: u32, events: &[(Event, Option<Order>)], code: u8) {
-        let (mut life, now) = (life(max_restarts), Instant::now());
-        for (number, &(event, order)) in events.iter().enumerate() {
-            assert_eq!(life.on(event, now), order, "event {number} of {events:?}");
-        }
-        assert_eq!(life.exit_code(), code, "{events:?}");
-    }
-
-    #[test]
-    fn success_ends_nobody() {
-        check(0, &[(ended(0, 0), None), (ended(1, 0), None), (GONE, None)], 0);
-    }
-
-    #[test]
-    fn the_first_failure_is_the_cause() {
-        let events =
-            [(ended(2, 0), None), (killed(1, SIGSEGV), TERM), (ended(0, 1), None), (GONE, None)];
-        check(0, &events, 139);
-        check(0, &[(Event::Hung { rank: Some(3) }, TERM), (ended(0, 1), None), (GONE, None)], 40);
-    }
-
-    #[test]
-    fn term_comes_before_kill() {
-        let (mut life, start) = (life(0), Instant::now());
-        assert_eq!(life.on(killed(1, SIGSEGV), start), TERM);
-        assert_eq!(life.on(Event::TimePassed, start + GRACE / 2), None);
-        assert_eq!(life.on(Event::TimePassed, start + GRACE), Some(Order::Kill));
-        assert_eq!(life.on(Event::TimePassed, start + GRACE), None, "once");
-        let late = start + GRACE + KILL_PATIENCE;
-        assert_eq!(life.on(Event::TimePassed, late), Some(Order::Abandon));
-        assert_eq!(life.deadline(), None);
-        let exit = Exit::Signal(SIGSEGV);
-        assert_eq!(life.cause(), Some(Cause::Failure { rank: 1, exit }));
-        assert_eq!(life.on(GONE, late), None, "what cannot be killed holds its GPU");
-    }
-
-    #[test]
-    fn signals_are_handed_on_and_a_second_int_kills() {
-        let events = [
-            (Event::Signalled(SIGTERM), TERM),
-            (Event::Signalled(SIGHUP), Some(Order::Signal(SIGHUP))),
-            (killed(0, SIGTERM), None),
-            (Event::Signalled(SIGINT), Some(Order::Kill)),
-            (Event::Signalled(SIGINT), None),
-            (GONE, None),
-        ];
-        check(5, &events, 143);
-    }
-
-    #[test]
-    fn a_closed_output_ends_the_job_like_sigpipe() {
-        check(5, &[(Event::OutputClosed, TERM), (Event::OutputClosed, None), (GONE, None)], 141);
-    }
-
-    #[test]
-    fn an_endless_grace_has_no_deadline() {
-        let mut life = Lifecycle::new(Duration::MAX, Restarts::new(0));
-        life.on(Event::Signalled(SIGINT), Instant::now());
-        assert_eq!(life.deadline(), None);
-    }
-
-    #[test]
-    fn workers_that_are_asked_to_make_room_save_and_end() {
-        let asked = (Event::PreemptionAsked(SIGUSR1), Some(Order::Ask(SIGUSR1)));
-        let again = (Event::PreemptionAsked(SIGUSR1), None);
-        let saved = |rank| (ended(rank, 41), None);
-        check(5, &[asked, again, saved(0), saved(1), (GONE, None)], 41);
-        // A scheduler's TERM at the end of its patience does not interrupt them.
-        check(0, &[asked, (Event::Signalled(SIGTERM), None), saved(1), saved(0), (GONE, None)], 41);
-        check(0, &[asked, (Event::Signalled(SIGINT), Some(Order::Kill))], 138);
-        check(0, &[asked, (ended(0, 0), None), (ended(1, 0), None), (GONE, None)], 0);
-        // Srun sends the signal to the workers, and not to us.
-        check(5, &[saved(1), saved(0), (GONE, None)], 41);
-        // A program that knows nothing of it, and one that fails over it.
-        check(
-            5,
-            &[asked, (killed(0, SIGUSR1), TERM), (killed(1, SIGUSR1), None), (GONE, None)],
-            138,
-        );
-        check(0, &[asked, (ended(1, 4), TERM), (ended(0, 1), None), (GONE, None)], 4);
-    }
-
-    #[test]
-    fn who_does_not_save_in_time_is_killed() {
-        let (mut life, now) = (life(3), Instant::now());
-        life.on(Event::PreemptionAsked(SIGUSR1), now);
-        assert_eq!(life.on(Event::TimePassed, now + GRACE), Some(Order::Kill));
-        assert_eq!(life.on(killed(0, libc::SIGKILL), now + GRACE), None);
-        assert_eq!(life.on(GONE, now + GRACE), None);
-        assert_eq!(life.exit_code(), 138);
-    }
-
-    #[test]
-    fn a_failure_is_restarted_until_there_are_none_left() {
-        let fails = (ended(1, 3), TERM);
-        let again = |number| (GONE, Some(Order::Restart(number)));
-        check(2, &[fails, again(1), fails, again(2), fails, (GONE, None)], 42);
-        check(2, &[fails, again(1), (ended(0, 0), None), (ended(1, 0), None), (GONE, None)], 0);
-        check(2, &[(ended(1, 2), TERM), (GONE, None)], 2);
-        check(2, &[fails, again(1), (ended(0, 43), TERM), (GONE, None)], 43);
-    }
-
-    #[test]
-    fn what_happens_on_another_node_happens_here() {
-        let lost = Cause::NodeLost { node: 1 };
-        let failed = Cause::Failure { rank: 5, exit: Exit::Code(9) };
-        let settled = |cause, has_saved, was_stopped, is_final| {
-            (Event::Settled { cause: Some(cause), has_saved, was_stopped, is_final }, None)
-        };
-        let ends = |cause| (Event::PeerEnds(cause), TERM);
-        // The first cause of all replaces what this node saw first.
-        let events = [(ended(0, 1), TERM), settled(failed, false, true, false), (GONE, None)];
-        check(0, &events, 9);
-        check(3, &[ends(lost), settled(lost, false, true, true), (GONE, None)], 44);
-        let again = (GONE, Some(Order::Restart(1)));
-        let events = [ends(failed), settled(failed, false, true, false), again];
-        check(1, &events, 0);
-        let asked = Cause::Preempted { signal: Some(SIGUSR1) };
-        let ask = (Event::PeerEnds(asked), Some(Order::Ask(SIGUSR1)));
-        check(
-            3,
-            &[ask, (ended(0, 41), None), settled(asked, true, false, false), (GONE, None)],
-            41,
-        );
-        check(3, &[ask, ends(failed), settled(failed, true, true, false), again], 0);
-        let int = Cause::Signal(SIGINT);
-        let events = [
-            (Event::PeerEnds(int), Some(Order::Signal(SIGINT))),
-            (Event::PeerEnds(int), None),
-            (Event::PeerKills, Some(Order::Kill)),
-            (Event::PeerKills, None),
-            settled(int, false, true, false),
-            (GONE, None),
-        ];
-        check(3, &events, 130);
-    }
-
-    #[test]
-    fn exits_read_well() {
-        assert_eq!(Exit::Code(3).to_string(), "exited with code 3");
-        assert_eq!(Exit::Signal(11).to_string(), "was killed by SIGSEGV (exit code 139)");
     }
 }

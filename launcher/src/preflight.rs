@@ -113,7 +113,8 @@ fn code_of(status: ExitStatus) -> u8 {
     }
 }
 
-fn find_in_path(name: &OsStr) -> Option<PathBuf> {
+/// A program of this name in `PATH`.
+pub fn find_in_path(name: &OsStr) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     std::env::split_paths(&path).map(|folder| folder.join(name)).find(|file| is_executable(file))
 }

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
+use std::path::PathBuf;
 
 use crate::sys::Pid;
 
@@ -51,6 +52,72 @@ pub fn was_started_with(pid: Pid, variable: &str) -> bool {
     environment.split(|&byte| byte == 0).any(|entry| entry == variable.as_bytes())
 }
 
+/// One thread of a process, as far as the kernel can tell.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Thread {
+    /// Its id: the main thread's is the process's.
+    id: Pid,
+    name: String,
+    /// A letter of `/proc/PID/task/TID/stat`.
+    state: char,
+    /// What it waits for in the kernel.
+    waits_for: Option<String>,
+    /// Where it is in the kernel, innermost first; empty without the right to know.
+    kernel_stack: Vec<String>,
+}
+
+impl Thread {
+    /// Looks at a thread; `None` when it is gone.
+    fn of(pid: Pid, id: Pid) -> Option<Self> {
+        let folder = format!("/proc/{pid}/task/{id}");
+        let read = |file: &str| fs::read_to_string(format!("{folder}/{file}")).unwrap_or_default();
+        let frame = |line: &str| line.trim_start_matches("[<0>] ").to_owned();
+        Some(Self {
+            id,
+            name: read("comm").trim_end().to_owned(),
+            state: stat(&folder)?.first()?.chars().next()?,
+            waits_for: waits_for(&folder),
+            kernel_stack: read("stack").lines().map(frame).collect(),
+        })
+    }
+}
+
+impl fmt::Display for Thread {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(out, "thread {} {}: {}", self.id, self.name, state_name(self.state))?;
+        if let Some(what) = &self.waits_for {
+            write!(out, " in {what}")?;
+        }
+        self.kernel_stack.iter().try_for_each(|frame| write!(out, "\n    {frame}"))
+    }
+}
+
+/// The threads of a process, the main one first; none when it is gone.
+pub fn threads(pid: Pid) -> Vec<Thread> {
+    let entries = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let ids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let mut threads: Vec<_> = ids.filter_map(|id| Thread::of(pid, id)).collect();
+    threads.sort_by_key(|thread| (thread.id != pid, thread.id));
+    threads
+}
+
+/// The file that a process runs.
+pub fn program(pid: Pid) -> Option<PathBuf> {
+    fs::read_link(format!("/proc/{pid}/exe")).ok()
+}
+
+/// A thread's state in words.
+fn state_name(state: char) -> &'static str {
+    match state {
+        'T' => "stopped by a signal",
+        't' => "stopped by a debugger",
+        'D' => "in a system call that cannot be interrupted",
+        'R' => "running",
+        'Z' | 'X' => "ended",
+        _ => "sleeping",
+    }
+}
+
 /// What a process does, as far as the kernel can tell.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Activity {
@@ -65,17 +132,14 @@ pub struct Activity {
 impl Activity {
     /// Looks at a process; `None` when it is gone.
     pub fn of(pid: Pid) -> Option<Self> {
-        let state = |path: &str| stat(path)?.first()?.chars().next();
-        let folder = format!("/proc/{pid}");
+        let mut threads = threads(pid).into_iter();
+        let main = threads.next().filter(|thread| thread.id == pid)?;
         let mut others = BTreeMap::new();
-        for thread in fs::read_dir(format!("{folder}/task")).ok()?.flatten() {
-            if thread.file_name().to_str() != Some(&pid.to_string()) {
-                let path = thread.path().to_string_lossy().into_owned();
-                let what = waits_for(&path).unwrap_or_else(|| "running".to_owned());
-                *others.entry(what).or_default() += 1;
-            }
+        for thread in threads {
+            *others.entry(thread.waits_for.unwrap_or_else(|| "running".to_owned())).or_default() +=
+                1;
         }
-        Some(Self { state: state(&folder)?, main: waits_for(&folder), others })
+        Some(Self { state: main.state, main: main.waits_for, others })
     }
 
     /// Whether a signal or a debugger has stopped it.
@@ -86,15 +150,7 @@ impl Activity {
 
 impl fmt::Display for Activity {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let state = match self.state {
-            'T' => "stopped by a signal",
-            't' => "stopped by a debugger",
-            'D' => "in a system call that cannot be interrupted",
-            'R' => "running",
-            'Z' | 'X' => "ended",
-            _ => "sleeping",
-        };
-        out.write_str(state)?;
+        out.write_str(state_name(self.state))?;
         if let (Some(what), 'S' | 'D') = (&self.main, self.state) {
             write!(out, " in {what}")?;
         }
@@ -176,6 +232,10 @@ mod tests {
         let activity = Activity::of(pid).unwrap();
         assert!(activity.to_string().starts_with("sleeping in sleep"), "{activity}");
         assert!(!activity.is_stopped());
+        let [main] = &threads(pid)[..] else { panic!("one thread") };
+        let start = format!("thread {pid} sleep: sleeping in sleep");
+        assert!(main.to_string().starts_with(&start), "{main}");
+        assert!(program(pid).unwrap().is_absolute());
         assert!(was_started_with(pid, "RR_TEST_MARK=x y"));
         assert!(!was_started_with(pid, "RR_TEST_MARK=x"));
         assert_eq!(parent(pid), Some(std::process::id() as Pid));

@@ -150,6 +150,7 @@ mod tests {
             step: Some(3),
             phase: None,
             log: None,
+            stacks: None,
             last_lines: vec!["x".to_owned()],
         };
         AttemptRecord {

@@ -33,6 +33,8 @@ pub struct RankRecord {
     pub phase: Option<String>,
     /// The file that has all its output.
     pub log: Option<PathBuf>,
+    /// The file that has its stacks, where it hung.
+    pub stacks: Option<PathBuf>,
     /// Its last lines of output.
     pub last_lines: Vec<String>,
 }
@@ -133,6 +135,7 @@ impl RankRecord {
             "step": self.step,
             "phase": self.phase,
             "log": self.log,
+            "stacks": self.stacks,
             "last_lines": self.last_lines,
         })
     }
@@ -154,6 +157,7 @@ mod tests {
             step: Some(3),
             phase: Some("reading data".to_owned()),
             log: None,
+            stacks: None,
             last_lines: vec!["x".to_owned()],
         };
         AttemptRecord {

@@ -1,6 +1,7 @@
 //! The event loop: one thread that waits for the workers' ends, their output, signals and room to
 //! write, and carries out what [`Lifecycle`] decides.
 
+mod inspection;
 mod peers;
 
 use std::io::{self, Read as _};
@@ -19,6 +20,7 @@ use crate::output::{self, Output, Reader};
 use crate::plan::Plan;
 use crate::report;
 use crate::restarts::Restarts;
+use crate::stacks::Collection;
 use crate::summary::Summary;
 use crate::sys::{self, Epoll, Interest, SignalFd};
 
@@ -42,6 +44,8 @@ pub struct Options {
     pub max_restarts: u32,
     /// No heartbeat for so long is a hang; `None`: never.
     pub hang_timeout: Option<Duration>,
+    /// Most time for taking stacks of workers that hang.
+    pub stack_timeout: Duration,
     /// A signal that asks to make room, beside USR1 and USR2.
     pub preempt_signal: Option<i32>,
     /// The port that the user has named.
@@ -68,7 +72,8 @@ pub fn run(plan: Plan, options: Options, cluster: Option<Cluster>) -> Result<u8,
     let mut output = Output::open(options.output.clone())?;
     cluster.iter().try_for_each(|cluster| cluster.watch(&epoll)).map_err(watching())?;
     let attempt = Attempt::start(&plan, 0, &guardian, &epoll, &mut output, options.hang_timeout)?;
-    let lifecycle = Lifecycle::new(options.grace, Restarts::new(options.max_restarts));
+    let lifecycle =
+        Lifecycle::new(options.grace, options.stack_timeout, Restarts::new(options.max_restarts));
     let summary = Summary { run_id: plan.run_id().to_owned(), attempts: Vec::new() };
     let buffer = vec![0; READ_AT_ONCE];
     let mut supervisor = Supervisor {
@@ -78,6 +83,7 @@ pub fn run(plan: Plan, options: Options, cluster: Option<Cluster>) -> Result<u8,
         epoll,
         signals,
         attempt,
+        collection: None,
         guardian,
         output,
         lifecycle,
@@ -109,7 +115,10 @@ struct Supervisor {
     preempting: Vec<i32>,
     epoll: Epoll,
     signals: SignalFd,
-    // Dropped in this order: workers are killed before the guardian looks for what they left.
+    // Dropped in this order: tracers let go of workers before these are waited for, and workers are
+    // killed before the guardian looks for what they left.
+    /// The stacks that are being taken of workers that hang.
+    collection: Option<Collection>,
     attempt: Attempt,
     guardian: Guardian,
     output: Output,
@@ -118,7 +127,7 @@ struct Supervisor {
     summary: Summary,
     /// The other nodes, where there are any.
     cluster: Option<Cluster>,
-    /// Where the workers were in a hang of all nodes.
+    /// Where the workers were in a hang.
     positions: Vec<Position>,
     /// Whether the other nodes know that nothing is left of the attempt here.
     is_part_told: bool,
@@ -157,6 +166,7 @@ impl Supervisor {
                 self.tell(Event::TimePassed, now);
             }
             self.look_for_hang(now);
+            self.tend_inspection(now);
             self.tidy(now);
             self.write_out()?;
             if (1..LITTLE).contains(&std::mem::take(&mut self.just_read)) {
@@ -201,6 +211,7 @@ impl Supervisor {
             for line in lines {
                 self.output.say(&line);
             }
+            self.positions = positions;
             self.tell(Event::Hung { rank }, now);
         }
     }
@@ -246,6 +257,8 @@ impl Supervisor {
             self.tell(event, Instant::now());
             return Ok(());
         }
+        // Before it is collected with what else has ended.
+        self.tend_inspection(Instant::now());
         // Workers with a pidfd are collected in the order of their ends, by their own events;
         // leftovers by `watch` after every wake-up.
         for index in 0..self.attempt.workers.len() {
@@ -288,6 +301,8 @@ impl Supervisor {
     }
 
     fn obey(&mut self, order: Order, now: Instant) {
+        // Whoever is to hear of an order must not be held by a tracer.
+        self.end_inspection();
         let Attempt { workers, .. } = &mut self.attempt;
         match order {
             Order::Signal(signal) => {
@@ -317,6 +332,7 @@ impl Supervisor {
                     worker.abandon();
                 }
             }
+            Order::Inspect => self.inspect(),
             // Carried out by `watch_all`, once the attempt is concluded.
             Order::Restart(_) => {}
         }

@@ -219,7 +219,7 @@ pub fn bind_to(command: &mut Command, cpus: &[usize]) {
     }
 }
 
-/// As [`die_with_parent`] for a worker, which also gets an empty signal mask (this process blocks
+/// As [`die_with_parent`] for a worker or what looks at one, which also gets an empty signal mask (this process blocks
 /// signals for [`SignalFd`]) and tells `guardian` its process id before its program begins, so that
 /// there is no moment at which the guardian does not know of it.
 pub fn prepare_worker(command: &mut Command, guardian: RawFd) {
@@ -233,6 +233,20 @@ pub fn prepare_worker(command: &mut Command, guardian: RawFd) {
             checked(libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut()))?;
             // Without a guardian a worker still dies with its parent.
             let _ = send_number(guardian, libc::getpid());
+            Ok(())
+        });
+    }
+}
+
+/// Lets this process and what it starts trace a command's process, for its stacks, where Yama
+/// (`ptrace_scope` 1) else allows that to a process's ancestors only. It outlasts exec.
+pub fn allow_tracing(command: &mut Command) {
+    let tracer = libc::c_ulong::from(std::process::id());
+    // SAFETY: the closure makes one async-signal-safe call without pointers.
+    unsafe {
+        command.pre_exec(move || {
+            // A kernel without Yama does not know it, and needs no permission.
+            libc::prctl(libc::PR_SET_PTRACER, tracer, 0, 0, 0);
             Ok(())
         });
     }

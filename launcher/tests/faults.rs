@@ -149,9 +149,9 @@ fn segfaults() {
 fn is_stopped() {
     let fault = Fault {
         bad: "beat 7 waits all_reduce of layer 3; fault; kill -STOP $$; sleep 300",
-        flags: &["--hang-timeout", "1"],
+        flags: &["--hang-timeout", "1", "--stack-timeout", "1"],
         code: 40,
-        takes: Duration::from_secs(2),
+        takes: Duration::from_secs(3),
         says: "; stopped by a signal",
         ..SIMPLE
     };
@@ -162,9 +162,9 @@ fn is_stopped() {
 fn hangs_while_the_others_wait_in_a_collective() {
     let fault = Fault {
         bad: "beat 7 works reading data; fault; sleep 300",
-        flags: &["--hang-timeout", "1"],
+        flags: &["--hang-timeout", "1", "--stack-timeout", "1"],
         code: 40,
-        takes: Duration::from_secs(2),
+        takes: Duration::from_secs(3),
         says: ": all_reduce of layer 3, step 7, for ",
         ..SIMPLE
     };

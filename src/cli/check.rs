@@ -1,6 +1,6 @@
 //! `reranker check`: whether a run would start, and what it would do.
 
-use rr_launch::contract::LaunchPlan;
+use rr_launch::contract::{LaunchPlan, WorkerEnv};
 use serde_json::{Map, Value, json};
 
 use super::commands::start_log;
@@ -15,7 +15,7 @@ use crate::train;
 pub(super) fn run(args: &CheckArgs) -> Result<()> {
     start_log(0);
     let device = args.gpus.map(|_| DeviceArg::Cuda).or(args.plan.device);
-    let plan = args.plan.plan(args.gpus.or(args.nproc), device)?;
+    let plan = args.plan.plan(args.gpus.or(args.nproc).or_else(|| launched(args)), device)?;
     train::check_output(&plan)?;
     let workers = plan.parallel.processes.unwrap_or(1);
     // rr-launch knows on how many machines it starts workers, and looks after their GPUs itself.
@@ -45,6 +45,12 @@ pub(super) fn run(args: &CheckArgs) -> Result<()> {
     lines.extend(plan.notices.iter().map(|notice| format!("note: {notice}")));
     lines.push(preflight.chart());
     print(&lines.join("\n"))
+}
+
+/// The number of workers of the launch that this is part of, where there are several.
+fn launched(args: &CheckArgs) -> Option<usize> {
+    let env = WorkerEnv::from_env().ok().filter(|env| !args.for_launch && env.world_size > 1);
+    env.map(|env| env.world_size)
 }
 
 /// What `check --json` prints: the plan, where its settings were given, and what lies ahead.

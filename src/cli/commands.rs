@@ -8,7 +8,7 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::time::ChronoUtc;
 
 use super::output::print;
-use super::{Cli, Command, DistillArgs, PlanArgs, check, convert, eval, score};
+use super::{CheckArgs, Cli, Command, DistillArgs, PlanArgs, check, convert, eval, score};
 use crate::config::Plan;
 use crate::error::{Error, Result};
 use crate::train;
@@ -21,6 +21,13 @@ pub fn run(cli: &Cli) -> Result<u8> {
     let done = match &cli.command {
         Command::Train(args) => return train(args),
         Command::Distill(args) => return distill(args),
+        // Under a launcher every rank runs the command, but one plan and one conversion are enough.
+        // What the launcher itself asks for is its own, whatever rank Slurm gives it.
+        Command::Check(CheckArgs { for_launch: false, .. }) | Command::Convert(_)
+            if WorkerEnv::from_env().is_ok_and(|env| env.rank > 0) =>
+        {
+            Ok(())
+        }
         Command::Check(args) => check::run(args),
         Command::Score(args) => score::run(args),
         Command::Eval(args) => eval::run(args),

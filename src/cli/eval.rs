@@ -1,5 +1,6 @@
 //! `reranker eval`: from arguments to the job.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
@@ -30,7 +31,7 @@ pub struct EvalArgs {
     bm25: bool,
     /// A ranking in TREC's form, in place of models and data (repeatable)
     #[arg(long, value_name = "FILE", requires = "qrels",
-          conflicts_with_all = ["model", "data", "bm25", "write_run", "write_qrels"])]
+          conflicts_with_all = ["model", "data", "label_key", "bm25", "write_run", "write_qrels"])]
     run: Vec<PathBuf>,
     /// Judgements in TREC's form, for --run
     #[arg(long, value_name = "FILE", requires = "run")]
@@ -83,6 +84,11 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         return Err(Error::Usage(format!(
             "--write-run writes one ranking, but there are {rankings}; give one --model, or --bm25 \
              alone"
+        )));
+    }
+    if let Some(name) = args.repeated() {
+        return Err(Error::Usage(format!(
+            "two rankings would be called {name}, expected a name of its own for each"
         )));
     }
     match (&args.data, &args.qrels) {
@@ -147,6 +153,15 @@ fn models(
 }
 
 impl EvalArgs {
+    /// A name that two rankings would share, of which JSON could hold only one.
+    fn repeated(&self) -> Option<std::path::Display<'_>> {
+        let bm25 = self.bm25.then_some(Path::new("bm25"));
+        let mut names = HashSet::new();
+        let all = self.model.iter().chain(&self.run).map(PathBuf::as_path).chain(bm25);
+        (self.model.len() + self.run.len() > 1)
+            .then(|| all.into_iter().find(|name| !names.insert(*name)).map(Path::display))?
+    }
+
     fn measure(&self, default: Gain) -> Measure {
         let gain = match self.gain {
             None => default,
@@ -165,7 +180,7 @@ fn report(args: &EvalArgs, env: &WorkerEnv, evaluation: &Evaluation) -> Result<(
     if let Some(path) = &args.per_query {
         let mut sink = Sink::open(path)?;
         evaluation.per_query().iter().try_for_each(|line| sink.line(&line.to_string()))?;
-        sink.flush()?;
+        sink.finish()?;
     }
     if args.json { print(&evaluation.to_json().to_string()) } else { print(&evaluation.table()) }
 }

@@ -4,27 +4,32 @@ use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
+use crate::atomic::StagedFile;
 use crate::error::{Error, Result};
 
-/// Where result lines go.
+/// Where result lines go: standard output, a pipe or a device at once, a file when it is whole.
 pub(super) struct Sink {
     path: PathBuf,
     out: Box<dyn Write>,
+    staged: Option<StagedFile>,
 }
 
 impl Sink {
     pub(super) fn open(path: &Path) -> Result<Self> {
-        let out: Box<dyn Write> = if path == Path::new("-") {
-            Box::new(BufWriter::new(io::stdout().lock()))
-        } else {
-            let file = File::create(path).map_err(|source| Error::Io {
-                path: path.to_owned(),
-                action: "create",
-                source,
-            })?;
-            Box::new(BufWriter::new(file))
-        };
-        Ok(Self { path: path.to_owned(), out })
+        if path == Path::new("-") {
+            let out = Box::new(BufWriter::new(io::stdout().lock()));
+            return Ok(Self { path: "<stdout>".into(), out, staged: None });
+        }
+        let path = path.to_owned();
+        if path.is_file() || !path.exists() {
+            let staged = StagedFile::new(&path)?;
+            let out = Box::new(BufWriter::new(staged.writer()?));
+            return Ok(Self { path, out, staged: Some(staged) });
+        }
+        match File::create(&path) {
+            Ok(file) => Ok(Self { path, out: Box::new(BufWriter::new(file)), staged: None }),
+            Err(source) => Err(Error::Io { path, action: "create", source }),
+        }
     }
 
     pub(super) fn line(&mut self, line: &str) -> Result<()> {
@@ -32,9 +37,11 @@ impl Sink {
         self.done(written)
     }
 
-    pub(super) fn flush(&mut self) -> Result<()> {
+    /// Ends the output; a file takes its place.
+    pub(super) fn finish(mut self) -> Result<()> {
         let flushed = self.out.flush();
-        self.done(flushed)
+        self.done(flushed)?;
+        self.staged.map_or(Ok(()), StagedFile::publish)
     }
 
     fn done(&self, result: io::Result<()>) -> Result<()> {
@@ -54,5 +61,5 @@ impl Sink {
 pub(super) fn print(text: &str) -> Result<()> {
     let mut sink = Sink::open(Path::new("-"))?;
     sink.line(text.trim_end())?;
-    sink.flush()
+    sink.finish()
 }

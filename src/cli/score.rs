@@ -1,6 +1,6 @@
 //! `reranker score`: from arguments to the job.
 
-use std::io::{self, BufRead, BufReader, IsTerminal, Write};
+use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -63,6 +63,15 @@ pub(super) fn run(args: &ScoreArgs) -> Result<()> {
         None if is_tsv(&args.input) => InputFormat::Tsv,
         Some(FormatArg::Jsonl) | None => InputFormat::JsonLines,
     };
+    if let (Ok(input), Ok(output)) = (args.input.canonicalize(), args.output.canonicalize())
+        && input == output
+        && input.is_file()
+    {
+        return Err(Error::Usage(format!(
+            "--output {} is the input, which scores would replace; name another file",
+            args.output.display()
+        )));
+    }
     if args.input.is_file() && can_appear_whole(&args.output) {
         let job = FileJob {
             input: args.input.clone(),
@@ -80,8 +89,7 @@ pub(super) fn run(args: &ScoreArgs) -> Result<()> {
         )));
     }
     let chunks = if args.input == Path::new("-") {
-        let stdin: Box<dyn BufRead + Send> = Box::new(BufReader::new(io::stdin()));
-        InputChunks::new(stdin, "<stdin>", format)
+        InputChunks::from_reader(io::stdin(), "<stdin>", format)?
     } else {
         InputChunks::open(&args.input, format)?
     };
@@ -90,7 +98,7 @@ pub(super) fn run(args: &ScoreArgs) -> Result<()> {
     score_stream(&model, chunks, &args.options.score_options(), args.echo, |scored| {
         sink.line(&serde_json::to_string(scored).unwrap_or_default())
     })?;
-    sink.flush()
+    sink.finish()
 }
 
 /// Whether the output can be built beside its place: not standard output, a pipe or a device.

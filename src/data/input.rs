@@ -1,6 +1,6 @@
 //! Pairs to score, read as they come.
 
-use std::io::BufRead;
+use std::io::{BufRead, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -86,6 +86,22 @@ impl InputChunks<Box<dyn BufRead + Send>> {
     /// [`Error::Io`] when it cannot be opened.
     pub fn open(path: &Path, format: InputFormat) -> Result<Self> {
         Ok(Self::over(Lines::open(path)?.0, path.into(), format))
+    }
+
+    /// Chunks of any plain, gzip or zstd input; `name` stands for it in errors, such as `<stdin>`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when its first bytes cannot be read.
+    pub fn from_reader(
+        reader: impl Read + Send + 'static,
+        name: impl Into<PathBuf>,
+        format: InputFormat,
+    ) -> Result<Self> {
+        let name = name.into();
+        match Lines::from_reader(reader) {
+            Ok(lines) => Ok(Self::over(lines, name, format)),
+            Err(source) => Err(Error::Io { path: name, action: "read", source }),
+        }
     }
 }
 
@@ -214,6 +230,15 @@ mod tests {
             let expected = owned(&[("q", "d"), ("问", "")]);
             assert_eq!(pairs_of(text.as_bytes(), format).unwrap(), expected, "{format:?}");
         }
+    }
+
+    #[test]
+    fn any_reader_may_be_compressed() {
+        let text = b"q\td\n".as_slice();
+        let gzip = flate2::bufread::GzEncoder::new(text, flate2::Compression::default());
+        let chunks = InputChunks::from_reader(gzip, "in", InputFormat::Tsv).unwrap();
+        let pairs: Vec<_> = chunks.flat_map(|chunk| chunk.unwrap().pairs().unwrap()).collect();
+        assert_eq!((pairs[0].query.as_str(), pairs[0].content.as_str()), ("q", "d"));
     }
 
     #[test]

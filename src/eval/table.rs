@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use super::{Evaluation, Row};
 use crate::metrics::{Gain, measure_names};
 
-/// The least width of the column of names, and the width of a figure.
+/// The least widths of the column of names and of a figure.
 const NAME: usize = 10;
 const FIGURE: usize = 11;
 
@@ -14,15 +14,17 @@ impl Evaluation {
     #[must_use]
     pub fn table(&self) -> String {
         let width = self.rows.iter().map(|row| row.name.chars().count() + 2).fold(NAME, usize::max);
+        let names = measure_names(&self.measure.cutoffs);
+        let figure = names.iter().map(|name| name.len() + 2).fold(FIGURE, usize::max);
         let mut text = format!("{:<width$}", "ranking");
-        for name in measure_names(&self.measure.cutoffs) {
-            let _ = write!(text, "{:>FIGURE$}", heading(&name));
+        for name in &names {
+            let _ = write!(text, "{:>figure$}", heading(name));
         }
         text.push('\n');
         for row in &self.rows {
             let _ = write!(text, "{:<width$}", row.name);
             for (_, mean) in row.means() {
-                let _ = write!(text, "{mean:>FIGURE$.4}");
+                let _ = write!(text, "{mean:>figure$.4}");
             }
             text.push('\n');
         }

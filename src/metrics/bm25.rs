@@ -75,7 +75,8 @@ impl Bm25 {
             let saturated = count * (K1 + 1.0) / (count + K1 * (1.0 - B + B * length));
             Some(self.inverse_document_frequency(term) * saturated)
         };
-        query.iter().filter_map(weight).sum()
+        // A sum of nothing would be −0.
+        query.iter().filter_map(weight).fold(0.0, |sum, weight| sum + weight)
     }
 
     fn inverse_document_frequency(&self, term: &str) -> f64 {

@@ -14,6 +14,9 @@ use crate::error::{Error, Result};
 /// The cut-off of the reported nDCG, MRR and Recall.
 const CUTOFF: usize = 10;
 
+/// The largest label whose exponential gain is taken as it is; `2^1024` is beyond a double.
+const LARGEST_LABEL: f32 = 1000.0;
+
 /// Labels in the order of falling scores; equal scores keep their order.
 ///
 /// # Errors
@@ -44,20 +47,21 @@ pub enum Gain {
 }
 
 impl Gain {
-    /// Labels below 0 are worth nothing.
-    fn of(self, label: f32) -> f64 {
+    /// Labels below 0 are worth nothing. An exponential gain is divided by `2^shift`.
+    fn of(self, label: f32, shift: f64) -> f64 {
         let label = f64::from(label.max(0.0));
         match self {
-            Self::Exponential => label.exp2() - 1.0,
+            Self::Exponential => (label - shift).exp2() - (-shift).exp2(),
             Self::Linear => label,
         }
     }
 }
 
 /// `Σ_{rank ≤ k} gain(label) / log2(rank + 1)`.
-fn dcg(labels: &[f32], k: usize, gain: Gain) -> f64 {
-    let discounted = |(i, &label): (usize, &f32)| gain.of(label) / (i as f64 + 2.0).log2();
-    labels.iter().take(k).enumerate().map(discounted).sum()
+fn dcg(labels: &[f32], k: usize, gain: Gain, shift: f64) -> f64 {
+    let discounted = |(i, &label): (usize, &f32)| gain.of(label, shift) / (i as f64 + 2.0).log2();
+    // A sum of nothing would be −0.
+    labels.iter().take(k).enumerate().map(discounted).fold(0.0, |sum, gain| sum + gain)
 }
 
 /// A query's documents, best first, with what is known of all its documents.
@@ -91,8 +95,11 @@ impl<'a> Ranked<'a> {
     fn ndcg(self, k: usize, gain: Gain) -> Option<f64> {
         let mut ideal = self.judged.to_vec();
         ideal.sort_by(|a, b| b.total_cmp(a));
-        let best = dcg(&ideal, k, gain);
-        (best > 0.0).then(|| dcg(self.ranked, k, gain) / best)
+        // A ratio, in which a common factor does not matter: labels whose gain no double holds, such
+        // as clicks, are shifted down.
+        let shift = f64::from(ideal.first().copied().unwrap_or(0.0) - LARGEST_LABEL).max(0.0);
+        let best = dcg(&ideal, k, gain, shift);
+        (best > 0.0).then(|| dcg(self.ranked, k, gain, shift) / best)
     }
 
     fn reciprocal_rank(self, k: usize) -> Option<f64> {
@@ -312,6 +319,17 @@ mod tests {
         let precision = (1.0 + 2.0 / 3.0 + 3.0 / 5.0) / 3.0;
         close(average_precision(&scores, &labels).unwrap().unwrap(), precision);
         close(recall_at_k(&scores, &labels, 3).unwrap().unwrap(), 2.0 / 3.0);
+    }
+
+    #[test]
+    fn labels_beyond_a_double_s_exponents_and_empty_rankings_have_an_ndcg() {
+        let discount = 1.0 / 3_f64.log2();
+        close(ndcg_at_k(&[1.0, 0.0], &[5.0, 1e5], 10).unwrap().unwrap(), discount);
+        close(ndcg_at_k(&[1.0, 0.0], &[2001.0, 2000.0], 10).unwrap().unwrap(), 1.0);
+        let swapped = (1.0 + 2.0 * discount) / (2.0 + discount);
+        close(ndcg_at_k(&[0.0, 1.0], &[2001.0, 2000.0], 10).unwrap().unwrap(), swapped);
+        let empty = Ranked { ranked: &[], judged: &[1.0] }.ndcg(10, Gain::Linear).unwrap();
+        assert_eq!(empty.to_string(), "0");
     }
 
     #[test]

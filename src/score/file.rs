@@ -92,7 +92,8 @@ impl FileJob {
             "model": model.identity()?,
             "max_len": model.checked_max_len(options.max_len)?,
             "input": {
-                "path": self.input,
+                // As Rust writes it: a name need not be UTF-8, which JSON has to be.
+                "path": format!("{:?}", self.input),
                 "bytes": metadata.len(),
                 "modified_ns": modified.map_or(0, |since| since.as_nanos()).to_string(),
                 "format": format!("{:?}", self.format),

@@ -49,6 +49,9 @@ pub const DEFAULT_BATCH_SIZE: usize = 512;
 const BATCH_TOKENS_CPU: usize = 4096;
 const BATCH_TOKENS_GPU: usize = 16_384;
 
+/// Characters of a pair that an error shows.
+const SHOWN_CHARS: usize = 60;
+
 /// How to score.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ScoreOptions {
@@ -169,7 +172,8 @@ impl CrossEncoder {
     /// batch holds texts of like size; a pair's score does not depend on its neighbours.
     ///
     /// # Errors
-    /// [`Error::Usage`] for options that cannot work; [`Error::Torch`] when a batch does not fit.
+    /// [`Error::Usage`] for options that cannot work; [`Error::Torch`] when a batch does not fit;
+    /// [`Error::Training`] for a score that is not finite.
     pub fn compute_score<Q: AsRef<str>, D: AsRef<str>>(
         &self,
         pairs: &[(Q, D)],
@@ -213,7 +217,7 @@ impl CrossEncoder {
         Ok(max_len)
     }
 
-    /// Logits of tokenized pairs, in their order.
+    /// Logits of tokenized pairs, in their order; all are finite.
     pub(crate) fn score_encoded(&self, pairs: &[EncodedPair], batch: usize) -> Result<Vec<f32>> {
         if batch == 0 {
             return Err(Error::Usage("the batch size is 0, expected at least 1".into()));
@@ -234,7 +238,21 @@ impl CrossEncoder {
             }
             rest = later;
         }
-        Ok(logits)
+        match logits.iter().position(|logit| !logit.is_finite()) {
+            Some(at) => Err(self.not_finite(logits[at], &pairs[at])),
+            None => Ok(logits),
+        }
+    }
+
+    /// JSON has no NaN, and a ranking no place for it: better no scores than such.
+    fn not_finite(&self, logit: f32, pair: &EncodedPair) -> Error {
+        let text: String =
+            self.tokenizer.decode(&pair.input_ids).chars().take(SHOWN_CHARS).collect();
+        let tokens = pair.input_ids.len();
+        Error::Training(format!(
+            "the model's score is {logit} for the {tokens} tokens that begin with {text:?}, expected a \
+             finite number; look for such numbers in its weights, or score in a wider precision"
+        ))
     }
 
     /// How many of the pairs that are left, in `order`, are the next batch: at least one.
@@ -262,7 +280,10 @@ struct Opened {
 
 impl Opened {
     fn new(dir: &Path, prompt: Option<&str>) -> Result<Self> {
-        let Pretrained { dir, mut config, weights, .. } = Pretrained::open(&dir.to_string_lossy())?;
+        let name = dir.to_str().ok_or_else(|| {
+            Error::Usage(format!("the model's path {} is not UTF-8, expected UTF-8", dir.display()))
+        })?;
+        let Pretrained { dir, mut config, weights, .. } = Pretrained::open(name)?;
         let form = Form::of_dir(&dir, &mut config, &weights, prompt)?;
         let initialised = check_model(&dir, &config, &weights, &form.tokenizer)?;
         Ok(Self { config, weights, form, initialised })

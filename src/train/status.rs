@@ -51,7 +51,9 @@ impl StatusLine {
     pub(super) fn draw(&mut self, text: &str) {
         self.drawn = Some(Instant::now());
         let line = if self.direct {
-            let width = tcgetwinsize(std::io::stderr()).map_or(80, |size| usize::from(size.ws_col));
+            let width = tcgetwinsize(std::io::stderr()).map_or(0, |size| usize::from(size.ws_col));
+            // A terminal that nobody gave a size says 0.
+            let width = if width == 0 { 80 } else { width };
             let cut: String = text.chars().take(width.saturating_sub(1)).collect();
             format!("{cut}\x1b[K\r")
         } else {
@@ -69,11 +71,15 @@ impl std::fmt::Display for Progress {
         let bar = "█".repeat(full) + &"░".repeat(CELLS - full.min(CELLS));
         write!(
             out,
-            "{bar} {percent:>3} %  step {step}/{total}  loss {loss:.4}  lr {lr:.1e}  \
+            "{percent:>3} %  step {step}/{total}  loss {loss:.4}  lr {lr:.1e}  \
              {pairs_per_s:.0} pairs/s  {} left",
             clock(left_s)
         )?;
-        memory.map_or(Ok(()), |bytes| write!(out, "  {:.1} GB", bytes as f64 / 1e9))
+        if let Some(bytes) = memory {
+            write!(out, "  {:.1} GB", bytes as f64 / 1e9)?;
+        }
+        // Last, because a narrow terminal cuts the end off.
+        write!(out, "  {bar}")
     }
 }
 
@@ -100,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn the_line_says_everything_on_eighty_columns_and_a_bit() {
+    fn the_line_says_everything_on_eighty_columns_but_the_whole_bar() {
         let progress = Progress {
             step: 150,
             total: 400,
@@ -110,12 +116,11 @@ mod tests {
             left_s: 83.0,
             memory: Some(1_250_000_000),
         };
-        assert_eq!(
-            progress.to_string(),
-            "███████░░░░░░░░░░░░░  37 %  step 150/400  loss 0.4322  lr 1.9e-5  40 pairs/s  1:23 left  \
-             1.2 GB"
-        );
+        let text = " 37 %  step 150/400  loss 0.4322  lr 1.9e-5  40 pairs/s  1:23 left  1.2 GB  ";
+        assert!(text.len() < 80);
+        assert_eq!(progress.to_string(), text.to_owned() + "███████░░░░░░░░░░░░░");
         let done = Progress { step: 400, memory: None, ..progress }.to_string();
-        assert!(done.starts_with(&("█".repeat(20) + " 100 %")) && done.ends_with("left"), "{done}");
+        let ends = done.ends_with(&("left  ".to_owned() + &"█".repeat(20)));
+        assert!(done.starts_with("100 %  step 400/400") && ends, "{done}");
     }
 }

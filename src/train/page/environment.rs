@@ -27,9 +27,10 @@ pub(super) fn describe(env: &WorkerEnv, device: Device) -> Value {
             .map_or_else(|| format!("GPU {number}"), |name| format!("GPU {number}, {name}")),
         _ => "CPU".to_owned(),
     };
+    let words = std::env::args_os().map(|word| word.to_string_lossy().into_owned());
     let rows = [
         ("program", format!("reranker {}", env!("CARGO_PKG_VERSION"))),
-        ("command", std::env::args().collect::<Vec<_>>().join(" ")),
+        ("command", words.collect::<Vec<_>>().join(" ")),
         ("directory", std::env::current_dir().unwrap_or_default().display().to_string()),
         ("run", variable(rr_launch::contract::vars::RR_RUN_ID)),
         ("workers", workers),

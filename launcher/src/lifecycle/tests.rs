@@ -1,0 +1,177 @@
+//! Tests of the state machine, as tables of events and orders.
+
+use libc::{SIGHUP, SIGINT, SIGSEGV, SIGTERM, SIGUSR1};
+
+use super::*;
+
+const GRACE: Duration = Duration::from_secs(10);
+const INSPECTION: Duration = Duration::from_secs(5);
+
+fn life(max_restarts: u32) -> Lifecycle {
+    Lifecycle::new(GRACE, INSPECTION, Restarts::new(max_restarts))
+}
+
+fn ended(rank: usize, code: i32) -> Event {
+    Event::WorkerEnded { rank, exit: Exit::Code(code) }
+}
+
+fn killed(rank: usize, signal: i32) -> Event {
+    Event::WorkerEnded { rank, exit: Exit::Signal(signal) }
+}
+
+const GONE: Event = Event::AllGone { step: None };
+const TERM: Option<Order> = Some(Order::Signal(SIGTERM));
+
+/// Events, all at one moment, with the order that each gives; then the launcher's exit code.
+fn check(max_restarts: u32, events: &[(Event, Option<Order>)], code: u8) {
+    let (mut life, now) = (life(max_restarts), Instant::now());
+    for (number, &(event, order)) in events.iter().enumerate() {
+        assert_eq!(life.on(event, now), order, "event {number} of {events:?}");
+    }
+    assert_eq!(life.exit_code(), code, "{events:?}");
+}
+
+#[test]
+fn success_ends_nobody() {
+    check(0, &[(ended(0, 0), None), (ended(1, 0), None), (GONE, None)], 0);
+}
+
+#[test]
+fn the_first_failure_is_the_cause() {
+    let events =
+        [(ended(2, 0), None), (killed(1, SIGSEGV), TERM), (ended(0, 1), None), (GONE, None)];
+    check(0, &events, 139);
+}
+
+#[test]
+fn workers_that_hang_are_looked_at_before_they_end() {
+    let hang = (Event::Hung { rank: Some(3) }, Some(Order::Inspect));
+    let peers = (Event::PeerEnds(Cause::Hang { rank: None }), Some(Order::Inspect));
+    let seen = (Event::Inspected, TERM);
+    let rest = [(ended(0, 1), None), (GONE, None)];
+    check(0, &[hang, seen, rest[0], (Event::Inspected, None), rest[1]], 40);
+    check(0, &[peers, (ended(0, 1), None), seen, rest[1]], 40);
+    let interrupted = (Event::Signalled(SIGINT), Some(Order::Signal(SIGINT)));
+    check(0, &[hang, interrupted, (Event::Inspected, None), rest[0], rest[1]], 40);
+    check(0, &[(Event::Inspected, None), (ended(0, 3), TERM), (hang.0, None)], 3);
+
+    let (mut life, start) = (life(0), Instant::now());
+    life.on(hang.0, start);
+    assert_eq!(life.deadline(), Some(start + INSPECTION));
+    assert_eq!(life.on(Event::TimePassed, start + INSPECTION), TERM);
+    assert_eq!(life.deadline(), Some(start + INSPECTION + GRACE), "the grace begins with TERM");
+}
+
+#[test]
+fn term_comes_before_kill() {
+    let (mut life, start) = (life(0), Instant::now());
+    assert_eq!(life.on(killed(1, SIGSEGV), start), TERM);
+    assert_eq!(life.on(Event::TimePassed, start + GRACE / 2), None);
+    assert_eq!(life.on(Event::TimePassed, start + GRACE), Some(Order::Kill));
+    assert_eq!(life.on(Event::TimePassed, start + GRACE), None, "once");
+    let late = start + GRACE + KILL_PATIENCE;
+    assert_eq!(life.on(Event::TimePassed, late), Some(Order::Abandon));
+    assert_eq!(life.deadline(), None);
+    let exit = Exit::Signal(SIGSEGV);
+    assert_eq!(life.cause(), Some(Cause::Failure { rank: 1, exit }));
+    assert_eq!(life.on(GONE, late), None, "what cannot be killed holds its GPU");
+}
+
+#[test]
+fn signals_are_handed_on_and_a_second_int_kills() {
+    let events = [
+        (Event::Signalled(SIGTERM), TERM),
+        (Event::Signalled(SIGHUP), Some(Order::Signal(SIGHUP))),
+        (killed(0, SIGTERM), None),
+        (Event::Signalled(SIGINT), Some(Order::Kill)),
+        (Event::Signalled(SIGINT), None),
+        (GONE, None),
+    ];
+    check(5, &events, 143);
+}
+
+#[test]
+fn a_closed_output_ends_the_job_like_sigpipe() {
+    check(5, &[(Event::OutputClosed, TERM), (Event::OutputClosed, None), (GONE, None)], 141);
+}
+
+#[test]
+fn an_endless_grace_has_no_deadline() {
+    let mut life = Lifecycle::new(Duration::MAX, INSPECTION, Restarts::new(0));
+    life.on(Event::Signalled(SIGINT), Instant::now());
+    assert_eq!(life.deadline(), None);
+}
+
+#[test]
+fn workers_that_are_asked_to_make_room_save_and_end() {
+    let asked = (Event::PreemptionAsked(SIGUSR1), Some(Order::Ask(SIGUSR1)));
+    let again = (Event::PreemptionAsked(SIGUSR1), None);
+    let saved = |rank| (ended(rank, 41), None);
+    check(5, &[asked, again, saved(0), saved(1), (GONE, None)], 41);
+    // A scheduler's TERM at the end of its patience does not interrupt them.
+    check(0, &[asked, (Event::Signalled(SIGTERM), None), saved(1), saved(0), (GONE, None)], 41);
+    check(0, &[asked, (Event::Signalled(SIGINT), Some(Order::Kill))], 138);
+    check(0, &[asked, (ended(0, 0), None), (ended(1, 0), None), (GONE, None)], 0);
+    // Srun sends the signal to the workers, and not to us.
+    check(5, &[saved(1), saved(0), (GONE, None)], 41);
+    // A program that knows nothing of it, and one that fails over it.
+    check(5, &[asked, (killed(0, SIGUSR1), TERM), (killed(1, SIGUSR1), None), (GONE, None)], 138);
+    check(0, &[asked, (ended(1, 4), TERM), (ended(0, 1), None), (GONE, None)], 4);
+}
+
+#[test]
+fn who_does_not_save_in_time_is_killed() {
+    let (mut life, now) = (life(3), Instant::now());
+    life.on(Event::PreemptionAsked(SIGUSR1), now);
+    assert_eq!(life.on(Event::TimePassed, now + GRACE), Some(Order::Kill));
+    assert_eq!(life.on(killed(0, libc::SIGKILL), now + GRACE), None);
+    assert_eq!(life.on(GONE, now + GRACE), None);
+    assert_eq!(life.exit_code(), 138);
+}
+
+#[test]
+fn a_failure_is_restarted_until_there_are_none_left() {
+    let fails = (ended(1, 3), TERM);
+    let again = |number| (GONE, Some(Order::Restart(number)));
+    check(2, &[fails, again(1), fails, again(2), fails, (GONE, None)], 42);
+    check(2, &[fails, again(1), (ended(0, 0), None), (ended(1, 0), None), (GONE, None)], 0);
+    check(2, &[(ended(1, 2), TERM), (GONE, None)], 2);
+    check(2, &[fails, again(1), (ended(0, 43), TERM), (GONE, None)], 43);
+}
+
+#[test]
+fn what_happens_on_another_node_happens_here() {
+    let lost = Cause::NodeLost { node: 1 };
+    let failed = Cause::Failure { rank: 5, exit: Exit::Code(9) };
+    let settled = |cause, has_saved, was_stopped, is_final| {
+        (Event::Settled { cause: Some(cause), has_saved, was_stopped, is_final }, None)
+    };
+    let ends = |cause| (Event::PeerEnds(cause), TERM);
+    // The first cause of all replaces what this node saw first.
+    let events = [(ended(0, 1), TERM), settled(failed, false, true, false), (GONE, None)];
+    check(0, &events, 9);
+    check(3, &[ends(lost), settled(lost, false, true, true), (GONE, None)], 44);
+    let again = (GONE, Some(Order::Restart(1)));
+    let events = [ends(failed), settled(failed, false, true, false), again];
+    check(1, &events, 0);
+    let asked = Cause::Preempted { signal: Some(SIGUSR1) };
+    let ask = (Event::PeerEnds(asked), Some(Order::Ask(SIGUSR1)));
+    check(3, &[ask, (ended(0, 41), None), settled(asked, true, false, false), (GONE, None)], 41);
+    check(3, &[ask, ends(failed), settled(failed, true, true, false), again], 0);
+    let int = Cause::Signal(SIGINT);
+    let events = [
+        (Event::PeerEnds(int), Some(Order::Signal(SIGINT))),
+        (Event::PeerEnds(int), None),
+        (Event::PeerKills, Some(Order::Kill)),
+        (Event::PeerKills, None),
+        settled(int, false, true, false),
+        (GONE, None),
+    ];
+    check(3, &events, 130);
+}
+
+#[test]
+fn exits_read_well() {
+    assert_eq!(Exit::Code(3).to_string(), "exited with code 3");
+    assert_eq!(Exit::Signal(11).to_string(), "was killed by SIGSEGV (exit code 139)");
+}
