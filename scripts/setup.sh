@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # Gets everything that building and testing need, once, into a cache outside the checkout.
 #
-# usage: scripts/setup.sh [--cpu | --cuda] [--python] [--trackers] [--browser] [--quickstart]
+# usage: scripts/setup.sh [--cpu | --cuda] [--python] [--trackers] [--browser] [--clusters]
+#                         [--quickstart]
 #   --cpu, --cuda   the small CPU set of libtorch, or the full CUDA set (default: CUDA where an
 #                   NVIDIA driver is loaded); an existing .libtorch link is kept if neither is given
 #   --python        also makes the Python test environment, prints the path of its interpreter
 #   --trackers      also makes one with TensorBoard and wandb, prints the path of its interpreter
 #   --browser       also looks for a Chromium, and installs Debian's where it can (as root, by apt);
 #                   prints its path, or nothing and says why
+#   --clusters      also looks for Slurm and Open MPI, and installs Debian's in the same way; prints the
+#                   paths of slurmctld and mpirun, or nothing and says why
 #   --quickstart    also fetches the MiniLM model of the quick start, prints its directory
 #
 # environment:
@@ -34,6 +37,7 @@ flavour=""
 want_python=false
 want_trackers=false
 want_browser=false
+want_clusters=false
 want_model=false
 
 say() { printf 'setup: %s\n' "$*" >&2; }
@@ -54,6 +58,7 @@ parse_arguments() {
         --python) want_python=true ;;
         --trackers) want_trackers=true ;;
         --browser) want_browser=true ;;
+        --clusters) want_clusters=true ;;
         --quickstart) want_model=true ;;
         --help | -h)
             usage
@@ -300,22 +305,46 @@ find_browser() {
     return 1
 }
 
-# A browser for the report page, with fonts for Latin and Chinese; without one that step is skipped.
-provide_browser() {
-    local packages=(chromium-headless-shell fonts-dejavu-core fonts-wqy-zenhei) log=$CACHE/apt.log
-    if find_browser; then return; fi
+# Installs Debian packages as root; says why it cannot.
+install_by_apt() { # what, package...
+    local what=$1 log=$CACHE/apt.log
+    shift
     if [[ $(id -u) != 0 ]] || ! command -v apt-get >/dev/null; then
-        say "no browser: install Chromium (on Debian: apt install ${packages[*]})"
-        return
+        say "no $what: install it (on Debian: apt install $*)"
+        return 1
     fi
-    say "installing Chromium by apt: 0.1 GB to download, 0.4 GB on disk, some seconds"
+    say "installing $what by apt: 0.1 GB to download, 0.4 GB on disk, some seconds"
     # The lock of this set-up is none of its programs' business.
     if ! { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y \
-        --no-install-recommends "${packages[@]}"; } >"$log" 2>&1 9>&-; then
-        say "no browser: apt-get failed: $(grep -m1 '^E:' "$log" || tail -n1 "$log")"
-        return
+        --no-install-recommends "$@"; } >"$log" 2>&1 9>&-; then
+        say "no $what: apt-get failed: $(grep -m1 '^E:' "$log" || tail -n1 "$log")"
+        return 1
     fi
-    find_browser || say "no browser: ${packages[0]} brought none"
+}
+
+# A browser for the report page, with fonts for Latin and Chinese; without one that step is skipped.
+provide_browser() {
+    if find_browser; then return; fi
+    install_by_apt Chromium chromium-headless-shell fonts-dejavu-core fonts-wqy-zenhei || return 0
+    find_browser || say "no browser: chromium-headless-shell brought none"
+}
+
+find_clusters() {
+    local program
+    for program in munged slurmd srun; do
+        command -v $program >/dev/null || return 1
+    done
+    command -v slurmctld mpirun
+}
+
+# What scripts/check_clusters.sh makes a cluster of; without it that step is skipped.
+provide_clusters() {
+    local found
+    if ! found=$(find_clusters); then
+        install_by_apt "Slurm and Open MPI" slurm-wlm munge openmpi-bin || return 0
+        found=$(find_clusters) || say "no Slurm and Open MPI: slurm-wlm and openmpi-bin brought none"
+    fi
+    printf '%s' "${found:+$found$'\n'}"
 }
 
 # Fetches MiniLM-L6 unless the cache has it; prints its directory.
@@ -342,6 +371,7 @@ main() {
     if $want_python; then provide_python; fi
     if $want_trackers; then provide_trackers; fi
     if $want_browser; then provide_browser; fi
+    if $want_clusters; then provide_clusters; fi
     if $want_model; then provide_model; fi
     say "libtorch $TORCH_VERSION is at $(readlink -f "$ROOT/.libtorch")"
 }

@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly STEPS=(fmt clippy doc build test linkage golden training quickstart interop trackers report
-    gpu nodes torchrun)
+    gpu nodes torchrun clusters)
 readonly BIN=${CARGO_TARGET_DIR:-target}/release
 # The model in tests/golden that stands for its family.
 readonly FAMILIES=(roberta_tiny xlm_roberta_odd modernbert_tiny modernbert_odd)
@@ -41,6 +41,7 @@ describe() {
     gpu) echo "what the GPU check can do without one" ;;
     nodes) echo "three machines under rr-launch, where network namespaces can be made" ;;
     torchrun) echo "two machines under torchrun, where network namespaces can be made" ;;
+    clusters) echo "Slurm, Open MPI and the pods of Kubernetes, where they can be had" ;;
     interop) echo "transformers, sentence-transformers and peft give our scores, huggingface_hub our cache" ;;
     esac
 }
@@ -170,6 +171,18 @@ step_torchrun() {
     cargo build --release --workspace
     PYTHON=$python scripts/check_torchrun.sh
     "$python" scripts/check_contract.py
+}
+
+step_clusters() {
+    local code=0
+    cargo build --release --workspace
+    scripts/check_clusters.sh || code=$?
+    if ((code == 77)); then
+        skipped+=("clusters: Slurm and Open MPI cannot run here (see above)")
+        echo "SKIPPED ${skipped[-1]}"
+        return
+    fi
+    return $code
 }
 
 # Errors leave through here too (set -e), so that the last line always tells how it went.

@@ -6,6 +6,7 @@
 //! `mpirun`.
 
 pub mod heartbeat;
+mod job;
 pub mod nodes;
 pub mod preemption;
 mod slurm;
@@ -14,6 +15,8 @@ use std::fmt::Display;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+
+use self::job::Job;
 
 /// Every environment variable that the launcher or a worker reads or writes.
 pub mod vars {
@@ -68,12 +71,10 @@ pub mod vars {
     /// Slurm: the rank of this task on its node.
     pub const SLURM_LOCALID: &str = "SLURM_LOCALID";
     /// Slurm: the number of tasks in the step.
-    pub const SLURM_NTASKS: &str = "SLURM_NTASKS";
+    pub const SLURM_STEP_NUM_TASKS: &str = "SLURM_STEP_NUM_TASKS";
     /// Slurm: the number of this node in the step.
     pub const SLURM_NODEID: &str = "SLURM_NODEID";
-    /// Slurm: tasks on each node, such as `4(x2),3`.
-    pub const SLURM_TASKS_PER_NODE: &str = "SLURM_TASKS_PER_NODE";
-    /// Slurm: tasks on each node of this step, the same form.
+    /// Slurm: tasks on each node of this step, such as `4(x2),3`.
     pub const SLURM_STEP_TASKS_PER_NODE: &str = "SLURM_STEP_TASKS_PER_NODE";
     /// Slurm: the hosts of the job, such as `node[003-005,9]`.
     pub const SLURM_JOB_NODELIST: &str = "SLURM_JOB_NODELIST";
@@ -87,7 +88,7 @@ pub mod vars {
     pub const SLURM_JOB_NUM_NODES: &str = "SLURM_JOB_NUM_NODES";
     /// Slurm: the hosts of this step, such as `node[003-005,9]`.
     pub const SLURM_STEP_NODELIST: &str = "SLURM_STEP_NODELIST";
-    /// Slurm: the number of the step in the job.
+    /// Slurm: the number of the step in the job. The batch script itself has none.
     pub const SLURM_STEP_ID: &str = "SLURM_STEP_ID";
     /// Kubernetes' `PyTorchJob`: the number of pods.
     pub const PET_NNODES: &str = "PET_NNODES";
@@ -172,6 +173,14 @@ pub enum ContractError {
         /// What calls for it.
         because: String,
     },
+    /// A Slurm job has several nodes, but this runs on the first of them alone.
+    #[error(
+        "the job has {nodes} nodes, but srun did not start this: put srun --ntasks-per-node 1 before it"
+    )]
+    NotOfSrun {
+        /// Nodes of the job.
+        nodes: usize,
+    },
     /// The thread that receives signals cannot be started.
     #[error("signals that ask to make room cannot be received: {0}")]
     Signals(String),
@@ -212,7 +221,7 @@ impl WorkerEnv {
     }
 
     /// Reads variables through `lookup`: `RANK` and its companions if `RANK` is set, else Open
-    /// MPI's, else Slurm's, else a world of one.
+    /// MPI's, else those of a step of `srun`, else a world of one.
     ///
     /// Open MPI goes before Slurm because under `mpirun` inside a Slurm job a worker also
     /// inherits the Slurm variables of the daemon that started it.
@@ -225,7 +234,7 @@ impl WorkerEnv {
             Self::from_torchrun(&lookup)?
         } else if lookup.has(vars::OMPI_COMM_WORLD_RANK) {
             Self::from_open_mpi(&lookup)?
-        } else if lookup.has(vars::SLURM_PROCID) {
+        } else if job::is_of_srun(&lookup)? {
             Self::from_slurm(&lookup)?
         } else {
             Self::alone()
@@ -301,6 +310,13 @@ impl WorkerEnv {
         } else {
             0
         };
+        if !lookup.has(vars::LOCAL_RANK) {
+            // A PyTorchJob of several processes a pod (nprocPerNode) counts those, but starts pods.
+            let pods = lookup.get(vars::PET_NNODES).and_then(|pods| pods.parse::<usize>().ok());
+            let expected = "PET_NNODES: one worker a pod (rr-launch --nnodes auto starts several)";
+            let fits = |&size: &usize| pods.is_none_or(|pods| pods == size);
+            lookup.parse(vars::WORLD_SIZE, expected, fits)?;
+        }
         let group_rank = lookup.optional(vars::GROUP_RANK)?.unwrap_or(0);
         let because = || format!("{} is {world_size}", vars::WORLD_SIZE);
         let mut worker =
@@ -322,23 +338,23 @@ impl WorkerEnv {
         Ok(worker)
     }
 
-    /// A task of `srun`.
+    /// A task of `srun`. `SLURM_NTASKS` and its like may be the job's: only those of the step count.
     fn from_slurm(lookup: &Lookup<'_>) -> Result<Self, ContractError> {
-        let world_size =
-            lookup.require_size(vars::SLURM_NTASKS, || format!("{} is", vars::SLURM_PROCID))?;
-        let rank = lookup.require_rank(vars::SLURM_PROCID, vars::SLURM_NTASKS, world_size)?;
+        let because = || format!("{} is", vars::SLURM_STEP_ID);
+        let world_size = lookup.require_size(vars::SLURM_STEP_NUM_TASKS, because)?;
+        let rank =
+            lookup.require_rank(vars::SLURM_PROCID, vars::SLURM_STEP_NUM_TASKS, world_size)?;
         let group_rank = lookup.optional(vars::SLURM_NODEID)?.unwrap_or(0);
         let local_rank: usize = lookup.optional(vars::SLURM_LOCALID)?.unwrap_or(0);
         let local_world_size = lookup
             .get(vars::SLURM_STEP_TASKS_PER_NODE)
-            .or_else(|| lookup.get(vars::SLURM_TASKS_PER_NODE))
             .and_then(|list| slurm::tasks_on_node(&list, group_rank))
             // Every node that Slurm does not describe holds at least this task.
             .unwrap_or(local_rank + 1)
             .max(local_rank + 1);
         let worker =
             Self { rank, local_rank, world_size, local_world_size, group_rank, ..Self::alone() };
-        worker.meet(lookup, &[vars::SLURM_JOB_ID])
+        worker.meet(lookup, Job::of_slurm_step(lookup)?)
     }
 
     /// A process of Open MPI's `mpirun`.
@@ -373,38 +389,25 @@ impl WorkerEnv {
             group_rank: rank / local_world_size,
             ..Self::alone()
         };
-        worker.meet(
-            lookup,
-            &[vars::PMIX_NAMESPACE, vars::OMPI_MCA_ESS_BASE_JOBID, vars::SLURM_JOB_ID],
-        )
+        worker.meet(lookup, Job::of_open_mpi(lookup)?)
     }
 
-    /// Fills in the rendezvous of a job whose scheduler names none: the first host of the job, and
-    /// a port derived from the first of `job_ids` that is set. `MASTER_ADDR` and `MASTER_PORT` win.
-    fn meet(mut self, lookup: &Lookup<'_>, job_ids: &[&str]) -> Result<Self, ContractError> {
+    /// Fills in the rendezvous of a job whose scheduler names none: rank 0's host, and a port derived
+    /// from the job's name. `MASTER_ADDR` and `MASTER_PORT` win.
+    fn meet(mut self, lookup: &Lookup<'_>, job: Job) -> Result<Self, ContractError> {
         if self.world_size == 1 {
             return Ok(self);
         }
-        let because = format!("the job has {} workers", self.world_size);
-        if let Some(host) = lookup.get(vars::MASTER_ADDR).filter(|host| !host.is_empty()) {
+        let because = || format!("the job has {} workers", self.world_size);
+        let missing = |name| ContractError::Missing { name, because: because() };
+        let port = lookup.port(vars::MASTER_PORT)?.or(job.port(""));
+        self.master_port = port.ok_or_else(|| missing(vars::MASTER_PORT))?;
+        let host = lookup.get(vars::MASTER_ADDR).filter(|host| !host.is_empty());
+        if let Some(host) = host {
             self.master_addr = host;
-        } else if let Some(list) = lookup.get(vars::SLURM_JOB_NODELIST) {
-            self.master_addr = slurm::first_host(&list).ok_or(ContractError::Invalid {
-                name: vars::SLURM_JOB_NODELIST,
-                value: list,
-                expected: "a list of hosts such as node[003-005,9]".to_owned(),
-            })?;
         } else if self.local_world_size < self.world_size {
-            return Err(ContractError::Missing { name: vars::MASTER_ADDR, because });
+            self.master_addr = job.host.ok_or_else(|| missing(vars::MASTER_ADDR))?;
         }
-        self.master_port = match lookup.port(vars::MASTER_PORT)? {
-            Some(port) => port,
-            None => job_ids
-                .iter()
-                .find_map(|name| lookup.get(name))
-                .map(|id| port_of_job(&id))
-                .ok_or(ContractError::Missing { name: vars::MASTER_PORT, because })?,
-        };
         Ok(self)
     }
 }

@@ -100,7 +100,7 @@ impl NodeArgs {
                         usage(format!(
                             "--nnodes auto: the environment is of no scheduler: expected {}, {}, \
                              {} or {}; pass --nnodes N --node-rank R --rdzv HOST:PORT",
-                            vars::SLURM_NODEID,
+                            vars::SLURM_JOB_ID,
                             vars::PET_NNODES,
                             vars::RANK,
                             vars::OMPI_COMM_WORLD_RANK

@@ -1,7 +1,8 @@
 //! Which of several nodes this one is, and where they meet, as a scheduler tells it: what
 //! `--nnodes auto` reads. Each node runs one launcher.
 
-use super::{ContractError, Lookup, port_of_job, slurm, vars};
+use super::job::{Job, is_of_srun};
+use super::{ContractError, Lookup, vars};
 
 /// One node of several.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,7 +42,7 @@ impl NodeEnv {
             Self::from_pods(&lookup)?
         } else if lookup.has(vars::OMPI_COMM_WORLD_RANK) {
             Self::from_open_mpi(&lookup)?
-        } else if lookup.has(vars::SLURM_NODEID) {
+        } else if lookup.has(vars::SLURM_JOB_ID) {
             Self::from_slurm(&lookup)?
         } else {
             return Ok(None);
@@ -89,42 +90,36 @@ impl NodeEnv {
             "1: one rr-launch for each node (mpirun --map-by ppr:1:node)",
             |&count: &usize| count == 1,
         )?;
-        let jobs = [vars::PMIX_NAMESPACE, vars::OMPI_MCA_ESS_BASE_JOBID, vars::SLURM_JOB_ID];
-        Self::new(lookup, nnodes, node_rank)?.in_job(lookup, &jobs)
+        Ok(Self::new(lookup, nnodes, node_rank)?.in_job(Job::of_open_mpi(lookup)?))
     }
 
+    /// A task of `srun`, or a job of one node.
     fn from_slurm(lookup: &Lookup<'_>) -> Result<Self, ContractError> {
-        let names = [vars::SLURM_STEP_NUM_NODES, vars::SLURM_NNODES, vars::SLURM_JOB_NUM_NODES];
-        let name = names.into_iter().find(|name| lookup.has(name)).unwrap_or(names[1]);
-        let nnodes = lookup.require_size(name, || format!("{} is", vars::SLURM_NODEID))?;
+        if !is_of_srun(lookup)? {
+            let names = [vars::SLURM_NNODES, vars::SLURM_JOB_NUM_NODES];
+            let name = names.into_iter().find(|name| lookup.has(name)).unwrap_or(names[0]);
+            let because = || format!("{} is", vars::SLURM_JOB_ID);
+            return match lookup.require_size(name, because)? {
+                1 => Self::new(lookup, 1, 0),
+                nodes => Err(ContractError::NotOfSrun { nodes }),
+            };
+        }
+        let name = vars::SLURM_STEP_NUM_NODES;
+        let nnodes = lookup.require_size(name, || format!("{} is", vars::SLURM_STEP_ID))?;
         let node_rank = lookup.require_rank(vars::SLURM_NODEID, name, nnodes)?;
         lookup.parse(
             vars::SLURM_LOCALID,
             "0: one rr-launch for each node (srun --ntasks-per-node 1)",
             |&rank: &usize| rank == 0,
         )?;
-        Self::new(lookup, nnodes, node_rank)?.in_job(lookup, &[vars::SLURM_JOB_ID])
+        Ok(Self::new(lookup, nnodes, node_rank)?.in_job(Job::of_slurm_step(lookup)?))
     }
 
-    /// Fills in the first host of the job, and a port that all nodes derive alike from the first of
-    /// `job_ids` that is set.
-    fn in_job(mut self, lookup: &Lookup<'_>, job_ids: &[&str]) -> Result<Self, ContractError> {
-        let lists = [vars::SLURM_STEP_NODELIST, vars::SLURM_JOB_NODELIST];
-        if self.addr.is_none()
-            && let Some(name) = lists.into_iter().find(|name| lookup.has(name))
-        {
-            let value = lookup.get(name).unwrap_or_default();
-            let host = slurm::first_host(&value);
-            let expected = "a list of hosts such as node[003-005,9]".to_owned();
-            self.addr = Some(host.ok_or(ContractError::Invalid { name, value, expected })?);
-        }
-        if self.port.is_none() {
-            // Two steps of one job may run at a time.
-            let step = lookup.get(vars::SLURM_STEP_ID).unwrap_or_default();
-            let job = job_ids.iter().find_map(|name| lookup.get(name));
-            self.port = job.map(|job| port_of_job(&format!("{job}.{step} launchers")));
-        }
-        Ok(self)
+    /// Fills in where the launchers of the job meet. Their workers have a port of their own.
+    fn in_job(mut self, job: Job) -> Self {
+        self.port = self.port.or(job.port(" launchers"));
+        self.addr = self.addr.or(job.host);
+        self
     }
 }
 
@@ -151,7 +146,7 @@ mod tests {
         let task = |node, step| {
             read(&[
                 ("SLURM_NODEID", node),
-                ("SLURM_NNODES", "3"),
+                ("SLURM_STEP_NUM_NODES", "3"),
                 ("SLURM_LOCALID", "0"),
                 ("SLURM_JOB_NODELIST", "node[003-005]"),
                 ("SLURM_JOB_ID", "77"),
@@ -168,8 +163,55 @@ mod tests {
     }
 
     #[test]
+    fn outside_of_srun_a_slurm_job_has_to_be_of_one_node() {
+        // As Slurm 22.05 sets them for a batch script, and for the shell of salloc.
+        let job = |nodes, step: Option<&'static str>| {
+            let mut variables = vec![
+                ("SLURM_JOB_ID", "77"),
+                ("SLURM_NNODES", nodes),
+                ("SLURM_JOB_NODELIST", "node[0-1]"),
+                ("SLURM_NODEID", "0"),
+            ];
+            variables.extend(step.map(|step| ("SLURM_STEP_ID", step)));
+            variables.extend(step.map(|_| ("SLURM_STEP_NUM_NODES", "1")));
+            read(&variables)
+        };
+        for step in [None, Some("4294967290")] {
+            assert_eq!(job("1", step).unwrap().unwrap().nnodes, 1);
+            let error = job("2", step).unwrap_err();
+            assert_eq!(error, ContractError::NotOfSrun { nodes: 2 });
+        }
+    }
+
+    #[test]
+    fn mpiruns_daemons_leave_their_own_slurm_steps_behind() {
+        // On the node of mpirun there is none.
+        let task = |rank, step: &[(&'static str, &'static str)]| {
+            let mut variables = vec![
+                ("OMPI_COMM_WORLD_RANK", rank),
+                ("OMPI_COMM_WORLD_SIZE", "2"),
+                ("PMIX_NAMESPACE", "1976434689"),
+                ("SLURM_JOB_ID", "77"),
+                ("SLURM_JOB_NODELIST", "node[0-1]"),
+            ];
+            variables.extend(step);
+            read(&variables).unwrap().unwrap()
+        };
+        let first = task("0", &[]);
+        let second = task("1", &[("SLURM_STEP_ID", "0"), ("SLURM_STEP_NODELIST", "node1")]);
+        assert_eq!(second.addr.as_deref(), Some("node0"));
+        assert_eq!((first.addr, first.port), (second.addr, second.port));
+    }
+
+    #[test]
     fn several_launchers_on_a_node_are_refused() {
-        let slurm = [("SLURM_NODEID", "0"), ("SLURM_NNODES", "2"), ("SLURM_LOCALID", "1")];
+        let slurm = [
+            ("SLURM_JOB_ID", "7"),
+            ("SLURM_STEP_ID", "0"),
+            ("SLURM_NODEID", "0"),
+            ("SLURM_STEP_NUM_NODES", "2"),
+            ("SLURM_LOCALID", "1"),
+        ];
         assert!(read(&slurm).unwrap_err().to_string().contains("--ntasks-per-node 1"));
         let mpi = [
             ("OMPI_COMM_WORLD_RANK", "1"),

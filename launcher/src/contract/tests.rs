@@ -82,6 +82,16 @@ fn a_kubernetes_worker_has_no_local_rank() {
 }
 
 #[test]
+fn a_pod_of_several_workers_needs_a_launcher() {
+    // Training operator 1.9, two pods with nprocPerNode 2.
+    let mut pod = vec![("RANK", "1"), ("WORLD_SIZE", "4"), ("PET_NNODES", "2")];
+    pod.extend([("PET_NPROC_PER_NODE", "2"), ("MASTER_ADDR", "m"), ("MASTER_PORT", "9")]);
+    assert!(error(&pod).contains("WORLD_SIZE is `4`, expected PET_NNODES"));
+    pod.extend([("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "2")]);
+    assert_eq!(read(&pod).unwrap().world_size, 4, "a launcher's worker");
+}
+
+#[test]
 fn malformed_and_contradictory_variables_are_named() {
     assert_eq!(
         error(&torchrun_but("RANK", Some("one"))),
@@ -114,15 +124,23 @@ fn missing_companions_are_named() {
     assert!(read(&[("RANK", "0"), ("WORLD_SIZE", "1")]).is_ok(), "a world of one meets nobody");
 }
 
-const SLURM: [(&str, &str); 7] = [
+const SLURM: [(&str, &str); 9] = [
     ("SLURM_PROCID", "5"),
     ("SLURM_LOCALID", "1"),
-    ("SLURM_NTASKS", "7"),
+    ("SLURM_STEP_NUM_TASKS", "7"),
     ("SLURM_NODEID", "1"),
-    ("SLURM_TASKS_PER_NODE", "4,3"),
-    ("SLURM_JOB_NODELIST", "node[003-004]"),
+    ("SLURM_STEP_TASKS_PER_NODE", "4,3"),
+    ("SLURM_STEP_NODELIST", "node[003-004]"),
+    ("SLURM_JOB_NODELIST", "node[001-004]"),
     ("SLURM_JOB_ID", "123456"),
+    ("SLURM_STEP_ID", "0"),
 ];
+
+/// [`SLURM`] with `changes`; an empty value is a variable that is not set.
+fn slurm_but(changes: &[(&'static str, &'static str)]) -> Vec<(&'static str, &'static str)> {
+    let kept = SLURM.into_iter().filter(|(name, _)| changes.iter().all(|(other, _)| other != name));
+    kept.chain(changes.iter().copied().filter(|(_, value)| !value.is_empty())).collect()
+}
 
 #[test]
 fn slurm_tasks_find_each_other() {
@@ -132,22 +150,43 @@ fn slurm_tasks_find_each_other() {
     assert_eq!(worker.master_addr, "node003");
     assert!(DERIVED_PORTS.contains(&worker.master_port));
 
-    let mut chosen = SLURM.to_vec();
-    chosen.extend([("MASTER_ADDR", "h"), ("MASTER_PORT", "1234")]);
+    let other = read(&slurm_but(&[("SLURM_STEP_ID", "1")])).unwrap();
+    assert_ne!(other.master_port, worker.master_port, "another step of the job");
+
+    let chosen = slurm_but(&[("MASTER_ADDR", "h"), ("MASTER_PORT", "1234")]);
     let worker = read(&chosen).unwrap();
     assert_eq!((worker.master_addr.as_str(), worker.master_port), ("h", 1234));
 }
 
 #[test]
+fn slurm_tasks_on_one_node_meet_on_the_loopback() {
+    let worker = read(&slurm_but(&[
+        ("SLURM_PROCID", "1"),
+        ("SLURM_STEP_NUM_TASKS", "2"),
+        ("SLURM_NODEID", "0"),
+        ("SLURM_STEP_TASKS_PER_NODE", "2"),
+    ]));
+    assert_eq!(worker.unwrap().master_addr, "127.0.0.1");
+}
+
+#[test]
+fn a_batch_script_and_the_shell_of_salloc_are_alone() {
+    for step in ["", "4294967290", "4294967291"] {
+        let worker = read(&slurm_but(&[("SLURM_STEP_ID", step), ("SLURM_NTASKS", "7")])).unwrap();
+        assert_eq!((worker.rank, worker.world_size), (0, 1), "step {step}");
+    }
+    assert!(error(&slurm_but(&[("SLURM_STEP_ID", "x")])).contains("SLURM_STEP_ID is `x`"));
+}
+
+#[test]
 fn a_slurm_job_without_hosts_or_number_is_refused() {
-    let without =
-        |name: &str| -> Vec<_> { SLURM.iter().copied().filter(|(key, _)| *key != name).collect() };
-    assert!(error(&without("SLURM_NTASKS")).contains("SLURM_NTASKS is not set"));
-    assert!(error(&without("SLURM_JOB_NODELIST")).contains("MASTER_ADDR is not set"));
-    assert!(error(&without("SLURM_JOB_ID")).contains("MASTER_PORT is not set"));
-    let mut broken = without("SLURM_JOB_NODELIST");
-    broken.push(("SLURM_JOB_NODELIST", "node[3-"));
-    assert!(error(&broken).contains("SLURM_JOB_NODELIST is `node[3-`"));
+    let without = |name| error(&slurm_but(&[(name, "")]));
+    assert!(without("SLURM_STEP_NUM_TASKS").contains("SLURM_STEP_NUM_TASKS is not set"));
+    assert!(without("SLURM_JOB_ID").contains("MASTER_PORT is not set"));
+    let no_hosts = slurm_but(&[("SLURM_STEP_NODELIST", ""), ("SLURM_JOB_NODELIST", "")]);
+    assert!(error(&no_hosts).contains("MASTER_ADDR is not set"));
+    let broken = slurm_but(&[("SLURM_STEP_NODELIST", "node[3-")]);
+    assert!(error(&broken).contains("SLURM_STEP_NODELIST is `node[3-`"));
 }
 
 #[test]
@@ -155,14 +194,14 @@ fn open_mpi_wins_over_the_slurm_variables_it_inherits() {
     let mut variables = SLURM.to_vec();
     variables.extend([
         ("OMPI_COMM_WORLD_RANK", "1"),
-        ("OMPI_COMM_WORLD_SIZE", "2"),
+        ("OMPI_COMM_WORLD_SIZE", "4"),
         ("OMPI_COMM_WORLD_LOCAL_RANK", "1"),
         ("OMPI_COMM_WORLD_LOCAL_SIZE", "2"),
         ("PMIX_NAMESPACE", "prterun-host-1@1"),
     ]);
     let worker = read(&variables).unwrap();
-    assert_eq!((worker.rank, worker.world_size, worker.local_rank), (1, 2, 1));
-    assert_eq!(worker.master_addr, "node003");
+    assert_eq!((worker.rank, worker.world_size, worker.local_rank), (1, 4, 1));
+    assert_eq!(worker.master_addr, "node001", "the job's first host, not the daemon's");
 }
 
 #[test]
