@@ -25,6 +25,12 @@ const LEFTOVER_GRACE: Duration = Duration::from_secs(1);
 /// How long killed leftovers may take to vanish.
 const LEFTOVER_PATIENCE: Duration = Duration::from_secs(1);
 
+/// Open files for each worker: two pipes, a heartbeat, a pidfd, and two log files.
+const FILES_A_WORKER: usize = 6;
+
+/// Open files beside these, those of the start of a process included, with some to spare.
+const FILES_OF_OUR_OWN: usize = 40;
+
 /// How far a worker's process group has come to its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Group {
@@ -205,6 +211,31 @@ impl Drop for Worker {
     }
 }
 
+fn cannot_start(plan: &Plan, index: usize, source: io::Error) -> LaunchError {
+    let program = plan.command.program.to_string_lossy();
+    match (source.kind(), source.raw_os_error()) {
+        // That the program is there was seen before.
+        (io::ErrorKind::NotFound, _) => LaunchError::Usage(format!(
+            "cannot start `{program}`: what runs it, named in its first line or its ELF header, is \
+             not there"
+        )),
+        (io::ErrorKind::PermissionDenied, _) => {
+            LaunchError::Usage(format!("cannot start `{program}`: {source}"))
+        }
+        (_, Some(libc::EMFILE)) => LaunchError::Usage(format!(
+            "cannot start rank {} of {} workers here: too many open files; raise the limit \
+             (`ulimit -n`) to {} or more",
+            plan.first_rank() + index,
+            plan.workers(),
+            plan.workers() * FILES_A_WORKER + FILES_OF_OUR_OWN
+        )),
+        _ => LaunchError::System {
+            action: format!("start rank {} (`{program}`)", plan.first_rank() + index),
+            source,
+        },
+    }
+}
+
 /// Starts all workers of a plan, and hands each to `watch` before the next one starts: the order in
 /// which workers end is known only of those that are watched. If one cannot be started, those before
 /// it are killed.
@@ -219,18 +250,7 @@ pub fn start(
                 watch(&mut worker)?;
                 Ok(worker)
             });
-            started.map_err(|source| {
-                let program = plan.command.program.to_string_lossy();
-                match source.kind() {
-                    io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied => {
-                        LaunchError::Usage(format!("cannot start `{program}`: {source}"))
-                    }
-                    _ => LaunchError::System {
-                        action: format!("start rank {} (`{program}`)", plan.first_rank() + index),
-                        source,
-                    },
-                }
-            })
+            started.map_err(|source| cannot_start(plan, index, source))
         })
         .collect()
 }

@@ -96,3 +96,29 @@ fn a_worker_may_exit_with_any_code_of_its_own() {
         assert_eq!(outcome.code, Some(code));
     }
 }
+
+#[test]
+fn a_program_that_nothing_can_run_is_named_with_the_reason() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let folder = tempfile::tempdir().unwrap();
+    let script = folder.path().join("train.sh");
+    std::fs::write(&script, "#!/no/such/interpreter\n").unwrap();
+    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let outcome = run(launcher().args(["--cpu", "--"]).arg(&script));
+    assert_eq!(outcome.code, Some(2), "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("named in its first line"), "{}", outcome.stderr);
+}
+
+#[test]
+fn the_limit_that_a_large_launch_needs_is_named_and_enough() {
+    let with_limit = |limit: &str| {
+        let mut command = std::process::Command::new("sh");
+        let line = format!("ulimit -n {limit}; exec \"$0\" --cpu --nproc 40 -- true");
+        run(command.args(["-c", &line, env!("CARGO_BIN_EXE_rr-launch")]))
+    };
+    let outcome = with_limit("60");
+    assert_eq!(outcome.code, Some(2), "{}", outcome.stderr);
+    let (_, rest) = outcome.stderr.split_once("raise the limit (`ulimit -n`) to ").unwrap();
+    let outcome = with_limit(rest.split(' ').next().unwrap());
+    assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+}

@@ -9,6 +9,9 @@ use crate::error::{Error, Result};
 /// The name under which the driver installs NVML.
 const NVML_LIBRARY: &str = "libnvidia-ml.so.1";
 
+/// Set by `srun --gpus-per-task`, which shows each task no GPU but its own.
+const ONE_EACH: &str = "SLURM_GPUS_PER_TASK";
+
 /// Tells glibc to keep freed memory instead of giving it back to the kernel. libtorch asks for and
 /// frees the same large tensors every step; with the default settings each of them is mapped,
 /// zeroed page by page and unmapped again, which costs a large share of a step on the CPU.
@@ -36,14 +39,22 @@ pub fn device(asked: Option<config::Device>, number: usize) -> Result<tch::Devic
         config::Device::Cpu => Ok(tch::Device::Cpu),
         config::Device::Cuda => {
             load_cuda()?;
-            let devices = tch::Cuda::device_count();
-            if number as i64 >= devices {
-                return Err(Error::Usage(format!(
-                    "GPU number {number} is needed here, but libtorch sees {devices}"
-                )));
-            }
-            Ok(tch::Device::Cuda(number))
+            let devices = usize::try_from(tch::Cuda::device_count()).unwrap_or(0);
+            let own = std::env::var_os(ONE_EACH).is_some();
+            visible_number(number, devices, own).map(tch::Device::Cuda)
         }
+    }
+}
+
+/// The number under which a process sees its GPU, among `devices`: `number`, or the only one there is
+/// where each process sees its `own` alone.
+fn visible_number(number: usize, devices: usize, own: bool) -> Result<usize> {
+    match (number < devices, devices) {
+        (true, _) => Ok(number),
+        (false, 1) if own => Ok(0),
+        (false, _) => Err(Error::Usage(format!(
+            "GPU number {number} is needed here, but libtorch sees {devices}"
+        ))),
     }
 }
 
@@ -149,4 +160,17 @@ fn bytes_in(file: &str, name: &str) -> Option<usize> {
     let text = std::fs::read_to_string(file).ok()?;
     let line = text.lines().find(|line| line.starts_with(name))?;
     line.split_whitespace().nth(1)?.parse::<usize>().ok().map(|kib| kib * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_task_that_sees_only_its_own_gpu_takes_that() {
+        let number = |number, devices, own| visible_number(number, devices, own).ok();
+        assert_eq!((number(3, 4, false), number(0, 1, true)), (Some(3), Some(0)));
+        assert_eq!((number(3, 1, true), number(3, 1, false)), (Some(0), None));
+        assert_eq!((number(3, 2, true), number(0, 0, true)), (None, None));
+    }
 }
