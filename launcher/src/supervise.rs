@@ -95,6 +95,8 @@ pub fn run(plan: Plan, options: Options, cluster: Option<Cluster>) -> Result<u8,
         buffer,
         just_read: 0,
     };
+    // What an earlier launch left there is not taken for this one's.
+    supervisor.write_summary(None);
     supervisor.watch_all()?;
     supervisor.finish().map_err(LaunchError::system("write the last output"))
 }

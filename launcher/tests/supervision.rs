@@ -189,6 +189,21 @@ fn a_launcher_that_waits_for_deaf_workers_sleeps() {
 }
 
 #[test]
+fn the_summary_of_an_earlier_launch_is_not_taken_for_this_ones() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("launch.json");
+    fs::write(&path, "{\"exit_code\": 0}").unwrap();
+    let script = format!(
+        "until grep -q '\"exit_code\": null' {}; do sleep 0.02; done; exit 3",
+        path.display()
+    );
+    let outcome = run(&mut shell(1, &["--log-dir", folder.path().to_str().unwrap()], &script));
+    assert_eq!(outcome.code, Some(3), "{}", outcome.stderr);
+    let summary: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    assert_eq!(summary["exit_code"], 3);
+}
+
+#[test]
 fn the_summary_tells_how_every_rank_ended() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path().join("new/logs");
