@@ -1,13 +1,15 @@
 //! The workers as processes: started, signalled as whole process groups, and collected; and the
 //! strays, processes that left their worker's group and outlived it.
 
+use std::ffi::{CString, NulError, OsStr};
 use std::fs::File;
-use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::FileExt as _;
-use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::ExitStatus;
 use std::time::{Duration, Instant};
+use std::{env, io, iter};
 
 use crate::contract::heartbeat::{self, Beat};
 use crate::contract::vars;
@@ -50,7 +52,9 @@ pub struct Worker {
     pub index: usize,
     /// Its rank.
     pub rank: usize,
-    child: Child,
+    pid: Pid,
+    stdout: Option<OwnedFd>,
+    stderr: Option<OwnedFd>,
     group: Group,
     /// Becomes readable when the process ends; `None` on old kernels.
     pidfd: Option<OwnedFd>,
@@ -68,31 +72,39 @@ impl Worker {
         // Named through this process rather than inherited: a descriptor would be lost in programs
         // that start others, and leak into those that close none.
         let path = format!("/proc/{}/fd/{}", std::process::id(), heartbeat.as_raw_fd());
-        let mut command = Command::new(&plan.command.program);
-        command
-            .args(&plan.command.args)
-            .env_remove(vars::RR_PROGRESS)
-            .envs(plan.worker_vars(index))
-            .env(vars::RR_HEARTBEAT, path)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .process_group(0);
-        if let Some(cpus) = plan.cpus(index) {
-            sys::bind_to(&mut command, cpus);
-        }
-        sys::allow_tracing(&mut command);
-        sys::prepare_worker(&mut command, guardian.descriptor());
-        let child = command.spawn()?;
-        let pidfd = sys::pidfd(child.id() as Pid);
-        let started = Instant::now();
-        let (rank, group) = (plan.first_rank() + index, Group::Running);
-        Ok(Self { index, rank, child, group, pidfd, heartbeat, started, ended: None })
+        let program = CString::new(plan.command.program.as_bytes())?;
+        let words = plan.command.args.iter().map(|word| CString::new(word.as_bytes()));
+        let arguments =
+            iter::once(Ok(program.clone())).chain(words).collect::<Result<Vec<_>, _>>()?;
+        let environment = environment(plan.worker_vars(index), path)?;
+        let stdin = File::open("/dev/null")?;
+        let ((stdout, its_stdout), (stderr, its_stderr)) = (io::pipe()?, io::pipe()?);
+        let start = sys::Start {
+            program: &program,
+            arguments: &arguments,
+            environment: &environment,
+            streams: [stdin.as_fd(), its_stdout.as_fd(), its_stderr.as_fd()],
+            cpus: plan.cpus(index),
+            guardian: guardian.descriptor(),
+        };
+        let pid = start.run()?;
+        Ok(Self {
+            index,
+            rank: plan.first_rank() + index,
+            pid,
+            stdout: Some(stdout.into()),
+            stderr: Some(stderr.into()),
+            group: Group::Running,
+            pidfd: sys::pidfd(pid),
+            heartbeat,
+            started: Instant::now(),
+            ended: None,
+        })
     }
 
     /// Its process id, which is also its group's.
     pub fn pid(&self) -> Pid {
-        self.child.id() as Pid
+        self.pid
     }
 
     /// Its last heartbeat.
@@ -110,8 +122,8 @@ impl Worker {
     /// The reading end of one of its streams; can be taken once.
     pub fn take_pipe(&mut self, stream: Stream) -> Option<OwnedFd> {
         match stream {
-            Stream::Stdout => self.child.stdout.take().map(OwnedFd::from),
-            Stream::Stderr => self.child.stderr.take().map(OwnedFd::from),
+            Stream::Stdout => self.stdout.take(),
+            Stream::Stderr => self.stderr.take(),
         }
     }
 
@@ -149,7 +161,7 @@ impl Worker {
             return None;
         }
         // An error means that somebody else has collected it; how it ended is lost.
-        let exit = match self.child.try_wait() {
+        let exit = match sys::try_wait(self.pid) {
             Ok(None) => return None,
             Ok(Some(status)) => exit_of(status),
             Err(_) => Exit::Code(1),
@@ -205,10 +217,25 @@ impl Drop for Worker {
     fn drop(&mut self) {
         if !self.is_gone() {
             self.signal(libc::SIGKILL);
-            // Only an error is possible, and there is nobody left to tell.
-            let _ = self.child.wait();
+            if self.ended.is_none() {
+                sys::wait_for(self.pid);
+            }
         }
     }
+}
+
+/// This process's environment with a worker's variables in the place of those of the same name.
+fn environment(
+    mut own: Vec<(&'static str, String)>,
+    heartbeat: String,
+) -> Result<Vec<CString>, NulError> {
+    own.push((vars::RR_HEARTBEAT, heartbeat));
+    let is_own =
+        |name: &OsStr| name == vars::RR_PROGRESS || own.iter().any(|(own, _)| name == *own);
+    let inherited = env::vars_os().filter(|(name, _)| !is_own(name));
+    let inherited = inherited.map(|(name, value)| [name.as_bytes(), value.as_bytes()].join(&b'='));
+    let own = own.iter().map(|(name, value)| format!("{name}={value}").into_bytes());
+    inherited.chain(own).map(CString::new).collect()
 }
 
 fn cannot_start(plan: &Plan, index: usize, source: io::Error) -> LaunchError {

@@ -1,13 +1,14 @@
 //! The system calls that std does not wrap, and all of this crate's `unsafe`.
 
 mod signals;
+mod spawn;
 
 use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
-use std::os::unix::process::CommandExt as _;
-use std::process::Command;
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::process::{Command, ExitStatus};
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
@@ -16,6 +17,7 @@ pub use signals::{
     SignalFd, is_ignored, remember_signals, remembered_signal, signal_name, signal_number,
     wait_for_own_children,
 };
+pub use spawn::Start;
 
 /// A process id, or the id of the process group that the process leads.
 pub type Pid = libc::pid_t;
@@ -151,6 +153,17 @@ pub fn wait_for(pid: Pid) {
     let _ = retried(|| unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) });
 }
 
+/// How a child ended, if it has; it is then collected.
+///
+/// # Errors
+/// It is no child of this process, or no longer.
+pub fn try_wait(pid: Pid) -> io::Result<Option<ExitStatus>> {
+    let mut status = 0;
+    // SAFETY: the kernel writes a live status.
+    let ended = retried(|| unsafe { libc::waitpid(pid, &raw mut status, libc::WNOHANG) })?;
+    Ok((ended == pid).then(|| ExitStatus::from_raw(status)))
+}
+
 /// Makes this process the parent of descendants whose own parent ends, so that it hears of their
 /// end and no zombie stays behind in a container without a proper init.
 pub fn adopt_orphans() -> io::Result<()> {
@@ -201,28 +214,22 @@ pub fn allowed_cpus() -> Vec<usize> {
     }
 }
 
-/// Binds a command's process to these CPUs. A machine that has taken one away since is not an error
-/// as long as one is left.
-pub fn bind_to(command: &mut Command, cpus: &[usize]) {
+/// A set of CPUs. A machine that has taken one away since is not an error as long as one is left.
+fn cpu_set(cpus: &[usize]) -> libc::cpu_set_t {
     let mut set = MaybeUninit::<libc::cpu_set_t>::zeroed();
-    // SAFETY: all zeroes is a valid set, and numbers beyond its size are left out; the closure makes
-    // one async-signal-safe call on its own copy.
+    // SAFETY: all zeroes is a valid set, and numbers beyond its size are left out.
     unsafe {
         for &cpu in cpus.iter().filter(|&&cpu| cpu < libc::CPU_SETSIZE as usize) {
             libc::CPU_SET(cpu, set.assume_init_mut());
         }
-        let set = set.assume_init();
-        command.pre_exec(move || {
-            checked(libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const set))
-                .map(drop)
-        });
+        set.assume_init()
     }
 }
 
-/// As [`die_with_parent`] for a worker or what looks at one, which also gets an empty signal mask (this process blocks
-/// signals for [`SignalFd`]) and tells `guardian` its process id before its program begins, so that
-/// there is no moment at which the guardian does not know of it.
-pub fn prepare_worker(command: &mut Command, guardian: RawFd) {
+/// As [`die_with_parent`] for what looks at a worker, which also gets an empty signal mask (this
+/// process blocks signals for [`SignalFd`]) and tells `guardian` its process id before its program
+/// begins, so that there is no moment at which the guardian does not know of it.
+pub fn prepare_watched(command: &mut Command, guardian: RawFd) {
     let parent = own_pid();
     let none = signal_set(&[]);
     // SAFETY: the closure only makes async-signal-safe calls and allocates nothing. `guardian`
@@ -233,20 +240,6 @@ pub fn prepare_worker(command: &mut Command, guardian: RawFd) {
             checked(libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut()))?;
             // Without a guardian a worker still dies with its parent.
             let _ = send_number(guardian, libc::getpid());
-            Ok(())
-        });
-    }
-}
-
-/// Lets this process and what it starts trace a command's process, for its stacks, where Yama
-/// (`ptrace_scope` 1) else allows that to a process's ancestors only. It outlasts exec.
-pub fn allow_tracing(command: &mut Command) {
-    let tracer = libc::c_ulong::from(std::process::id());
-    // SAFETY: the closure makes one async-signal-safe call without pointers.
-    unsafe {
-        command.pre_exec(move || {
-            // A kernel without Yama does not know it, and needs no permission.
-            libc::prctl(libc::PR_SET_PTRACER, tracer, 0, 0, 0);
             Ok(())
         });
     }

@@ -165,3 +165,17 @@ fn bound_workers_have_cores_of_their_own_and_unbound_ones_all() {
         assert!(both[0] != both[1] && !both.contains(&own.to_owned()), "{both:?} of {own}");
     }
 }
+
+#[test]
+fn a_script_without_a_first_line_gets_all_of_many_arguments() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let folder = tempfile::tempdir().unwrap();
+    let script = folder.path().join("count");
+    std::fs::write(&script, "echo $# ${20000}").unwrap();
+    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let mut command = launcher();
+    command.args(["--cpu", "--nproc", "3", "--prefix", "", "--"]).arg(&script);
+    let outcome = run(command.args((1..=20_000).map(|number| format!("argument-{number}"))));
+    assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+    assert_eq!(outcome.stdout, "20000 argument-20000\n".repeat(3));
+}
