@@ -228,7 +228,7 @@ provide_libtorch() {
     local link=$ROOT/.libtorch target
     if [[ -n ${LIBTORCH:-} ]]; then
         check_libtorch "$LIBTORCH" LIBTORCH
-        target=$(cd "$LIBTORCH" && pwd)
+        target=$(readlink -f "$LIBTORCH")  # it may be the link itself
     elif [[ -z $flavour && -d $link && $(libtorch_version "$link") == "$TORCH_VERSION" ]]; then
         return
     else
