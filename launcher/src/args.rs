@@ -409,7 +409,7 @@ fn positive_seconds(text: &str) -> Result<Duration, String> {
 }
 
 fn preempting_signal(text: &str) -> Result<i32, String> {
-    let expected = "expected a signal that can be caught, such as TERM or USR1";
+    let expected = "expected a signal that can ask for it, such as TERM or USR1";
     preemption::parse_signal(text).ok_or_else(|| expected.to_owned())
 }
 

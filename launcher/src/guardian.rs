@@ -6,6 +6,10 @@
 //! group, holds one end of a socket whose other end only the launcher has, and kills the groups
 //! when that end closes without a farewell. What has left its group (`setsid`, a daemon) is known
 //! by the launcher's identifier in its environment. The guardian sleeps in one system call for the whole run.
+//!
+//! A scheduler may kill a job by a walk over its processes, from parent to child. What a worker starts
+//! while that goes on is in no list, and a guardian that is would not be there to find it. So it is
+//! nobody's descendant, wherever the process that adopts it is known to collect what has ended.
 
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
@@ -17,6 +21,10 @@ use crate::sys::{self, Pid};
 
 /// Its name in process lists.
 const NAME: &std::ffi::CStr = c"rr-guardian";
+
+/// Programs that are made to be a machine's or a container's first process.
+const INITS: [&str; 8] =
+    ["systemd", "init", "tini", "dumb-init", "docker-init", "catatonit", "s6-svscan", "runit"];
 
 /// Between two searches for processes of the run.
 const SEARCH: Duration = Duration::from_millis(20);
@@ -31,6 +39,7 @@ const FAREWELL: i32 = 0;
 /// of the launcher, it lets the guardian do its work first.
 pub struct Guardian {
     pid: Pid,
+    pidfd: Option<OwnedFd>,
     socket: Option<OwnedFd>,
     /// Children that this process had before it became a launcher: a script has started them, and
     /// then `exec`ed it.
@@ -43,13 +52,22 @@ impl Guardian {
     pub fn start(launcher_id: &str) -> io::Result<Self> {
         let bystanders = procfs::children();
         let (ours, theirs) = sys::message_pair()?;
-        let own_end = ours.as_raw_fd();
-        let pid = sys::fork_aside(NAME, || {
+        let (own_end, their_end) = (ours.as_raw_fd(), theirs.as_raw_fd());
+        let has_pidfds = sys::pidfd(sys::own_pid()).is_some();
+        let child = sys::fork_aside(NAME, has_pidfds && orphans_are_collected(), || {
             // The guardian's copy of the launcher's end would keep the connection open for ever.
             sys::close_inherited(own_end);
-            watch(&theirs, launcher_id);
+            if sys::send_number(their_end, sys::own_pid()).is_ok() {
+                watch(&theirs, launcher_id);
+            }
         })?;
-        Ok(Self { pid, socket: Some(ours), bystanders })
+        drop(theirs);
+        let pid = sys::receive_number(&ours);
+        if pid != Some(child) {
+            sys::wait_for(child);
+        }
+        let pid = pid.ok_or_else(|| io::Error::other("it ended at once"))?;
+        Ok(Self { pid, pidfd: sys::pidfd(pid), socket: Some(ours), bystanders })
     }
 
     /// Whether a child of this process is the guardian itself, or older than the launch.
@@ -77,8 +95,20 @@ impl Guardian {
 impl Drop for Guardian {
     fn drop(&mut self) {
         drop(self.socket.take());
+        if let Some(guardian) = &self.pidfd {
+            sys::wait_for_end(guardian);
+        }
+        // Nothing to wait for where it is no child.
         sys::wait_for(self.pid);
     }
+}
+
+/// Whether an orphan that ends does not stay as a zombie: in a container the first process may be any
+/// program. Nodes of Slurm are whole machines.
+fn orphans_are_collected() -> bool {
+    let first = procfs::name(1);
+    std::env::var_os(vars::SLURM_JOB_ID).is_some()
+        || first.is_some_and(|name| INITS.contains(&&*name))
 }
 
 /// The guardian's whole life.

@@ -3,6 +3,7 @@
 mod signals;
 mod spawn;
 
+use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
@@ -153,6 +154,13 @@ pub fn wait_for(pid: Pid) {
     let _ = retried(|| unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) });
 }
 
+/// Waits until the process of a [`pidfd`] has ended, whoever's child it is.
+pub fn wait_for_end(process: &OwnedFd) {
+    let mut ended = libc::pollfd { fd: process.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one entry, which outlives the call.
+    let _ = retried(|| unsafe { libc::poll(&raw mut ended, 1, -1) });
+}
+
 /// How a child ended, if it has; it is then collected.
 ///
 /// # Errors
@@ -187,7 +195,8 @@ fn die_with(parent: Pid) -> io::Result<()> {
     Ok(())
 }
 
-fn own_pid() -> Pid {
+/// The id of this process.
+pub fn own_pid() -> Pid {
     std::process::id() as Pid
 }
 
@@ -292,8 +301,10 @@ pub fn receive_number(socket: &OwnedFd) -> Option<i32> {
 /// Forks a child that runs `body` and ends. To be called before this process starts a thread.
 ///
 /// The child is in its own session, ignores the signals that end a launcher, holds none of its
-/// parent's standard streams, and shows as `name` in process lists.
-pub fn fork_aside(name: &std::ffi::CStr, body: impl FnOnce()) -> io::Result<Pid> {
+/// parent's standard streams, and shows as `name` in process lists. `as_orphan` it is a grandchild
+/// whose parent, the child whose id is returned, has ended: no descendant of this process in anybody's
+/// list. Where no second process can be had, it is the child after all.
+pub fn fork_aside(name: &CStr, as_orphan: bool, body: impl FnOnce()) -> io::Result<Pid> {
     let null = File::options().read(true).write(true).open("/dev/null")?;
     // SAFETY: this process has started no thread, so that the child may do whatever a process may;
     // it never returns from here. (NVML, where it was loaded, has been closed; should it have left
@@ -305,6 +316,9 @@ pub fn fork_aside(name: &std::ffi::CStr, body: impl FnOnce()) -> io::Result<Pid>
     // SAFETY: plain calls on descriptors and signals that exist; `name` ends in NUL. Failures
     // leave a child that is less well hidden, which is no reason not to run it.
     unsafe {
+        if as_orphan && libc::fork() > 0 {
+            libc::_exit(0);
+        }
         libc::setsid();
         for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT] {
             libc::signal(signal, libc::SIG_IGN);
@@ -363,7 +377,7 @@ pub fn terminal_width(fd: BorrowedFd<'_>) -> Option<usize> {
 }
 
 /// A file in memory, without a name, gone with its last descriptor.
-pub fn memory_file(name: &std::ffi::CStr) -> io::Result<File> {
+pub fn memory_file(name: &CStr) -> io::Result<File> {
     // SAFETY: `name` ends in NUL.
     owned(unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) }).map(File::from)
 }

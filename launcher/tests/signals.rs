@@ -127,18 +127,60 @@ fn the_guardian_ends_with_the_launcher_and_before_it_nothing_is_missed() {
     assert!(!common::is_alive(guardian), "the launcher waits for its guardian");
 }
 
-/// The guardian among a launcher's children.
+/// The guardian of a launcher, which is a fork of it and so has its command line.
 fn guardian_of(launcher: i32) -> i32 {
-    let is_guardian = |pid: &i32| {
-        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-        let parent = format!("PPid:\t{launcher}\n");
-        status.starts_with("Name:\trr-guardian\n") && status.contains(&parent)
+    let line = |pid: i32| std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let name = |pid: i32| std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    let is_guardian = |&pid: &i32| name(pid) == "rr-guardian\n" && line(pid) == line(launcher);
+    processes().find(is_guardian).unwrap()
+}
+
+fn processes() -> impl Iterator<Item = i32> {
+    let number = |entry: std::fs::DirEntry| entry.file_name().to_str()?.parse().ok();
+    std::fs::read_dir("/proc").unwrap().filter_map(move |entry| number(entry.unwrap()))
+}
+
+/// A process and all that descend from it, as a scheduler without control groups lists them.
+fn tree(root: i32) -> Vec<i32> {
+    let parent = |pid: i32| -> Option<i32> {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        status.lines().find_map(|line| line.strip_prefix("PPid:\t"))?.parse().ok()
     };
-    std::fs::read_dir("/proc")
-        .unwrap()
-        .filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok())
-        .find(is_guardian)
-        .unwrap()
+    let mut found = vec![root];
+    let mut next = 0;
+    while next < found.len() {
+        let children = processes().filter(|&pid| parent(pid) == Some(found[next]));
+        let children: Vec<i32> = children.collect();
+        found.extend(children);
+        next += 1;
+    }
+    found
+}
+
+#[test]
+fn nobody_survives_a_kill_of_all_processes_in_a_list_to_which_one_is_added_meanwhile() {
+    let folder = tempfile::tempdir().unwrap();
+    let mark = folder.path().join("turns");
+    let worker = format!("while :; do echo >> {}; sleep 300; done", mark.display());
+    let launch = Launch::start(shell(1, &[], &worker).env("SLURM_JOB_ID", "7"));
+    let turns = || std::fs::read_to_string(&mark).unwrap_or_default().len();
+    let has_slept = |count| {
+        let long = || tree(launch.pid()).len() >= 3 && turns() == count;
+        assert!(common::eventually(Duration::from_secs(10), long), "turn {count}");
+    };
+    has_slept(1);
+    let listed = tree(launch.pid());
+    // The child of the worker is killed first, and another follows before the worker is killed too.
+    common::send("KILL", listed[listed.len() - 1]);
+    has_slept(2);
+    let added: Vec<i32> =
+        tree(launch.pid()).into_iter().filter(|pid| !listed.contains(pid)).collect();
+    assert_eq!(added.len(), 1, "{added:?} were added to {listed:?}");
+    let listed: Vec<String> = listed[..listed.len() - 1].iter().map(i32::to_string).collect();
+    // At once; one that another's end has ended is not there to be killed.
+    let _ = std::process::Command::new("kill").arg("-KILL").args(listed).status().unwrap();
+    assert_all_end(&added);
+    launch.wait();
 }
 
 /// Starts `rr-launch --cpu -- sh -c WORKER` through Python, which ignores a signal first: signals

@@ -15,12 +15,29 @@ pub fn signals(also: Option<i32>) -> Vec<i32> {
     all
 }
 
+/// Signals that cannot be caught, or mean something else: a fault of the program, a child's end, that
+/// a job stops or goes on. To wait for such a fault would hide it.
+const NOT_ASKING: [i32; 14] = [
+    libc::SIGKILL,
+    libc::SIGSTOP,
+    libc::SIGCHLD,
+    libc::SIGCONT,
+    libc::SIGTSTP,
+    libc::SIGTTIN,
+    libc::SIGTTOU,
+    libc::SIGSEGV,
+    libc::SIGBUS,
+    libc::SIGILL,
+    libc::SIGFPE,
+    libc::SIGTRAP,
+    libc::SIGABRT,
+    libc::SIGSYS,
+];
+
 /// A signal by its name (`TERM`, `SIGTERM`) or number that can ask for it.
 #[must_use]
 pub fn parse_signal(text: &str) -> Option<i32> {
-    let can_be_caught =
-        |signal: &i32| ![libc::SIGKILL, libc::SIGSTOP, libc::SIGCHLD].contains(signal);
-    sys::signal_number(text).filter(can_be_caught)
+    sys::signal_number(text).filter(|signal| !NOT_ASKING.contains(signal))
 }
 
 /// From now on the signals end this process no more, but are remembered; after the first, TERM does
@@ -34,7 +51,7 @@ pub fn listen() -> Result<(), ContractError> {
         Ok(text) => Some(parse_signal(&text).ok_or(ContractError::Invalid {
             name: vars::RR_PREEMPT_SIGNAL,
             value: text,
-            expected: "a signal that can be caught, such as TERM or USR1".to_owned(),
+            expected: "a signal that can ask for it, such as TERM or USR1".to_owned(),
         })?),
         Err(_) => None,
     };

@@ -355,23 +355,32 @@ impl Host {
     }
 }
 
-/// What two nodes do not agree on, in a line: the first of the terms that differs.
+/// What two nodes do not agree on, in a line: every term that differs.
 fn disagreement(own: &Hello, other: &Hello) -> Option<String> {
     let [one, two] = [own, other].map(|hello| name_of(hello.node_rank, &hello.host));
-    let mut pairs = own.terms.iter().zip(&other.terms);
-    if let Some((ours, theirs)) = pairs.find(|(ours, theirs)| ours != theirs) {
-        let Term { name, value, is_readable } = ours;
-        if !is_readable || *name != theirs.name {
-            return Some(format!("{name}: not the same on {two} and on {one}"));
-        }
-        let shown =
-            |value: &str| if value.is_empty() { "none".to_owned() } else { value.to_owned() };
-        let (value, theirs) = (shown(value), shown(&theirs.value));
-        return Some(format!(
-            "{name}: {theirs} on {two}, {value} on {one}; they have to be the same"
-        ));
+    let named_alike = own.terms.iter().zip(&other.terms).all(|(a, b)| a.name == b.name);
+    if !named_alike || own.terms.len() != other.terms.len() {
+        return Some(format!("{two} is another rr-launch than {one}"));
     }
-    (own.terms.len() != other.terms.len()).then(|| format!("{two} is another rr-launch than {one}"))
+    let pairs = own.terms.iter().zip(&other.terms);
+    let differing: Vec<_> = pairs.filter(|(ours, theirs)| ours != theirs).collect();
+    // A digest of files tells nothing by itself, and often follows from a setting beside it.
+    let (shown, digests): (Vec<_>, Vec<_>) =
+        differing.into_iter().partition(|(ours, theirs)| ours.is_readable && theirs.is_readable);
+    let or_none = |value: &str| if value.is_empty() { "none".to_owned() } else { value.to_owned() };
+    let shown: Vec<String> = shown
+        .into_iter()
+        .map(|(ours, theirs)| {
+            let [ours_value, theirs] = [&ours.value, &theirs.value].map(|value| or_none(value));
+            format!("{}: {theirs} on {two}, {ours_value} on {one}", ours.name)
+        })
+        .collect();
+    if !shown.is_empty() {
+        return Some(format!("{}; they have to be the same", shown.join("; ")));
+    }
+    let digests: Vec<&str> = digests.iter().map(|(ours, _)| ours.name.as_str()).collect();
+    (!digests.is_empty())
+        .then(|| format!("{}: not the same on {two} and on {one}", digests.join(", ")))
 }
 
 /// `node 2`, `nodes 1, 3-5`.
@@ -497,6 +506,15 @@ mod tests {
         assert_eq!(
             disagreement(&own, &other).as_deref(),
             Some("--nnodes: 2 on node 1 (b), 3 on node 0 (a); they have to be the same")
+        );
+        let other =
+            hello(1, &[("--nnodes", "2", true), ("--run-id", "x", true), ("--config", "2", false)]);
+        assert_eq!(
+            disagreement(&own, &other).as_deref(),
+            Some(
+                "--nnodes: 2 on node 1 (b), 3 on node 0 (a); --run-id: x on node 1 (b), none on \
+                 node 0 (a); they have to be the same"
+            )
         );
         let other =
             hello(1, &[("--nnodes", "3", true), ("--run-id", "x", true), ("--config", "1", false)]);
