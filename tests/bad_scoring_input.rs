@@ -147,7 +147,10 @@ fn scores_that_are_no_numbers_are_an_error() {
     ] {
         let outcome = call(dir.path(), &[args, &["--model", "model"]].concat());
         assert_eq!((outcome.code, outcome.stdout.as_str()), (Some(1), ""), "{args:?}");
-        assert!(outcome.stderr.starts_with("error: the model's score is NaN for "), "{outcome:?}");
+        // Several models may be evaluated.
+        let whose = if args[0] == "eval" { "model: " } else { "" };
+        let expected = format!("error: {whose}the model's score is NaN for ");
+        assert!(outcome.stderr.starts_with(&expected), "{outcome:?}");
     }
     assert!(!dir.path().join("scores.jsonl").exists());
 }

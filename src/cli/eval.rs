@@ -144,9 +144,13 @@ fn models(
     for dir in &args.model {
         let model = args.options.load(dir, env)?;
         let options = args.options.score_options();
-        let scores = eval::model_scores(&model, &dataset, &options, comm)?;
         // One model needs no name; several are told apart by where they came from.
         let path = dir.display().to_string();
+        let scores =
+            eval::model_scores(&model, &dataset, &options, comm).map_err(|error| match error {
+                Error::Training(reason) => Error::Training(format!("{path}: {reason}")),
+                other => other,
+            })?;
         add(if args.model.len() == 1 { "model" } else { &path }, &dataset, &scores)?;
     }
     Ok(evaluation)
