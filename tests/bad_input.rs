@@ -206,9 +206,9 @@ fn strategies_that_make_no_sense() {
         assert!(error.starts_with("p.yaml:2:15: num_machines: 2, but these "), "{error}");
         assert!(error.ends_with(" every machine: rr-launch --nnodes 2, torchrun or srun"));
     });
-    fsdp("", "num_processes: 3\n").refused_with(|error| {
-        let start = "p.yaml:2:16: num_processes: the file is for 3 processes and this run has ";
-        assert!(error.starts_with(start), "{error}");
+    fsdp("", "").args(&["--set", "num_processes=3"]).refused_with(|error| {
+        let start = "--set num_processes=3: num_processes: this run has ";
+        assert!(error.starts_with(start) && error.ends_with(" processes; start 3"), "{error}");
     });
     Case::new()
         .write("ds.json", "{\"zero_optimization\": {\"stage\": 2},\n\"fp16\": {\"enabled\": 3}}")

@@ -23,7 +23,7 @@ impl Resolver<'_> {
         let gpu_ids = gpu_ids(raw.gpu_ids.as_ref())?;
         let mut plan = ParallelPlan {
             strategy: Strategy::Ddp,
-            processes: processes(raw, sources)?,
+            processes: self.processes(raw, sources)?,
             machines: count(raw.num_machines.as_ref(), 1, 1)?,
             device: self.device(raw, kind, sources)?,
             gpu_ids,
@@ -50,6 +50,30 @@ impl Resolver<'_> {
             DistributedType::Fsdp => self.fsdp(&raw.fsdp, &mut plan)?,
         }
         Ok((plan, shared))
+    }
+
+    /// The world size: as many workers as were started, whatever the file says, which only decides
+    /// where nobody else does.
+    fn processes(&mut self, raw: &RawParallel, sources: &Sources) -> Result<Option<usize>> {
+        // accelerate writes -1 for "as many as the cluster starts".
+        let configured = raw.num_processes.as_ref().filter(|setting| setting.value != -1);
+        let Some(setting) = configured else { return Ok(sources.processes) };
+        let configured = count(Some(setting), 1, 1)?;
+        let Some(started) = sources.processes.filter(|&started| started != configured) else {
+            return Ok(Some(configured));
+        };
+        let place = &setting.place;
+        if place.option.is_some() {
+            let message = format!("this run has {started} processes; start {configured}");
+            return Err(setting.error(message));
+        }
+        let key = &setting.key;
+        self.notices.push(format!(
+            "{key}: {started} from the launcher overrides {configured} from {place}"
+        ));
+        // The flags are noted where nothing else has decided.
+        self.origins.remove(key);
+        Ok(Some(started))
     }
 
     /// accelerate reads only the section that its `distributed_type` names.
@@ -201,22 +225,6 @@ impl Resolver<'_> {
 
 fn offloaded(setting: Option<&Setting<OffloadDevice>>) -> Option<&Setting<OffloadDevice>> {
     setting.filter(|setting| setting.value == OffloadDevice::Cpu)
-}
-
-/// The world size; a file that was written for another one is refused, because its batch size,
-/// learning rate and schedule were chosen for that one.
-fn processes(raw: &RawParallel, sources: &Sources) -> Result<Option<usize>> {
-    // accelerate writes -1 for "as many as the cluster starts".
-    let configured = raw.num_processes.as_ref().filter(|setting| setting.value != -1);
-    let Some(setting) = configured else { return Ok(sources.processes) };
-    let configured = count(Some(setting), 1, 1)?;
-    match sources.processes {
-        Some(started) if started != configured => Err(setting.error(format!(
-            "the file is for {configured} processes and this run has {started}; \
-             start {configured}, or remove the key, or add --set num_processes={started}"
-        ))),
-        _ => Ok(Some(configured)),
-    }
 }
 
 /// `all`, `0,1`, `0` or a list; `None` is all.

@@ -340,11 +340,6 @@ fn bad_parallel_files_are_one_line() {
              DEEPSPEED, found the text \"TPU\"",
         ),
         (
-            "num_processes: 4",
-            "parallel.yaml:1:16: num_processes: the file is for 4 processes and this run has 2; \
-             start 4, or remove the key, or add --set num_processes=2",
-        ),
-        (
             "num_processes: 0",
             "parallel.yaml:1:16: num_processes: expected an integer of at least 1, found 0",
         ),

@@ -158,3 +158,25 @@ fn auto_takes_the_training_yaml_s_value() {
     let off = deepspeed.replace("\"auto\"", "0.0");
     assert_eq!(Case::new("").parallel(&off).resolve().unwrap().training.max_grad_norm, None);
 }
+
+/// As many workers as were started, whatever a file was written for; `--set` means what it says.
+#[test]
+fn the_launcher_decides_how_many_workers() {
+    let case = |started| {
+        let mut case = Case::new("").parallel("num_processes: 4");
+        case.sources.processes = started;
+        case
+    };
+    let plan = case(None).resolve().unwrap();
+    assert_eq!((plan.parallel.processes, plan.notices.len()), (Some(4), 0));
+
+    let given = case(Some(2));
+    let plan = given.resolve().unwrap();
+    assert_eq!(plan.parallel.processes, Some(2));
+    assert_eq!(plan.origins["num_processes"].place.to_string(), "the launcher");
+    let notice = "num_processes: 2 from the launcher overrides 4 from parallel.yaml:1";
+    assert_eq!(given.notices(), [notice]);
+
+    let error = case(Some(2)).set("num_processes=3").resolve().unwrap_err();
+    assert_eq!(error, "--set num_processes=3: num_processes: this run has 2 processes; start 3");
+}
