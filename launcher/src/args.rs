@@ -1,9 +1,10 @@
 //! The command line: raw flags, and what they ask for.
 
+mod foreign;
 mod nodes;
 mod output;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
@@ -41,11 +42,11 @@ USR1, USR2 and --preempt-signal ask them to save and end.";
 
 const EXAMPLES: &str = "Examples:
   rr-launch --gpus 0,1 --config train.yaml
-  rr-launch --gpus all --parallel config/deepspeed/zero2.yaml --config train.yaml --set lr=2e-5
-  rr-launch --max-restarts 3 --hang-timeout 600 --log-dir logs --config train.yaml
+  rr-launch --gpus all --parallel zero2.yaml --config train.yaml --set lr=2e-5
+  rr-launch --max-restarts 3 --hang-timeout 600 --config train.yaml
   rr-launch --gpus 0,1 -- python train.py
   srun rr-launch --nnodes auto --gpus all --config train.yaml
-  rr-launch --cpu --nproc 4 --show failed --log-dir logs --log-format json -- ./my-program";
+  rr-launch --cpu --nproc 4 --show failed --log-dir logs -- ./my-program";
 
 /// The flags of `rr-launch`.
 #[derive(Debug, Parser)]
@@ -61,19 +62,21 @@ const EXAMPLES: &str = "Examples:
 )]
 #[allow(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 pub struct Args {
-    /// GPUs by index, UUID, MIG UUID, `all` [default: config's, or all]
+    /// GPUs: indices, UUIDs or all [default: config's]
+    ///
+    /// By index, UUID (or its beginning), or MIG UUID. Without this flag and --cpu the configuration decides, else all visible GPUs.
     #[arg(long, value_name = "LIST", conflicts_with = "cpu")]
     pub gpus: Option<GpuRequest>,
     /// Run on the CPU
     #[arg(long)]
     pub cpu: bool,
-    /// Number of CPU workers [default: the config's, else 1]
+    /// CPU workers [default: the config's, else 1]
     #[arg(long, value_name = "N", requires = "cpu", value_parser = worker_count)]
     pub nproc: Option<usize>,
     /// Training file: run `reranker train` on it
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Parallel file (accelerate's schema) [also: --config-file]
+    /// Parallel file, as accelerate's --config-file
     #[arg(
         long,
         value_name = "FILE",
@@ -81,45 +84,49 @@ pub struct Args {
         requires = "config"
     )]
     pub parallel: Option<PathBuf>,
-    /// Override a key of the training file; repeatable
+    /// Override a key of the training file
+    ///
+    /// May be repeated.
     #[arg(long, value_name = "KEY=VALUE", requires = "config", value_parser = key_value)]
     pub set: Vec<String>,
     /// Replace a finished run in the output directory
     #[arg(long, requires = "config")]
     pub overwrite: bool,
-    /// Drop bad records and report them, instead of stopping
+    /// Drop and report bad records, do not stop
     #[arg(long, requires = "config")]
     pub skip_bad_records: bool,
-    /// Continue an unfinished run: auto, never, or a checkpoint's path
+    /// Go on: auto, never, or a checkpoint's path
     #[arg(long, value_name = "VALUE", requires = "config")]
     pub resume: Option<OsString>,
-    /// Go on from a checkpoint although the run differs
+    /// Go on although the run differs
     #[arg(long, requires = "config")]
     pub resume_anyway: bool,
-    /// The longest wait of a worker for another, in seconds [default: 600]
-    #[arg(long, value_name = "SECONDS", value_parser = seconds, requires = "config")]
+    /// A worker's wait for another [default: 600]
+    #[arg(long, value_name = "SEC", value_parser = seconds, requires = "config")]
     pub timeout: Option<Duration>,
-    /// Rendezvous port of rank 0 [default: a free one]
+    /// Port of rank 0 [default: a free one]
     #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
     pub master_port: Option<u16>,
-    /// Time from TERM to KILL when workers must end
-    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds, allow_negative_numbers = true)]
+    /// From TERM to KILL [default: 10]
+    #[arg(long, value_name = "SEC", default_value = "10", hide_default_value = true, value_parser = seconds, allow_negative_numbers = true)]
     pub grace: Duration,
-    /// Restart all workers after a failure, at most N times
-    #[arg(long, value_name = "N", default_value = "0")]
+    /// Restart all after a failure [default: 0]
+    ///
+    /// At most N times.
+    #[arg(long, value_name = "N", default_value = "0", hide_default_value = true)]
     pub max_restarts: u32,
-    /// End, or restart, when no worker makes progress for so long
-    #[arg(long, value_name = "SECONDS", value_parser = positive_seconds, allow_negative_numbers = true)]
+    /// End, or restart, after no progress for so long
+    #[arg(long, value_name = "SEC", value_parser = positive_seconds, allow_negative_numbers = true)]
     pub hang_timeout: Option<Duration>,
-    /// Most time for taking stacks of workers that hang; 0: none
+    /// Time for stacks after a hang [default: 10]
     ///
     /// By py-spy (of Python programs), eu-stack or gdb, whichever of them is in PATH, before the
     /// workers are ended: into DIR/attempt-A/rank-R.stacks.txt of --log-dir, else the main thread of
-    /// the rank to blame onto stderr.
-    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds, allow_negative_numbers = true)]
+    /// the rank to blame onto stderr. 0: none.
+    #[arg(long, value_name = "SEC", default_value = "10", hide_default_value = true, value_parser = seconds, allow_negative_numbers = true)]
     pub stack_timeout: Duration,
-    /// A signal that makes workers save and end, beside USR1 and USR2
-    #[arg(long, value_name = "SIGNAL", value_parser = preempting_signal)]
+    /// Ask to save and end, as do USR1 and USR2
+    #[arg(long, value_name = "SIG", value_parser = preempting_signal)]
     pub preempt_signal: Option<i32>,
     /// Several nodes
     #[command(flatten)]
@@ -127,16 +134,21 @@ pub struct Args {
     /// What becomes of the workers' output
     #[command(flatten)]
     pub output: OutputArgs,
-    /// Tie workers to CPUs: a NUMA node, or own cores
+    /// Tie to CPUs: numa, cores, none [default: none]
+    ///
+    /// To a NUMA node, or to cores of their own.
     #[arg(
         long,
         value_enum,
-        value_name = "numa|cores|none",
+        value_name = "HOW",
         default_value = "none",
+        hide_default_value = true,
         hide_possible_values = true
     )]
     pub bind: Binding,
-    /// Print the plan and each worker's environment, start nothing
+    /// Print the plan, start nothing
+    ///
+    /// With each worker's environment.
     #[arg(long)]
     pub dry_run: bool,
     /// Print help
@@ -370,16 +382,31 @@ fn one_line(error: &clap::Error) -> String {
         .map(|part| part.split_whitespace().collect::<Vec<_>>().join(" "))
         .collect::<Vec<_>>()
         .join("; ");
-    // As after torchrun, which needs no `--`.
-    let hint = match error.get(ContextKind::InvalidArg) {
-        Some(ContextValue::String(word))
-            if error.kind() == ErrorKind::UnknownArgument && !word.starts_with('-') =>
-        {
-            format!("; a program and its arguments go behind `--`: rr-launch … -- {word} …")
+    let unknown = match error.get(ContextKind::InvalidArg) {
+        Some(ContextValue::String(word)) if error.kind() == ErrorKind::UnknownArgument => {
+            word.as_str()
         }
-        _ => String::new(),
+        _ => "",
+    };
+    if let Some(instead) = foreign::counterpart(unknown) {
+        return format!(
+            "{unknown} is another launcher's; here it is {instead} (see rr-launch --help)"
+        );
+    }
+    // As after torchrun, which needs no `--`.
+    let hint = if unknown.is_empty() || unknown.starts_with('-') {
+        String::new()
+    } else if is_python(OsStr::new(unknown)) {
+        format!("; a program goes behind `--`: rr-launch … -- python {unknown} …")
+    } else {
+        format!("; a program and its arguments go behind `--`: rr-launch … -- {unknown} …")
     };
     format!("{explanation}{hint} (see rr-launch --help)")
+}
+
+/// Whether a word names a Python file, which torchrun hands to the interpreter by itself.
+pub(crate) fn is_python(word: &OsStr) -> bool {
+    Path::new(word).extension().is_some_and(|extension| extension == "py")
 }
 
 fn worker_count(text: &str) -> Result<usize, String> {
@@ -438,8 +465,8 @@ mod tests {
             Invocation::Show(text) => text,
             Invocation::Launch(_) => panic!("--help launches"),
         };
-        assert!((24..=50).contains(&text.lines().count()), "{text}");
-        assert!(text.lines().all(|line| line.chars().count() <= 100), "{text}");
+        assert!((24..=48).contains(&text.lines().count()), "{text}");
+        assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
         assert!(text.contains("Examples:"), "{text}");
     }
 

@@ -39,6 +39,8 @@ pub enum Token {
     Node(usize),
     /// A launcher that calls although the launch has begun.
     Caller,
+    /// The end of the guardian.
+    Guardian,
 }
 
 impl Token {
@@ -51,6 +53,7 @@ impl Token {
             Self::Pipe(index) => (3, index),
             Self::Node(node) => (4, node),
             Self::Caller => (5, 0),
+            Self::Guardian => (6, 0),
         };
         (kind << 32) | index as u64
     }
@@ -64,7 +67,8 @@ impl Token {
             2 => Self::End(index),
             3 => Self::Pipe(index),
             4 => Self::Node(index),
-            _ => Self::Caller,
+            5 => Self::Caller,
+            _ => Self::Guardian,
         }
     }
 }

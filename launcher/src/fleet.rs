@@ -86,6 +86,7 @@ impl Worker {
             streams: [stdin.as_fd(), its_stdout.as_fd(), its_stderr.as_fd()],
             cpus: plan.cpus(index),
             guardian: guardian.descriptor(),
+            mark: guardian.mark(),
         };
         let pid = start.run()?;
         Ok(Self {

@@ -5,17 +5,19 @@
 //! what they have started: data workers, side processes. The guardian knows every worker's process
 //! group, holds one end of a socket whose other end only the launcher has, and kills the groups
 //! when that end closes without a farewell. What has left its group (`setsid`, a daemon) is known
-//! by the launcher's identifier in its environment. The guardian sleeps in one system call for the whole run.
+//! by the launcher's identifier in its environment, and what has cleared that (`env -i`) by a mark that
+//! the kernel hands down. The guardian sleeps in one system call for the whole run. If it is itself
+//! killed, the launcher starts another.
 //!
 //! A scheduler may kill a job by a walk over its processes, from parent to child. What a worker starts
 //! while that goes on is in no list, and a guardian that is would not be there to find it. So it is
 //! nobody's descendant, wherever the process that adopts it is known to collect what has ended.
 
 use std::io;
-use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 
-use crate::contract::vars;
+use crate::contract::{fnv1a, vars};
 use crate::procfs;
 use crate::sys::{self, Pid};
 
@@ -32,6 +34,9 @@ const SEARCH: Duration = Duration::from_millis(20);
 /// Searches at most; each kills what it finds, so that only what forks faster than it dies is left.
 const SEARCHES: u32 = 50;
 
+/// How often a guardian that was killed is replaced: somebody may mean it.
+const SUCCESSORS: u32 = 10;
+
 /// Sent as the last number: all is well.
 const FAREWELL: i32 = 0;
 
@@ -41,33 +46,53 @@ pub struct Guardian {
     pid: Pid,
     pidfd: Option<OwnedFd>,
     socket: Option<OwnedFd>,
+    launcher_id: String,
+    /// Guardians before this one.
+    predecessors: u32,
     /// Children that this process had before it became a launcher: a script has started them, and
     /// then `exec`ed it.
     bystanders: Vec<Pid>,
 }
 
 impl Guardian {
-    /// Starts the guardian of the launcher `launcher_id`. To be called before any worker, and before this
-    /// process has a thread.
+    /// Starts the guardian of the launcher `launcher_id`. To be called before any worker, by a process
+    /// of one thread.
     pub fn start(launcher_id: &str) -> io::Result<Self> {
         let bystanders = procfs::children();
-        let (ours, theirs) = sys::message_pair()?;
-        let (own_end, their_end) = (ours.as_raw_fd(), theirs.as_raw_fd());
-        let has_pidfds = sys::pidfd(sys::own_pid()).is_some();
-        let child = sys::fork_aside(NAME, has_pidfds && orphans_are_collected(), || {
-            // The guardian's copy of the launcher's end would keep the connection open for ever.
-            sys::close_inherited(own_end);
-            if sys::send_number(their_end, sys::own_pid()).is_ok() {
-                watch(&theirs, launcher_id);
-            }
-        })?;
-        drop(theirs);
-        let pid = sys::receive_number(&ours);
-        if pid != Some(child) {
-            sys::wait_for(child);
+        let (pid, socket) = fork(launcher_id)?;
+        Ok(Self {
+            pid,
+            pidfd: sys::pidfd(pid),
+            socket: Some(socket),
+            launcher_id: launcher_id.to_owned(),
+            predecessors: 0,
+            bystanders,
+        })
+    }
+
+    /// Starts another in the place of one that has ended, and tells it of these process groups.
+    pub fn replace(&mut self, groups: impl Iterator<Item = Pid>) -> io::Result<()> {
+        if self.predecessors == SUCCESSORS {
+            return Err(io::Error::other(format!("{SUCCESSORS} were replaced before")));
         }
-        let pid = pid.ok_or_else(|| io::Error::other("it ended at once"))?;
-        Ok(Self { pid, pidfd: sys::pidfd(pid), socket: Some(ours), bystanders })
+        self.predecessors += 1;
+        // Nothing to wait for where it is no child.
+        sys::wait_for(self.pid);
+        (self.pidfd, self.socket) = (None, None);
+        let (pid, socket) = fork(&self.launcher_id)?;
+        (self.pid, self.pidfd, self.socket) = (pid, sys::pidfd(pid), Some(socket));
+        groups.for_each(|group| drop(sys::send_number(self.descriptor(), group)));
+        Ok(())
+    }
+
+    /// What becomes readable when it ends.
+    pub fn end_of_life(&self) -> Option<BorrowedFd<'_>> {
+        self.pidfd.as_ref().map(OwnedFd::as_fd)
+    }
+
+    /// The mark of what workers start.
+    pub fn mark(&self) -> u64 {
+        mark_of(&self.launcher_id)
     }
 
     /// Whether a child of this process is the guardian itself, or older than the launch.
@@ -103,6 +128,32 @@ impl Drop for Guardian {
     }
 }
 
+/// Starts a guardian; its process id, and this process's end of the connection to it.
+fn fork(launcher_id: &str) -> io::Result<(Pid, OwnedFd)> {
+    let (ours, theirs) = sys::message_pair()?;
+    let (own_end, their_end) = (ours.as_raw_fd(), theirs.as_raw_fd());
+    let has_pidfds = sys::pidfd(sys::own_pid()).is_some();
+    let child = sys::fork_aside(NAME, has_pidfds && orphans_are_collected(), || {
+        // Its copy of the launcher's end would keep the connection open for ever, as those of other
+        // connections would theirs.
+        sys::close_inherited(own_end, their_end);
+        if sys::send_number(their_end, sys::own_pid()).is_ok() {
+            watch(&theirs, launcher_id);
+        }
+    })?;
+    drop(theirs);
+    let pid = sys::receive_number(&ours);
+    if pid != Some(child) {
+        sys::wait_for(child);
+    }
+    let pid = pid.ok_or_else(|| io::Error::other("it ended at once"))?;
+    Ok((pid, ours))
+}
+
+fn mark_of(launcher_id: &str) -> u64 {
+    sys::mark(fnv1a(launcher_id.as_bytes()))
+}
+
 /// Whether an orphan that ends does not stay as a zombie: in a container the first process may be any
 /// program. Nodes of Slurm are whole machines.
 fn orphans_are_collected() -> bool {
@@ -124,10 +175,11 @@ fn watch(launcher: &OwnedFd, launcher_id: &str) {
     for group in groups {
         sys::signal_group(group, libc::SIGKILL);
     }
-    let mark = format!("{}={launcher_id}", vars::RR_LAUNCHER);
+    let (variable, mark) = (format!("{}={launcher_id}", vars::RR_LAUNCHER), mark_of(launcher_id));
+    let is_left =
+        |&pid: &Pid| procfs::is_marked(pid, mark) || procfs::was_started_with(pid, &variable);
     for _ in 0..SEARCHES {
-        let left: Vec<Pid> =
-            procfs::processes().filter(|&pid| procfs::was_started_with(pid, &mark)).collect();
+        let left: Vec<Pid> = procfs::processes().filter(is_left).collect();
         for &pid in &left {
             // The guardian of a launcher inside this run ends by itself, after its own workers.
             if procfs::name(pid).is_none_or(|name| name.as_bytes() != NAME.to_bytes()) {

@@ -4,7 +4,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::io::{self, IsTerminal as _};
-use std::net::{Ipv4Addr, Ipv6Addr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::args::WorkerCommand;
@@ -35,7 +35,7 @@ impl Rendezvous {
     pub fn on_this_host(port: Option<u16>) -> Result<Self, LaunchError> {
         let free = listen(port.unwrap_or(0)).and_then(|listener| listener.local_addr());
         match (free, port) {
-            (Ok(address), _) => Ok(Self { addr: LOOPBACK.to_owned(), port: address.port() }),
+            (Ok(address), _) => Ok(Self { addr: loopback(), port: address.port() }),
             (Err(error), Some(port)) if error.kind() == io::ErrorKind::AddrInUse => {
                 Err(LaunchError::Usage(format!(
                     "--master-port: port {port} is taken by another program; choose another, or \
@@ -50,6 +50,16 @@ impl Rendezvous {
             }
         }
     }
+}
+
+/// The loopback address: IPv4's, but on a host that has only IPv6's.
+fn loopback() -> String {
+    let has = |address: IpAddr| TcpListener::bind((address, 0)).is_ok();
+    let six = IpAddr::V6(Ipv6Addr::LOCALHOST);
+    if !has(IpAddr::V4(Ipv4Addr::LOCALHOST)) && has(six) {
+        return six.to_string();
+    }
+    LOOPBACK.to_owned()
 }
 
 /// Listens on all addresses, as rank 0 will.

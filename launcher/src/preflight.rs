@@ -8,7 +8,7 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 
-use crate::args::TrainFlags;
+use crate::args::{TrainFlags, is_python};
 use crate::contract::{LaunchPlan, exit_code, vars};
 use crate::devices::Placement;
 use crate::error::LaunchError;
@@ -52,10 +52,13 @@ pub fn require_program(program: &OsStr) -> Result<(), LaunchError> {
     if found {
         return Ok(());
     }
-    Err(LaunchError::Usage(format!(
-        "cannot start `{}`: no such executable file",
-        program.to_string_lossy()
-    )))
+    let name = program.to_string_lossy();
+    let hint = if is_python(program) && Path::new(program).is_file() {
+        format!("; to run it by Python: -- python {name}")
+    } else {
+        String::new()
+    };
+    Err(LaunchError::Usage(format!("cannot start `{name}`: no such executable file{hint}")))
 }
 
 /// Runs the check with the job's flags and reads its plan. Its messages go to stderr as they are.

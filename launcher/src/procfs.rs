@@ -58,6 +58,16 @@ pub fn was_started_with(pid: Pid, variable: &str) -> bool {
     environment.split(|&byte| byte == 0).any(|entry| entry == variable.as_bytes())
 }
 
+/// Whether a process, or one that it descends from, was started with a mark: see [`crate::sys::mark`].
+/// One that has ended, and waits to be collected, is not.
+pub fn is_marked(pid: Pid, mark: u64) -> bool {
+    let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap_or_default();
+    let locks = limits.lines().find_map(|line| line.strip_prefix("Max file locks"));
+    let soft = locks.and_then(|rest| rest.split_whitespace().next()?.parse().ok());
+    let is_over = |fields: Vec<String>| fields.first().is_none_or(|state| "ZX".contains(&**state));
+    soft == Some(mark) && !stat(&format!("/proc/{pid}")).is_none_or(is_over)
+}
+
 /// One thread of a process, as far as the kernel can tell.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Thread {
@@ -244,6 +254,7 @@ mod tests {
         assert!(program(pid).unwrap().is_absolute());
         assert!(was_started_with(pid, "RR_TEST_MARK=x y"));
         assert!(!was_started_with(pid, "RR_TEST_MARK=x"));
+        assert!(!is_marked(pid, crate::sys::mark(1)));
         assert_eq!(parent(pid), Some(std::process::id() as Pid));
         assert_eq!(name(pid).as_deref(), Some("sleep"));
         assert!(processes().any(|other| other == pid));

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use crate::attempt::{Attempt, Token};
 use crate::contract::preemption;
 use crate::error::LaunchError;
+use crate::fleet::Worker;
 use crate::guardian::Guardian;
 use crate::hang::{self, Position};
 use crate::lifecycle::{Cause, Event, Exit, Lifecycle, Order};
@@ -69,6 +70,7 @@ pub fn run(plan: Plan, options: Options, cluster: Option<Cluster>) -> Result<u8,
     let watching = || LaunchError::system("watch the workers");
     let epoll = Epoll::new().map_err(watching())?;
     epoll.add(signals.as_fd(), Interest::Read, Token::Signals.pack()).map_err(watching())?;
+    watch_guardian(&epoll, &guardian).map_err(watching())?;
     let mut output = Output::open(options.output.clone())?;
     cluster.iter().try_for_each(|cluster| cluster.watch(&epoll)).map_err(watching())?;
     let attempt = Attempt::start(&plan, 0, &guardian, &epoll, &mut output, options.hang_timeout)?;
@@ -108,6 +110,12 @@ fn handled_signals(preempting: &[i32]) -> Vec<i32> {
     let asked = [libc::SIGINT, libc::SIGHUP].iter().chain(preempting);
     signals.extend(asked.filter(|&&signal| !sys::is_ignored(signal)));
     signals
+}
+
+/// Watches the guardian's end, where the kernel tells of it.
+fn watch_guardian(epoll: &Epoll, guardian: &Guardian) -> io::Result<()> {
+    let end = guardian.end_of_life();
+    end.map_or(Ok(()), |end| epoll.add(end, Interest::Read, Token::Guardian.pack()))
 }
 
 struct Supervisor {
@@ -244,8 +252,28 @@ impl Supervisor {
                 self.cluster.iter().for_each(Cluster::refuse_caller);
                 Ok(())
             }
+            Token::Guardian => self.replace_guardian(),
             // Its room is used by the next write_out.
             Token::Sink(_) => Ok(()),
+        }
+    }
+
+    /// The guardian has ended, which nothing but a KILL makes it do: without one, what workers have
+    /// started would outlive a launcher that is killed next.
+    fn replace_guardian(&mut self) -> io::Result<()> {
+        if let Some(end) = self.guardian.end_of_life() {
+            self.epoll.remove(end)?;
+        }
+        let workers = self.attempt.workers.iter().filter(|worker| !worker.is_gone());
+        match self.guardian.replace(workers.map(Worker::pid)) {
+            Ok(()) => {
+                self.output.say("the guardian was killed; another has taken its place");
+                watch_guardian(&self.epoll, &self.guardian)
+            }
+            Err(error) => {
+                self.output.say(&format!("the guardian was killed and not replaced: {error}"));
+                Ok(())
+            }
         }
     }
 

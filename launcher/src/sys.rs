@@ -195,6 +195,24 @@ fn die_with(parent: Pid) -> io::Result<()> {
     Ok(())
 }
 
+/// The mark of a launcher: what all processes that descend from its workers carry, and no other does.
+///
+/// It is their limit on file locks (`RLIMIT_LOCKS`), which the kernel hands down over fork, exec and
+/// `setsid`, shows to everybody, and has not enforced since Linux 2.4.25. An environment can be cleared.
+pub fn mark(id: u64) -> u64 {
+    // Far beyond what anybody would limit locks to, and below "unlimited".
+    (id >> 2) | (1 << 62)
+}
+
+/// That limit with a mark, where it may be set: nobody may go beyond the hard one.
+fn marked_limit(mark: u64) -> Option<libc::rlimit> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the kernel writes a live place.
+    let known = unsafe { libc::getrlimit(libc::RLIMIT_LOCKS, &raw mut limit) } == 0;
+    limit.rlim_cur = mark;
+    (known && mark <= limit.rlim_max).then_some(limit)
+}
+
 /// The id of this process.
 pub fn own_pid() -> Pid {
     std::process::id() as Pid
@@ -332,11 +350,16 @@ pub fn fork_aside(name: &CStr, as_orphan: bool, body: impl FnOnce()) -> io::Resu
     }
 }
 
-/// Closes, in a forked child, a descriptor that the parent's copy of the program owns.
-pub fn close_inherited(fd: RawFd) {
-    // SAFETY: the child never runs the parent's code that owns the descriptor.
+/// Closes, in a forked child, the descriptor `inherited`, which the parent's copy of the program owns,
+/// and all others above the standard streams but `kept`. A kernel older than 5.9 closes only the first.
+pub fn close_inherited(inherited: RawFd, kept: RawFd) {
+    let ranges = [(3, kept - 1), (kept + 1, RawFd::MAX)];
+    // SAFETY: the child never runs the parent's code that owns these descriptors.
     unsafe {
-        libc::close(fd);
+        libc::close(inherited);
+        for (first, last) in ranges.into_iter().filter(|(first, last)| first <= last) {
+            libc::syscall(libc::SYS_close_range, first, last, 0);
+        }
     }
 }
 

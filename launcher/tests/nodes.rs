@@ -453,3 +453,30 @@ fn a_second_node_of_the_same_rank_is_refused() {
     assert_codes(&outcomes, 0);
     assert!(outcomes[0].stderr.contains("--node-rank 1 of host "), "{}", outcomes[0].stderr);
 }
+
+#[test]
+fn a_host_without_ipv4_meets_at_the_loopback_that_it_has() {
+    let Some(hosts) = Hosts::new() else { return };
+    let name = &hosts.names[0];
+    ip(&["-n", name, "address", "delete", "127.0.0.1/8", "dev", "lo"]).unwrap();
+    let program = r#"
+import os, socket, time
+address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+if os.environ["RANK"] == "0":
+    socket.create_server(address, family=socket.AF_INET6).accept()
+else:
+    while True:
+        try:
+            socket.create_connection(address)
+            break
+        except ConnectionRefusedError:
+            time.sleep(0.02)
+print(address[0])
+"#;
+    let mut command = Command::new("ip");
+    command.args(["netns", "exec", name]).arg(launcher().get_program());
+    let outcome =
+        common::run(command.args(["--cpu", "--nproc", "2", "--", "python3", "-c", program]));
+    assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+    assert_eq!(outcome.stdout.matches("::1").count(), 2, "{}", outcome.stdout);
+}

@@ -129,10 +129,14 @@ fn the_guardian_ends_with_the_launcher_and_before_it_nothing_is_missed() {
 
 /// The guardian of a launcher, which is a fork of it and so has its command line.
 fn guardian_of(launcher: i32) -> i32 {
+    find_guardian(launcher).unwrap()
+}
+
+fn find_guardian(launcher: i32) -> Option<i32> {
     let line = |pid: i32| std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     let name = |pid: i32| std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
     let is_guardian = |&pid: &i32| name(pid) == "rr-guardian\n" && line(pid) == line(launcher);
-    processes().find(is_guardian).unwrap()
+    processes().filter(|&pid| common::is_alive(pid)).find(is_guardian)
 }
 
 fn processes() -> impl Iterator<Item = i32> {
@@ -232,4 +236,60 @@ fn what_left_its_group_does_not_survive_a_killed_launcher_either() {
     launch.signal("KILL");
     assert_all_end(&everybody);
     assert_eq!(launch.wait().signal, Some(9));
+}
+
+#[test]
+fn what_left_its_group_and_cleared_its_environment_does_not_survive_a_killed_launcher() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().display();
+    // A daemon without a variable or a stream of the run; so is what it starts.
+    let leaf = format!("sleep 300 & echo $! > {path}/leaf; echo $$ > {path}/daemon; wait");
+    let script = format!(
+        "(setsid env -i sh -c 'trap \"\" TERM HUP; {leaf}' < /dev/null > /dev/null 2>&1 & exit)
+        echo $$ > {path}/$RANK; wait; sleep 300"
+    );
+    let launch = Launch::start(&mut shell(1, &[], &script));
+    let everybody = pids(folder.path(), 3);
+    launch.signal("KILL");
+    assert_all_end(&everybody);
+    assert_eq!(launch.wait().signal, Some(9));
+}
+
+#[test]
+fn a_guardian_that_is_killed_is_replaced_and_nobody_survives_the_launcher() {
+    let folder = tempfile::tempdir().unwrap();
+    let script = script(folder.path(), "setsid sleep 300 & echo $! > $DIR/$RANK.session");
+    let launch = Launch::start(shell(2, &[], &script).env("DIR", folder.path()));
+    let everybody = pids(folder.path(), 6);
+    let mut guardian = guardian_of(launch.pid());
+    for _ in 0..2 {
+        common::send("KILL", guardian);
+        let is_another = || find_guardian(launch.pid()).is_some_and(|pid| pid != guardian);
+        assert!(common::eventually(Duration::from_secs(2), is_another));
+        guardian = guardian_of(launch.pid());
+    }
+    launch.signal("KILL");
+    assert_all_end(&everybody);
+    let outcome = launch.wait();
+    let says = "the guardian was killed; another has taken its place";
+    assert_eq!(outcome.stderr.matches(says).count(), 2, "{}", outcome.stderr);
+    assert!(common::eventually(Duration::from_secs(2), || !common::is_alive(guardian)));
+}
+
+#[test]
+fn a_launch_whose_guardian_was_killed_ends_as_any() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().display();
+    let worker = format!("echo $$ > {path}/$RANK; while [ ! -e {path}/go ]; do sleep 0.02; done");
+    let launch = Launch::start(&mut shell(2, &[], &worker));
+    pids(folder.path(), 2);
+    let first = guardian_of(launch.pid());
+    common::send("KILL", first);
+    let is_another = || find_guardian(launch.pid()).is_some_and(|pid| pid != first);
+    assert!(common::eventually(Duration::from_secs(2), is_another));
+    let second = guardian_of(launch.pid());
+    std::fs::write(folder.path().join("go"), "").unwrap();
+    let outcome = launch.wait();
+    assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+    assert!(!common::is_alive(second), "the launcher waits for its guardian");
 }

@@ -64,6 +64,33 @@ fn a_program_without_the_dashes_is_told_where_it_goes() {
 }
 
 #[test]
+fn a_python_file_is_told_what_runs_it() {
+    let error = refused(&["--cpu", "--nproc", "2", "train.py", "--lr", "1"]);
+    assert!(error.contains("rr-launch … -- python train.py …"), "{error}");
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("train.py"), "print(1)").unwrap();
+    let outcome = run(launcher().args(["--cpu", "--", "./train.py"]).current_dir(folder.path()));
+    assert_eq!(outcome.code, Some(2), "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("; to run it by Python: -- python ./train.py"));
+}
+
+#[test]
+fn a_flag_of_another_launcher_is_answered_with_ours() {
+    for (flags, expected) in [
+        (&["--nproc_per_node=4"][..], "`--cpu --nproc N`"),
+        (&["--standalone", "--nproc-per-node", "4"], "leave it out"),
+        (&["--num_processes", "4"], "`--gpus LIST`"),
+        (&["--cpu", "--rdzv-endpoint", "a:1"], "`--rdzv HOST:PORT`"),
+        (&["--cpu", "-m", "pkg.train"], "`-- python -m MODULE`"),
+        (&["--cpu", "--tee", "3"], "`--log-dir DIR`"),
+    ] {
+        let error = refused(flags);
+        assert!(error.contains("is another launcher's; here it is "), "{flags:?}: {error}");
+        assert!(error.contains(expected), "{flags:?}: {error}");
+    }
+}
+
+#[test]
 fn a_program_that_does_not_exist_is_refused() {
     for program in ["no-such-program-anywhere", "./no/such/file", "/"] {
         let error = refused(&["--cpu", "--nproc", "2", "--", program]);

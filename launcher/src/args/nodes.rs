@@ -15,7 +15,7 @@ use crate::sys;
 /// The flags about several nodes.
 #[derive(Debug, clap::Args)]
 pub struct NodeArgs {
-    /// Number of nodes, or `auto`: the scheduler's
+    /// Number of nodes; auto: as the scheduler says
     ///
     /// One rr-launch is started on each node, all with the same flags but --node-rank (and what says how
     /// many workers a node has). They meet before anything starts, and a failure on one ends, or
@@ -26,16 +26,18 @@ pub struct NodeArgs {
     /// This node's number, from 0
     #[arg(long, value_name = "R", requires = "nnodes")]
     pub node_rank: Option<usize>,
-    /// Where the nodes meet: a host and a free port of node 0
+    /// Node 0 and a free port of it
+    ///
+    /// Where the nodes meet.
     #[arg(long, value_name = "HOST:PORT", requires = "nnodes")]
     pub rdzv: Option<Address>,
-    /// The longest wait for all nodes, in seconds [default: 600]
-    #[arg(long, value_name = "SECONDS", requires = "nnodes", value_parser = positive_seconds)]
+    /// The longest wait for all [default: 600]
+    #[arg(long, value_name = "SEC", requires = "nnodes", value_parser = positive_seconds)]
     pub rdzv_timeout: Option<Duration>,
-    /// A node silent for so long is lost, in seconds [default: 3]
-    #[arg(long, value_name = "SECONDS", requires = "nnodes", value_parser = positive_seconds)]
+    /// A node silent for so long is lost [default: 3]
+    #[arg(long, value_name = "SEC", requires = "nnodes", value_parser = positive_seconds)]
     pub node_timeout: Option<Duration>,
-    /// The launch's identifier, RR_RUN_ID [default: a new one]
+    /// The launch's RR_RUN_ID [default: a new one]
     #[arg(long, value_name = "ID")]
     pub run_id: Option<String>,
 }

@@ -34,6 +34,8 @@ pub struct Start<'a> {
     /// Who is told its process id before its program begins, so that there is no moment at which the
     /// guardian does not know of it; -1 where there is none.
     pub guardian: RawFd,
+    /// What it and all that it starts are known by: see [`super::mark`].
+    pub mark: u64,
 }
 
 /// What the child needs, made before it exists: it must not allocate.
@@ -42,6 +44,7 @@ struct Order<'a> {
     arguments: Vec<*const c_char>,
     environment: Vec<*const c_char>,
     cpus: Option<libc::cpu_set_t>,
+    mark: Option<libc::rlimit>,
     no_signals: libc::sigset_t,
     parent: Pid,
     /// Why it could not run its program, an `errno`.
@@ -60,6 +63,7 @@ impl Start<'_> {
             arguments: pointers(self.arguments),
             environment: pointers(self.environment),
             cpus: self.cpus.map(cpu_set),
+            mark: super::marked_limit(self.mark),
             no_signals: signal_set(&[]),
             parent: own_pid(),
             failure: 0,
@@ -114,6 +118,10 @@ impl Order<'_> {
             checked(libc::setpgid(0, 0))?;
             if let Some(cpus) = &self.cpus {
                 checked(libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), cpus))?;
+            }
+            if let Some(limit) = &self.mark {
+                // One that cannot be set is missed only by the guardian, which has other signs.
+                libc::setrlimit(libc::RLIMIT_LOCKS, limit);
             }
             // Where Yama (`ptrace_scope` 1) else allows only ancestors to trace it, for its stacks. It
             // outlasts exec; a kernel without Yama does not know it, and needs no permission.
