@@ -78,16 +78,17 @@ fn nobody_survives_a_killed_launcher() {
 
 #[test]
 fn nobody_survives_a_launcher_killed_while_it_starts_workers() {
-    for delay in 0..20 {
+    // A hundred instants over what the start of eight workers takes, and some more.
+    for delay in (0..100).map(|step| Duration::from_micros(300 * step)) {
         // No process id can be written down in time; the length of a sleep marks the processes.
-        let mark = format!("3{:09}.{delay}", std::process::id());
+        let mark = format!("3{:09}.{:06}", std::process::id(), delay.as_micros());
         let worker = format!("trap '' TERM; (sleep {mark}; :) & sleep {mark}");
         let launch = Launch::start(&mut shell(8, &[], &worker));
-        std::thread::sleep(Duration::from_millis(delay));
+        std::thread::sleep(delay);
         launch.signal("KILL");
         launch.wait();
         let gone = common::eventually(Duration::from_secs(2), || !any_command_line_has(&mark));
-        assert!(gone, "somebody survives a kill after {delay} ms");
+        assert!(gone, "somebody survives a kill after {delay:?}");
     }
 }
 
@@ -292,4 +293,21 @@ fn a_launch_whose_guardian_was_killed_ends_as_any() {
     let outcome = launch.wait();
     assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
     assert!(!common::is_alive(second), "the launcher waits for its guardian");
+}
+
+#[test]
+fn a_hundred_daemons_do_not_survive_a_killed_launcher_either() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().display();
+    let script = format!(
+        "for i in $(seq 100); do
+            (setsid env -i sh -c \"echo \\$\\$ > {path}/$i; exec sleep 300\" > /dev/null 2>&1 & exit)
+        done
+        echo $$ > {path}/self; wait; sleep 300"
+    );
+    let launch = Launch::start(&mut shell(1, &[], &script));
+    let everybody = pids(folder.path(), 101);
+    launch.signal("KILL");
+    assert_all_end(&everybody);
+    assert_eq!(launch.wait().signal, Some(9));
 }
