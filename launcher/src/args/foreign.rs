@@ -16,7 +16,7 @@ const COUNTERPARTS: [(&[&str], &str); 12] = [
     (&["--rdzv-id"], "`--run-id ID`"),
     (
         &["--standalone", "--rdzv-backend", "--rdzv-conf", "--monitor-interval"],
-        "nothing: leave it out",
+        "not needed: leave it out",
     ),
     (&["--module", "-m"], "`-- python -m MODULE`"),
     (&["--no-python", "--run-path"], "`-- PROGRAM`"),
