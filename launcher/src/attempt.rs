@@ -217,6 +217,7 @@ impl Attempt {
                 phase: beat.map(|beat| beat.phase),
                 log: voice.path().map(Path::to_owned),
                 stacks: self.stacks.get(&worker.rank).cloned(),
+                error: worker.error(),
                 last_lines: if keeps_lines(worker.rank) { lines.collect() } else { Vec::new() },
             }
         };

@@ -5,6 +5,7 @@
 //! [`WorkerEnv::from_env`], which also understands torchrun, Slurm's `srun` and Open MPI's
 //! `mpirun`.
 
+pub mod error_file;
 pub mod heartbeat;
 mod job;
 pub mod nodes;
@@ -66,6 +67,8 @@ pub mod vars {
     pub const TORCHELASTIC_MAX_RESTARTS: &str = "TORCHELASTIC_MAX_RESTARTS";
     /// `False`: rank 0 hosts the rendezvous store; `True`: torchrun's agent does.
     pub const TORCHELASTIC_USE_AGENT_STORE: &str = "TORCHELASTIC_USE_AGENT_STORE";
+    /// Where a PyTorch program records its exception (see [`super::error_file`]).
+    pub const TORCHELASTIC_ERROR_FILE: &str = "TORCHELASTIC_ERROR_FILE";
     /// Slurm: the rank of this task in the step.
     pub const SLURM_PROCID: &str = "SLURM_PROCID";
     /// Slurm: the rank of this task on its node.

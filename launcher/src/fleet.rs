@@ -8,9 +8,10 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::FileExt as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 use std::{env, io, iter};
 
+use crate::contract::error_file::{self, WorkerError};
 use crate::contract::heartbeat::{self, Beat};
 use crate::contract::vars;
 use crate::error::LaunchError;
@@ -27,8 +28,8 @@ const LEFTOVER_GRACE: Duration = Duration::from_secs(1);
 /// How long killed leftovers may take to vanish.
 const LEFTOVER_PATIENCE: Duration = Duration::from_secs(1);
 
-/// Open files for each worker: two pipes, a heartbeat, a pidfd, and two log files.
-const FILES_A_WORKER: usize = 6;
+/// Open files for each worker: two pipes, a heartbeat, an error file, a pidfd, and two log files.
+const FILES_A_WORKER: usize = 7;
 
 /// Open files beside these, those of the start of a process included, with some to spare.
 const FILES_OF_OUR_OWN: usize = 40;
@@ -60,7 +61,10 @@ pub struct Worker {
     pidfd: Option<OwnedFd>,
     /// Where it writes its heartbeats; they outlive it.
     heartbeat: File,
+    /// Where a PyTorch program records the exception that ends it.
+    error_file: File,
     started: Instant,
+    started_at: SystemTime,
     /// How it ended, and after how long.
     pub ended: Option<(Exit, Duration)>,
 }
@@ -71,12 +75,18 @@ impl Worker {
         heartbeat.write_all_at(&heartbeat::blank(), 0)?;
         // Named through this process rather than inherited: a descriptor would be lost in programs
         // that start others, and leak into those that close none.
-        let path = format!("/proc/{}/fd/{}", std::process::id(), heartbeat.as_raw_fd());
+        let path = |file: &File| format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
+        let error_file = sys::memory_file(c"rr-error-file")?;
         let program = CString::new(plan.command.program.as_bytes())?;
         let words = plan.command.args.iter().map(|word| CString::new(word.as_bytes()));
         let arguments =
             iter::once(Ok(program.clone())).chain(words).collect::<Result<Vec<_>, _>>()?;
-        let environment = environment(plan.worker_vars(index), path)?;
+        let files = [
+            (vars::RR_HEARTBEAT, path(&heartbeat)),
+            (vars::TORCHELASTIC_ERROR_FILE, path(&error_file)),
+        ];
+        let environment = environment(plan.worker_vars(index), files)?;
+        let started_at = SystemTime::now();
         let stdin = File::open("/dev/null")?;
         let ((stdout, its_stdout), (stderr, its_stderr)) = (io::pipe()?, io::pipe()?);
         let start = sys::Start {
@@ -98,7 +108,9 @@ impl Worker {
             group: Group::Running,
             pidfd: sys::pidfd(pid),
             heartbeat,
+            error_file,
             started: Instant::now(),
+            started_at,
             ended: None,
         })
     }
@@ -113,6 +125,16 @@ impl Worker {
         let mut record = [0; heartbeat::LENGTH];
         self.heartbeat.read_exact_at(&mut record, 0).ok()?;
         Beat::decode(&record)
+    }
+
+    /// The exception that it has recorded.
+    pub fn error(&self) -> Option<WorkerError> {
+        let meta = self.error_file.metadata().ok().filter(|meta| meta.len() > 0)?;
+        let after = meta.modified().ok()?.duration_since(self.started_at).unwrap_or_default();
+        let size = usize::try_from(meta.len()).unwrap_or(usize::MAX).min(error_file::MOST_BYTES);
+        let mut record = vec![0; size];
+        self.error_file.read_exact_at(&mut record, 0).ok()?;
+        WorkerError::decode(&record, after)
     }
 
     /// What becomes readable when the worker ends.
@@ -228,9 +250,9 @@ impl Drop for Worker {
 /// This process's environment with a worker's variables in the place of those of the same name.
 fn environment(
     mut own: Vec<(&'static str, String)>,
-    heartbeat: String,
+    files: [(&'static str, String); 2],
 ) -> Result<Vec<CString>, NulError> {
-    own.push((vars::RR_HEARTBEAT, heartbeat));
+    own.extend(files);
     let is_own =
         |name: &OsStr| name == vars::RR_PROGRESS || own.iter().any(|(own, _)| name == *own);
     let inherited = env::vars_os().filter(|(name, _)| !is_own(name));

@@ -1,11 +1,17 @@
 //! What the launcher says at the end of an attempt: a pure function of its record.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
+use crate::contract::error_file::WorkerError;
 use crate::lifecycle::{Cause, Exit};
 use crate::restarts::Verdict;
 use crate::summary::{AttemptRecord, RankRecord};
 use crate::sys;
+
+/// Records of two ranks that are nearer than this say nothing about which was first: the times are
+/// counted from the start of each, and one rank starts a little after the other.
+const SAME_MOMENT: Duration = Duration::from_millis(50);
 
 /// Why an attempt ended (on another node too: then `told` says it), how the ranks of this one that
 /// are not to blame ended, and what follows; nothing where all is well.
@@ -89,10 +95,14 @@ fn blame(record: &AttemptRecord, rank: usize) -> Vec<String> {
     };
     let reason =
         if worker.oom_killed { ": the kernel's out-of-memory killer ended it" } else { "" };
-    let (pid, after) = (worker.pid, after.as_secs_f64());
+    let (pid, seconds) = (worker.pid, after.as_secs_f64());
     let mut lines =
-        vec![format!("rank {rank} (pid {pid}) {exit}{reason} after {after:.1} s; {ending}")];
+        vec![format!("rank {rank} (pid {pid}) {exit}{reason} after {seconds:.1} s; {ending}")];
     lines.extend(worker.last_lines.iter().map(|line| format!("| {line}")));
+    lines.extend(worker.error.iter().map(|error| {
+        format!("rank {rank} recorded, {}: {}", after_start(error), error.headline())
+    }));
+    lines.extend(failed_before(record, worker, after));
     let is_done =
         |other: &&RankRecord| other.exit == Some(Exit::Code(0)) && other.elapsed < worker.elapsed;
     let done: Vec<usize> = record.ranks.iter().filter(is_done).map(|other| other.rank).collect();
@@ -100,6 +110,22 @@ fn blame(record: &AttemptRecord, rank: usize) -> Vec<String> {
         lines.push(format!("before that, with code 0, ended rank {}", ranges(&done)));
     }
     lines
+}
+
+/// The rank whose exception was recorded first, if that was clearly before the rank to blame recorded
+/// one, or ended: a rank may wait in an exit handler for peers that fail over its silence.
+fn failed_before(record: &AttemptRecord, blamed: &RankRecord, ended: Duration) -> Option<String> {
+    let its_time = blamed.error.as_ref().map_or(ended, |error| error.after);
+    let errors = record.ranks.iter().filter_map(|rank| Some((rank, rank.error.as_ref()?)));
+    let (first, error) = errors.min_by_key(|(_, error)| error.after)?;
+    (error.after + SAME_MOMENT < its_time).then(|| {
+        let (rank, when, text) = (first.rank, after_start(error), error.headline());
+        format!("before that, {when}, rank {rank} recorded an exception: {text}")
+    })
+}
+
+fn after_start(error: &WorkerError) -> String {
+    format!("{:.1} s after its start", error.after.as_secs_f64())
 }
 
 /// How the ranks other than `rank` ended, a line for each way: `ranks 0, 2-7 were killed by
@@ -136,8 +162,6 @@ pub fn ranges(ranks: &[usize]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     fn record(cause: Cause, exits: &[Exit]) -> AttemptRecord {
@@ -151,6 +175,7 @@ mod tests {
             phase: None,
             log: None,
             stacks: None,
+            error: None,
             last_lines: vec!["x".to_owned()],
         };
         AttemptRecord {
@@ -180,6 +205,28 @@ mod tests {
         let hang = record(Cause::Hang { rank: None }, &[term, term]);
         let expected = ["ranks 0-1 were killed by SIGTERM (exit code 143)"];
         assert_eq!(lines(&hang, None, Verdict::End, 0), expected);
+    }
+
+    #[test]
+    fn an_exception_recorded_before_the_first_end_is_told() {
+        let (failed, cause) = (Exit::Code(1), Cause::Failure { rank: 1, exit: Exit::Code(1) });
+        let mut attempt = record(cause, &[failed, failed]);
+        let error = |text: &str, millis| {
+            let (message, after) = (text.to_owned(), Duration::from_millis(millis));
+            Some(WorkerError { message, traceback: None, after })
+        };
+        attempt.ranks[1].error = error("RuntimeError: peer gone\nframe", 1900);
+        attempt.ranks[0].error = error("ValueError: bad", 1880);
+        let said = |attempt: &AttemptRecord| lines(attempt, None, Verdict::End, 0)[2..].to_vec();
+        let own = "rank 1 recorded, 1.9 s after its start: RuntimeError: peer gone";
+        let other = "rank 0 exited with code 1";
+        assert_eq!(said(&attempt), [own, other], "20 ms apart");
+        attempt.ranks[0].error = error("ValueError: bad", 900);
+        let before =
+            "before that, 0.9 s after its start, rank 0 recorded an exception: ValueError: bad";
+        assert_eq!(said(&attempt), [own, before, other]);
+        attempt.ranks[1].error = None;
+        assert_eq!(said(&attempt), [before, other], "compared with its end");
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use crate::contract::error_file::WorkerError;
 use crate::lifecycle::{Cause, Exit};
 use crate::restarts::Verdict;
 use crate::sys;
@@ -35,6 +36,8 @@ pub struct RankRecord {
     pub log: Option<PathBuf>,
     /// The file that has its stacks, where it hung.
     pub stacks: Option<PathBuf>,
+    /// The exception that it has recorded.
+    pub error: Option<WorkerError>,
     /// Its last lines of output.
     pub last_lines: Vec<String>,
 }
@@ -50,6 +53,20 @@ pub struct AttemptRecord {
     pub elapsed: Duration,
     /// Its workers.
     pub ranks: Vec<RankRecord>,
+}
+
+impl AttemptRecord {
+    /// The exception to hand on to whoever started the launcher: that of the rank to blame, else the
+    /// first one.
+    #[must_use]
+    pub fn error(&self) -> Option<&WorkerError> {
+        let blamed = self.cause.and_then(Cause::rank);
+        let own = self.ranks.iter().find(|rank| Some(rank.rank) == blamed);
+        let first = || {
+            self.ranks.iter().filter_map(|rank| rank.error.as_ref()).min_by_key(|error| error.after)
+        };
+        own.and_then(|rank| rank.error.as_ref()).or_else(first)
+    }
 }
 
 /// A launch as a whole.
@@ -142,6 +159,11 @@ impl RankRecord {
             "phase": self.phase,
             "log": self.log,
             "stacks": self.stacks,
+            "error": self.error.as_ref().map(|error| json!({
+                "message": error.message,
+                "traceback": error.traceback,
+                "after_s": error.after.as_secs_f64(),
+            })),
             "last_lines": self.last_lines,
         })
     }
@@ -164,6 +186,7 @@ mod tests {
             phase: Some("reading data".to_owned()),
             log: None,
             stacks: None,
+            error: None,
             last_lines: vec!["x".to_owned()],
         };
         AttemptRecord {

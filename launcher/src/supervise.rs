@@ -6,10 +6,11 @@ mod peers;
 
 use std::io::{self, Read as _};
 use std::os::fd::AsFd as _;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::attempt::{Attempt, Token};
-use crate::contract::preemption;
+use crate::contract::{preemption, vars};
 use crate::error::LaunchError;
 use crate::fleet::Worker;
 use crate::guardian::Guardian;
@@ -22,7 +23,7 @@ use crate::plan::Plan;
 use crate::report;
 use crate::restarts::Restarts;
 use crate::stacks::Collection;
-use crate::summary::Summary;
+use crate::summary::{AttemptRecord, Summary};
 use crate::sys::{self, Epoll, Interest, SignalFd};
 
 /// What one read takes from a pipe: as much as a pipe holds.
@@ -464,6 +465,9 @@ impl Supervisor {
         ) {
             self.output.say(&line);
         }
+        if order.is_none() && cause.is_some() {
+            self.hand_on_error(&record);
+        }
         self.summary.attempts.push(record);
         let code = order.is_none().then(|| self.lifecycle.exit_code());
         self.write_summary(code);
@@ -477,6 +481,17 @@ impl Supervisor {
         self.guardian.dismiss();
         self.cluster.take().into_iter().for_each(Cluster::part);
         Ok(self.lifecycle.exit_code())
+    }
+
+    /// Whoever started the launcher may want to read a worker's exception, as torchrun hands it on.
+    fn hand_on_error(&mut self, record: &AttemptRecord) {
+        let wanted =
+            std::env::var_os(vars::TORCHELASTIC_ERROR_FILE).filter(|path| !path.is_empty());
+        let (Some(path), Some(error)) = (wanted, record.error()) else { return };
+        if let Err(problem) = error.write(Path::new(&path), self.lifecycle.exit_code()) {
+            let path = path.to_string_lossy();
+            self.output.say(&format!("cannot write the exception into {path}: {problem}"));
+        }
     }
 
     fn write_summary(&mut self, exit_code: Option<u8>) {

@@ -185,3 +185,49 @@ fn what_a_script_started_before_it_became_the_launcher_is_left_alone() {
     assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
     assert!(lives, "the monitor was ended with the workers");
 }
+
+/// Records an exception as PyTorch's `@record` does.
+const RECORD: &str = r#"record() { printf '{"message": {"message": "%s", "extraInfo":
+    {"py_callstack": "Traceback: %s", "timestamp": "1"}}}' "$1" "$1" > $TORCHELASTIC_ERROR_FILE; }"#;
+
+#[test]
+fn an_exception_that_was_recorded_before_its_victims_ended_is_told_and_handed_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let (logs, outer) = (folder.path().join("logs"), folder.path().join("outer.json"));
+    // Rank 1 fails first, but is held up by its exit handlers; rank 0 fails over that and ends first.
+    let script = format!(
+        "{RECORD}
+        case $RANK in
+            1) record 'ValueError: no such column'; : > {dir}/failed; sleep 300;;
+            0) while [ ! -e {dir}/failed ]; do sleep 0.01; done; sleep 0.3
+               record 'RuntimeError: peer gone'; exit 7;;
+        esac",
+        dir = folder.path().display()
+    );
+    let flags = ["--log-dir", logs.to_str().unwrap()];
+    let outcome = run(shell(2, &flags, &script).env("TORCHELASTIC_ERROR_FILE", &outer));
+    assert_eq!(outcome.code, Some(7), "{}", outcome.stderr);
+    let said = |text: &str| outcome.stderr.lines().any(|line| line.contains(text));
+    assert!(said("rank 0 recorded, 0."), "{}", outcome.stderr);
+    assert!(said("start: RuntimeError: peer gone"), "{}", outcome.stderr);
+    assert!(said("start, rank 1 recorded an exception: ValueError: no such column"));
+    let read = |path: &std::path::Path| -> serde_json::Value {
+        serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+    };
+    let ranks = &read(&logs.join("launch.json"))["attempts"][0]["ranks"];
+    assert_eq!(ranks[1]["error"]["message"], "ValueError: no such column");
+    assert_eq!(ranks[1]["error"]["traceback"], "Traceback: ValueError: no such column");
+    assert!(ranks[0]["error"]["after_s"].as_f64() > ranks[1]["error"]["after_s"].as_f64());
+    let handed_on = &read(&outer)["message"];
+    assert_eq!(handed_on["message"], "RuntimeError: peer gone");
+    assert_eq!(handed_on["errorCode"], 7);
+}
+
+#[test]
+fn a_record_of_an_attempt_before_is_not_taken_for_the_last_ones() {
+    let script =
+        format!("{RECORD}; [ $RR_RESTART_COUNT = 0 ] && record 'ValueError: the first'; exit 3");
+    let outcome = run(&mut shell(1, &["--max-restarts", "1"], &script));
+    assert_eq!(outcome.code, Some(42), "{}", outcome.stderr);
+    assert_eq!(outcome.stderr.matches("ValueError: the first").count(), 1, "{}", outcome.stderr);
+}
