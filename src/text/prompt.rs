@@ -30,7 +30,11 @@ pub struct TokenPrompt {
     pub max_len: usize,
 }
 
-/// The prompts of published rerankers, from their model cards.
+/// The prompts of published rerankers, compared with code that their authors or others run them by:
+/// Qwen3-Reranker with vLLM's `examples/offline_inference/qwen3_reranker.py` (texts, `yes` and `no`),
+/// bge-reranker-v2-gemma with `FlagEmbedding/inference/reranker/decoder_only/base.py` (texts,
+/// separators, `<bos>`, the logit of `Yes` alone). `FlagEmbedding` also cuts the query, to three
+/// quarters of its `max_length`; here the document alone is cut as long as that is enough.
 const PROMPTS: &[TokenPrompt] = &[
     TokenPrompt {
         name: "qwen3-reranker",
