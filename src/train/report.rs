@@ -320,7 +320,7 @@ impl Reporter {
         let pairs_per_s = self.pairs as f64 / elapsed.max(1e-9);
         let line = Progress { step, total, loss, lr, pairs_per_s, left_s, memory };
         if let Some(status) = &mut sink.status {
-            status.draw(&line.to_string());
+            status.draw(&line);
         }
     }
 }

@@ -1,5 +1,6 @@
 //! The line on a terminal that tells how far training is, drawn over itself.
 
+use std::fs::File;
 use std::io::{IsTerminal as _, Write as _};
 use std::time::{Duration, Instant};
 
@@ -8,8 +9,12 @@ use rustix::termios::tcgetwinsize;
 /// The least time between two drawings.
 const REDRAW: Duration = Duration::from_millis(100);
 
-/// Cells of the bar.
-const CELLS: usize = 20;
+/// Cells of the bar: at most, and those below which there is none.
+const CELLS: usize = 30;
+const FEWEST_CELLS: usize = 4;
+
+/// Columns of a terminal that does not say how many it has.
+const COLUMNS: usize = 80;
 
 /// A status line on stderr.
 #[derive(Debug)]
@@ -46,40 +51,53 @@ impl StatusLine {
         self.drawn.is_none_or(|drawn| drawn.elapsed() >= REDRAW)
     }
 
-    /// Draws `text`. The launcher keeps what ends in a carriage return below the log, cut to its
-    /// terminal's width; on a terminal of our own that is done here.
-    pub(super) fn draw(&mut self, text: &str) {
+    /// Draws a line that fits. The launcher keeps what ends in a carriage return below the log.
+    pub(super) fn draw(&mut self, progress: &Progress) {
         self.drawn = Some(Instant::now());
-        let line = if self.direct {
-            let width = tcgetwinsize(std::io::stderr()).map_or(0, |size| usize::from(size.ws_col));
-            // A terminal that nobody gave a size says 0.
-            let width = if width == 0 { 80 } else { width };
-            let cut: String = text.chars().take(width.saturating_sub(1)).collect();
-            format!("{cut}\x1b[K\r")
-        } else {
-            format!("{text}\r")
-        };
+        // The last column stays free: some terminals would go on in the next row.
+        let text = progress.line(self.columns() - 1);
+        let line = if self.direct { format!("{text}\x1b[K\r") } else { format!("{text}\r") };
         // Whoever closed stderr does not want to see progress; training goes on.
         let _ = std::io::stderr().write_all(line.as_bytes());
     }
+
+    /// Columns of the terminal; behind the launcher's pipe, of the one that both belong to.
+    fn columns(&self) -> usize {
+        let size = if self.direct {
+            tcgetwinsize(std::io::stderr()).ok()
+        } else {
+            File::open("/dev/tty").ok().and_then(|terminal| tcgetwinsize(terminal).ok())
+        };
+        size.map(|size| usize::from(size.ws_col)).filter(|&columns| columns > 0).unwrap_or(COLUMNS)
+    }
 }
 
-impl std::fmt::Display for Progress {
-    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl Progress {
+    /// A line of at most `width` columns: the bar becomes shorter or goes, then what stands last.
+    fn line(&self, width: usize) -> String {
         let Self { step, total, loss, lr, pairs_per_s, left_s, memory } = *self;
-        let (full, percent) = (step * CELLS / total.max(1), step * 100 / total.max(1));
-        let bar = "█".repeat(full) + &"░".repeat(CELLS - full.min(CELLS));
-        write!(
-            out,
-            "{percent:>3} %  step {step}/{total}  loss {loss:.4}  lr {lr:.1e}  \
-             {pairs_per_s:.0} pairs/s  {} left",
-            clock(left_s)
-        )?;
-        if let Some(bytes) = memory {
-            write!(out, "  {:.1} GB", bytes as f64 / 1e9)?;
+        let mut facts = vec![
+            format!("{step}/{total}"),
+            format!("loss {loss:.4}"),
+            format!("lr {lr:.1e}"),
+            format!("{pairs_per_s:.0} pairs/s"),
+            format!("{} left", clock(left_s)),
+        ];
+        facts.extend(memory.map(|bytes| format!("{:.1} GB", bytes as f64 / 1e9)));
+        let percent = format!("{:>3} %", step * 100 / total.max(1));
+        let columns = |facts: &[String]| {
+            percent.len() + facts.iter().map(|fact| 2 + fact.len()).sum::<usize>()
+        };
+        while columns(&facts) > width && facts.len() > 1 {
+            facts.pop();
         }
-        // Last, because a narrow terminal cuts the end off.
-        write!(out, "  {bar}")
+        let cells = width.saturating_sub(columns(&facts) + 2).min(CELLS);
+        if cells >= FEWEST_CELLS {
+            let full = (step * cells / total.max(1)).min(cells);
+            facts.insert(0, "█".repeat(full) + &"░".repeat(cells - full));
+        }
+        let line = format!("{percent}  {}", facts.join("  "));
+        line.chars().take(width).collect()
     }
 }
 
@@ -106,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn the_line_says_everything_on_eighty_columns_but_the_whole_bar() {
+    fn the_line_fits_and_the_bar_gives_way_first() {
         let progress = Progress {
             step: 150,
             total: 400,
@@ -116,11 +134,17 @@ mod tests {
             left_s: 83.0,
             memory: Some(1_250_000_000),
         };
-        let text = " 37 %  step 150/400  loss 0.4322  lr 1.9e-5  40 pairs/s  1:23 left  1.2 GB  ";
-        assert!(text.len() < 80);
-        assert_eq!(progress.to_string(), text.to_owned() + "███████░░░░░░░░░░░░░");
-        let done = Progress { step: 400, memory: None, ..progress }.to_string();
-        let ends = done.ends_with(&("left  ".to_owned() + &"█".repeat(20)));
-        assert!(done.starts_with("100 %  step 400/400") && ends, "{done}");
+        let facts = "150/400  loss 0.4322  lr 1.9e-5  40 pairs/s  1:23 left  1.2 GB";
+        let bar = |full, empty| "█".repeat(full) + &"░".repeat(empty);
+        assert_eq!(progress.line(119), format!(" 37 %  {}  {facts}", bar(11, 19)));
+        assert_eq!(progress.line(79), format!(" 37 %  {}  {facts}", bar(3, 5)));
+        assert_eq!(progress.line(74), format!(" 37 %  {facts}"));
+        let (some, _) = facts.rsplit_once("  ").unwrap_or_default();
+        assert_eq!(progress.line(68), format!(" 37 %  {}  {some}", bar(1, 4)));
+        for width in 0..150 {
+            assert!(progress.line(width).chars().count() <= width, "{width}");
+        }
+        let done = Progress { step: 400, memory: None, ..progress }.line(100);
+        assert!(done.starts_with(&format!("100 %  {}  400/400  loss ", bar(30, 0))), "{done}");
     }
 }
