@@ -9,9 +9,11 @@ lines. The logits are compared with those of sentence-transformers' `CrossEncode
 pairs a second of both printed: ours of the whole command, the peer's of `predict` alone. Exit code 1
 where anything differs.
 
-usage: check_scoring.py [--pairs 100000] [--words 6] [--peer-pairs N] [--result FILE]
+usage: check_scoring.py [--pairs 100000] [--words 25] [--peer-pairs N] [--threads N] [--result FILE]
        --words        of a document, at most
        --peer-pairs   how many of the pairs the peer scores; all, unless given; 0 leaves it out
+       --threads      of one rank and of the peer; all cores, unless given. On cores that others use
+                      too, threads that wait for each other slow the peer most: give 1 there
        --result       writes the figures there as JSON
 """
 
@@ -224,11 +226,14 @@ def main() -> None:
     """Checks, and keeps the figures where that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--pairs", type=int, default=100_000)
-    parser.add_argument("--words", type=int, default=6)
+    parser.add_argument("--words", type=int, default=25)
     parser.add_argument("--peer-pairs", type=int)
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--result", type=Path)
     arguments = parser.parse_args()
     check_built()
+    if arguments.threads:
+        os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     with tempfile.TemporaryDirectory(prefix="reranker-scoring-") as name:
         figures = check(arguments, Path(name))
     if arguments.result:

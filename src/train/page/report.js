@@ -28,11 +28,12 @@ function short(value) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";
   const size = Math.abs(value);
   if (size >= 10000) return grouped(value);
-  if (size !== 0 && size < 0.001) return value.toExponential(2);
+  if (size !== 0 && size < 0.001) return value.toExponential(2).replace(/\.?0+e/, "e");
   return String(Number(value.toPrecision(4)));
 }
 function bytes(value) {
   if (value === null || value === undefined) return "–";
+  if (value === 0) return "0";
   if (value >= 1e9) return `${(value / 1e9).toFixed(2)} GB`;
   return value >= 1e5 ? `${(value / 1e6).toFixed(1)} MB` : `${(value / 1e3).toFixed(1)} kB`;
 }
@@ -42,6 +43,7 @@ function clock(seconds) {
   const two = (n) => String(n).padStart(2, "0");
   return h > 0 ? `${h}:${two(m)}:${two(s)}` : `${m}:${two(s)}`;
 }
+const many = (count, what) => `${grouped(count)} ${what}${count === 1 ? "" : "s"}`;
 const percent = (part, whole) => `${((100 * part) / Math.max(1, whole)).toFixed(1)} %`;
 
 // ---------------------------------------------------------------- hovering
@@ -61,8 +63,21 @@ const tipRow = (name, label, value) => el("div", { class: "legend" }, el("span",
 
 // ---------------------------------------------------------------- charts
 
-const WIDTH = 560, HEIGHT = 210, LEFT = 52, RIGHT = 10, TOP = 8, BOTTOM = 24;
+const HEIGHT = 210, LEFT = 58, RIGHT = 12, TOP = 8, BOTTOM = 24;
 const charts = [];
+
+/** Has `draw(width)` fill an SVG element, in units that are pixels: now, and whenever its width changes. */
+function sized(drawing, draw) {
+  let width = 0;
+  const set = (next) => {
+    if (next === width) return;
+    width = next;
+    drawing.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
+    draw(width);
+  };
+  set(500);
+  new ResizeObserver(([entry]) => set(Math.max(160, Math.round(entry.contentRect.width)))).observe(drawing);
+}
 
 /** Round numbers from about `low` to about `high`. */
 function ticks(low, high, count) {
@@ -74,13 +89,13 @@ function ticks(low, high, count) {
   return all;
 }
 
-function bounds(series, log) {
+function bounds(series, log, zero) {
   const values = series.flatMap(({ points }) => points.flatMap((point) => point.slice(1)));
   const usable = values.filter((value) => !log || value > 0);
   let low = Math.min(...usable), high = Math.max(...usable);
   if (log) return [Math.log10(low), Math.max(Math.log10(high), Math.log10(low) + 1e-6)];
-  const room = (high - low || Math.abs(high) || 1) * 0.06;
-  return [low >= 0 && low < (high - low) * 0.8 ? 0 : low - room, high + room];
+  const room = (high - (zero ? 0 : low) || Math.abs(high) || 1) * 0.06;
+  return [zero || (low >= 0 && low < (high - low) * 0.8) ? 0 : low - room, high + room];
 }
 
 function logTicks(low, high) {
@@ -116,14 +131,14 @@ function drawSeries({ points, hue, dots }, x, y) {
   return shapes;
 }
 
-function axes(x, y, [low, high], log, format) {
+function axes(width, x, y, [low, high], log, format) {
   const shapes = [];
   for (const value of log ? logTicks(low, high) : ticks(low, high, 5)) {
     const at = y(value);
-    shapes.push(svg("line", { class: "grid-line", x1: LEFT, x2: WIDTH - RIGHT, y1: at, y2: at }));
+    shapes.push(svg("line", { class: "grid-line", x1: LEFT, x2: width - RIGHT, y1: at, y2: at }));
     shapes.push(svg("text", { x: LEFT - 7, y: at + 4, "text-anchor": "end" }, format(value)));
   }
-  for (const step of ticks(0, steps.total, 6).filter(Number.isInteger)) {
+  for (const step of ticks(0, steps.total, Math.min(6, Math.floor(width / 70))).filter(Number.isInteger)) {
     shapes.push(svg("text", { x: x(step), y: HEIGHT - 6, "text-anchor": "middle" }, grouped(step)));
   }
   const vertical = (step, kind, title) => svg("line", { class: kind, x1: x(step), x2: x(step), y1: TOP, y2: HEIGHT - BOTTOM }, svg("title", {}, title));
@@ -134,22 +149,23 @@ function axes(x, y, [low, high], log, format) {
   return shapes;
 }
 
-/** A card with curves over the steps; nothing where no curve has a point. */
-function chart(title, candidates, { format = short, log = null } = {}) {
+/** A card with curves over the steps; nothing where no curve has a point. `log` offers a logarithmic axis, `zero` begins it at 0. */
+function chart(title, candidates, { format = short, tick = format, log = null, zero = false } = {}) {
   const series = candidates
     .map((one) => ({ ...one, points: (run.curves[one.curve] ?? []) }))
     .filter(({ points }) => points.length > 0);
   if (series.length === 0) return null;
-  const x = (step) => LEFT + ((WIDTH - LEFT - RIGHT) * step) / Math.max(1, steps.total);
+  let width = 0;
+  const x = (step) => LEFT + ((width - LEFT - RIGHT) * step) / Math.max(1, steps.total);
   const canLog = log !== null && series.every(({ points }) => points.every((point) => point[2] === undefined ? point[1] > 0 : point[2] > 0));
   const state = { log: Boolean(log) && canLog };
-  const drawing = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `${title} over steps` });
+  const drawing = svg("svg", { role: "img", "aria-label": `${title} over steps` });
   const cursor = svg("g", {});
   let y = null;
   function draw() {
-    const [low, high] = bounds(series, state.log);
+    const [low, high] = bounds(series, state.log, zero);
     y = (value) => HEIGHT - BOTTOM - ((HEIGHT - TOP - BOTTOM) * ((state.log ? Math.log10(value) : value) - low)) / (high - low);
-    drawing.replaceChildren(...axes(x, y, [low, high], state.log, format), ...series.flatMap((one) => drawSeries(one, x, y)), cursor);
+    drawing.replaceChildren(...axes(width, x, y, [low, high], state.log, tick), ...series.flatMap((one) => drawSeries(one, x, y)), cursor);
   }
   function point(step) {
     cursor.replaceChildren();
@@ -162,7 +178,7 @@ function chart(title, candidates, { format = short, log = null } = {}) {
   }
   drawing.addEventListener("pointermove", (event) => {
     const box = drawing.getBoundingClientRect();
-    const share = (((event.clientX - box.left) / box.width) * WIDTH - LEFT) / (WIDTH - LEFT - RIGHT);
+    const share = (((event.clientX - box.left) / box.width) * width - LEFT) / (width - LEFT - RIGHT);
     const step = nearest(series[0].points, Math.min(1, Math.max(0, share)) * steps.total)[0];
     charts.forEach((other) => other(step));
     showTip(event, el("div", { class: "soft" }, `step ${grouped(step)}`), ...series.map(({ points, hue, label }) => {
@@ -174,7 +190,10 @@ function chart(title, candidates, { format = short, log = null } = {}) {
   });
   drawing.addEventListener("pointerleave", () => { hideTip(); charts.forEach((other) => other(null)); });
   charts.push(point);
-  draw();
+  sized(drawing, (pixels) => {
+    width = pixels;
+    draw();
+  });
   const toggle = canLog ? el("button", { type: "button", "aria-pressed": state.log, onclick: (event) => {
     state.log = !state.log;
     event.currentTarget.setAttribute("aria-pressed", state.log);
@@ -187,31 +206,38 @@ function chart(title, candidates, { format = short, log = null } = {}) {
   return el("section", { class: "card chart" }, el("div", { class: "title" }, el("h3", {}, title), legend), drawing);
 }
 
+/** The axes and columns of a histogram; `told(row)` is what hovering over one says. */
+function columnShapes(width, rows, most, hue, mark, told) {
+  const shapes = [], base = HEIGHT - BOTTOM, wide = (width - LEFT - RIGHT) / rows.length;
+  for (const value of ticks(0, most, 3).filter(Number.isInteger)) {
+    const at = base - ((base - TOP) * value) / most;
+    shapes.push(svg("line", { class: "grid-line", x1: LEFT, x2: width - RIGHT, y1: at, y2: at }), svg("text", { x: LEFT - 7, y: at + 4, "text-anchor": "end" }, grouped(value)));
+  }
+  const longest = Math.max(...rows.map((row) => row.name.length));
+  const every = Math.ceil((longest * 7 + 10) / wide);
+  rows.forEach((row, i) => {
+    const height = row.count > 0 ? Math.max(1.5, ((base - TOP) * row.count) / most) : 0, left = LEFT + i * wide;
+    const gap = Math.min(wide * 0.12, 10), breadth = Math.min(wide - 2 * gap, 90);
+    shapes.push(svg("rect", {
+      class: "hit", x: left + (wide - breadth) / 2, y: base - height, width: breadth, height, rx: 2, fill: color(hue),
+      onpointermove: (event) => showTip(event, el("div", { class: "soft" }, row.title ?? row.name), told(row)),
+      onpointerleave: hideTip,
+    }));
+    if (i % every === 0) shapes.push(svg("text", { x: left + wide / 2, y: HEIGHT - 6, "text-anchor": "middle" }, row.name));
+  });
+  if (mark !== null && mark.at <= rows.length) {
+    const x = LEFT + mark.at * wide, late = mark.at > rows.length * 0.7;
+    shapes.push(svg("line", { class: "resume", x1: x, x2: x, y1: TOP, y2: base }), svg("text", { x: x + (late ? -6 : 6), y: TOP + 10, "text-anchor": late ? "end" : "start" }, mark.text));
+  }
+  return shapes;
+}
+
 /** A card with a column for each of `rows`, {name, count, title}; `mark` is a vertical line. */
 function columns(title, note, rows, hue, mark = null) {
   if (rows.length === 0) return null;
   const most = Math.max(1, ...rows.map((row) => row.count)), all = rows.reduce((sum, row) => sum + row.count, 0);
-  const base = HEIGHT - BOTTOM, wide = (WIDTH - LEFT - RIGHT) / rows.length;
-  const drawing = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": title });
-  for (const value of ticks(0, most, 3).filter(Number.isInteger)) {
-    const at = base - ((base - TOP) * value) / most;
-    drawing.append(svg("line", { class: "grid-line", x1: LEFT, x2: WIDTH - RIGHT, y1: at, y2: at }), svg("text", { x: LEFT - 7, y: at + 4, "text-anchor": "end" }, grouped(value)));
-  }
-  const every = Math.ceil(rows.length / 10);
-  rows.forEach((row, i) => {
-    const height = row.count > 0 ? Math.max(1.5, ((base - TOP) * row.count) / most) : 0, left = LEFT + i * wide;
-    const gap = Math.min(wide * 0.12, 10), breadth = Math.min(wide - 2 * gap, 90);
-    drawing.append(svg("rect", {
-      class: "hit", x: left + (wide - breadth) / 2, y: base - height, width: breadth, height, rx: 2, fill: color(hue),
-      onpointermove: (event) => showTip(event, el("div", { class: "soft" }, row.title ?? row.name), tipRow(hue, note, `${grouped(row.count)}, ${percent(row.count, all)}`)),
-      onpointerleave: hideTip,
-    }));
-    if (i % every === 0) drawing.append(svg("text", { x: left + wide / 2, y: HEIGHT - 6, "text-anchor": "middle" }, row.name));
-  });
-  if (mark !== null && mark.at <= rows.length) {
-    const x = LEFT + mark.at * wide, late = mark.at > rows.length * 0.7;
-    drawing.append(svg("line", { class: "resume", x1: x, x2: x, y1: TOP, y2: base }), svg("text", { x: x + (late ? -6 : 6), y: TOP + 10, "text-anchor": late ? "end" : "start" }, mark.text));
-  }
+  const drawing = svg("svg", { role: "img", "aria-label": title });
+  sized(drawing, (width) => drawing.replaceChildren(...columnShapes(width, rows, most, hue, mark, (row) => tipRow(hue, note, `${grouped(row.count)}, ${percent(row.count, all)}`))));
   return el("section", { class: "card chart" }, el("div", { class: "title" }, el("h3", {}, title), el("span", { class: "soft" }, `${grouped(all)} ${note}`)), drawing);
 }
 
@@ -252,7 +278,7 @@ function header() {
     el("p", { class: "soft" }, `${plan.model.model_name_or_path} · ${plan.loss_type} · ${plan.data.train_dataset}`),
     el("div", { class: "bar", role: "progressbar", "aria-valuenow": totals.step, "aria-valuemax": steps.total }, el("i", { style: `width:${(100 * totals.step) / Math.max(1, steps.total)}%;background:${color("blue")}` })),
     el("div", { class: "facts" },
-      fact(grouped(totals.step), `of ${grouped(steps.total)} steps, ${steps.epochs} epochs`),
+      fact(grouped(totals.step), `of ${many(steps.total, "step")}, ${many(steps.epochs, "epoch")}`),
       main ? fact(validation[main[0]].toFixed(4), `${main[1]}, ${run.best ? "best" : "last"}, step ${grouped(validation.step)}`) : null,
       last.train ? fact(short(last.train.loss), "training loss") : null,
       last.train ? fact(clock(totals.elapsed_s), run.status === "training" ? `trained, ${clock(last.train.left_s)} left` : "training time", "validation and saving left out") : null,
@@ -267,10 +293,10 @@ function curves() {
   return section("Curves", wideGrid(
     chart("Loss", [{ curve: "train/loss", label: "training", hue: "blue" }, { curve: "validation/loss", label: "validation", hue: "orange", dots: true }], { log: false }),
     chart("Ranking", METRICS.map(([key, label, hue]) => ({ curve: `validation/${key}`, label, hue, dots: true }))),
-    chart("Learning rate", [{ curve: "train/lr", label: "lr", hue: "violet" }]),
+    chart("Learning rate", [{ curve: "train/lr", label: "lr", hue: "violet" }], { zero: true }),
     chart("Gradient norm", [{ curve: "train/grad_norm", label: "2-norm", hue: "green" }], { log: false }),
-    chart("Throughput", [{ curve: "train/pairs_per_s", label: "pairs/s", hue: "blue" }]),
-    chart("Memory of rank 0", [{ curve: "train/memory_bytes", label: "peak", hue: "violet" }], { format: bytes })));
+    chart("Throughput", [{ curve: "train/pairs_per_s", label: "pairs/s", hue: "blue" }], { zero: true }),
+    chart("Memory of rank 0", [{ curve: "train/memory_bytes", label: "peak", hue: "violet" }], { format: bytes, tick: (value) => bytes(value).replace(/\.0+ /, " "), zero: true })));
 }
 
 function ranking(query) {
@@ -306,9 +332,9 @@ function queries() {
   const list = worst.map((query, i) => el("details", { class: "card", open: i === 0 ? "" : null },
     el("summary", {}, el("span", { class: "query" }, query.query), el("span", { class: "soft" }, `relevant at ${query.relevant.rank} of ${query.hits}`), el("span", { class: "chip" }, `nDCG@10 ${query.ndcg.toFixed(3)}`)),
     el("div", {}, el("p", { class: "soft mono" }, `${preflight.validation.load.path}:${query.line}`), ranking(query))));
-  const none = worst.length === 0 ? el("p", { class: "soft" }, "Every query is ranked perfectly.") : null;
+  const none = worst.length === 0 ? el("p", { class: "soft between" }, "Every query is ranked perfectly.") : null;
   return section(`Validation queries after step ${grouped(step)}`, wideGrid(columns("Queries by nDCG@10", "queries", rows, "blue"), progress()),
-    worst.length > 0 ? el("p", { class: "soft" }, `The ${worst.length} worst, with the first documents of their ranking; the most relevant document is shaded.`) : none, list);
+    worst.length > 0 ? el("p", { class: "soft between" }, `The ${worst.length} worst, with the first documents of their ranking; the most relevant document is shaded.`) : none, list);
 }
 
 function labelRows(labels) {
@@ -336,8 +362,8 @@ function dataset(name, { load, lengths }) {
 function data() {
   const single = preflight.epoch.single_label_groups;
   return section("Data",
-    el("p", { class: "soft" }, `${grouped(preflight.epoch.pairs)} pairs an epoch in ${grouped(steps.per_epoch)} steps of ${grouped(steps.items)} ${steps.unit} over ${steps.workers} worker(s)` + (single > 0 ? `; ${grouped(single)} groups left out because their labels are equal` : "")),
-    grid(...dataset("training", preflight.train)), preflight.validation ? el("div", { style: "height:14px" }) : null, preflight.validation ? grid(...dataset("validation", preflight.validation)) : null);
+    el("p", { class: "soft lead" }, `${grouped(preflight.epoch.pairs)} pairs an epoch in ${grouped(steps.per_epoch)} steps of ${grouped(steps.items)} ${steps.unit} over ${many(steps.workers, "worker")}` + (single > 0 ? `; ${grouped(single)} groups left out because their labels are equal` : "")),
+    grid(...dataset("training", preflight.train)), preflight.validation ? el("div", { class: "between" }) : null, preflight.validation ? grid(...dataset("validation", preflight.validation)) : null);
 }
 
 function memory() {
@@ -345,7 +371,7 @@ function memory() {
   const kinds = [["parameters", "blue"], ["gradients", "orange"], ["states", "green"], ["host", "violet"]];
   const names = { states: "optimizer states", host: "offloaded to the host" };
   const cell = (value) => el("td", { class: "number" }, value === undefined ? "–" : bytes(value));
-  const rows = kinds.filter(([kind]) => kind !== "host" || held.host > 0).map(([kind, hue]) => el("tr", {}, el("td", {}, el("span", { class: "legend" }, el("span", {}, swatch(hue), names[kind] ?? kind))), cell(held[kind]), cell(counted?.held[kind]), cell(counted?.peak[kind])));
+  const rows = kinds.filter(([kind]) => kind !== "host" || held.host > 0).map(([kind, hue]) => el("tr", {}, el("td", {}, el("span", { class: "key" }, swatch(hue), names[kind] ?? kind)), cell(held[kind]), cell(counted?.held[kind]), cell(counted?.peak[kind])));
   rows.push(el("tr", {}, el("td", {}, "gathered while in use"), cell(working), cell(), cell()), el("tr", {}, el("td", {}, "activations, at most"), cell(activations), cell(), cell()));
   if (counted) rows.push(el("tr", {}, el("td", {}, "whole process"), cell(), cell(), cell(counted.peak_process)));
   if (counted?.peak_gpu) rows.push(el("tr", {}, el("td", {}, "on a GPU"), cell(), cell(), cell(counted.peak_gpu)));
@@ -359,7 +385,7 @@ function memory() {
 function configuration() {
   const shown = (value) => value === null ? "none" : typeof value === "string" ? value || '""' : JSON.stringify(value);
   const training = { ...plan.training, loss_type: plan.loss_type };
-  const body = el("table", {});
+  const body = el("table", { class: "settings" });
   const toggle = el("button", { type: "button", "aria-pressed": "false", onclick: (event) => {
     const all = event.currentTarget.getAttribute("aria-pressed") !== "true";
     event.currentTarget.setAttribute("aria-pressed", all);
