@@ -162,6 +162,14 @@ def check_appearance(browser: Browser, page: Path, pictures: Path | None) -> Non
         shades[scheme] = browser.evaluate("getComputedStyle(document.body).backgroundColor")
         wide = browser.evaluate("document.documentElement.scrollWidth")
         expect(wide <= width, f"the page is {wide} pixels wide in a window of {width}")
+        # Letters of one size in every chart, and a query that is not a column of letters.
+        scales = browser.evaluate(
+            "[...document.querySelectorAll('.chart svg')].map((chart) =>"
+            " chart.getBoundingClientRect().width / chart.viewBox.baseVal.width)"
+        )
+        expect(all(abs(scale - 1) < 0.02 for scale in scales), f"charts are drawn at scales {scales}")
+        query = browser.evaluate("document.querySelector('.query').getBoundingClientRect().width")
+        expect(query > width / 4, f"a query is {query} pixels wide in a window of {width}")
         if pictures:
             pictures.mkdir(parents=True, exist_ok=True)
             browser.screenshot(pictures / f"{page.parent.parent.name}-{scheme}-{width}.png")

@@ -179,47 +179,81 @@ def peer(model: Path, directory: Path, count: int) -> tuple[dict, list[float]]:
     return timer.rate(count), result["logits"]
 
 
+class Check:
+    """The steps, each of which tells its figures as it ends; they are about files in `directory`."""
+
+    def __init__(self, directory: Path, model: Path, pairs: int) -> None:
+        self.directory, self.model, self.pairs = directory, model, pairs
+        self.figures: dict[str, dict] = {}
+
+    def tell(self, step: str, **values: object) -> None:
+        """Prints the figures of a step, and keeps them."""
+        self.figures[step] = values
+        print(f"{step}: " + ", ".join(f"{name} {each}" for name, each in values.items()), flush=True)
+
+    def one_rank(self) -> None:
+        """What all else is compared with."""
+        timer, scored, _ = score(command(1, self.model, self.directory, "one.jsonl"))
+        expect(scored == self.pairs, f"{scored} pairs of {self.pairs}")
+        ours = logits(self.directory / "one.jsonl", self.pairs)
+        different = len(set(ours))
+        expect(different > self.pairs // 10, f"only {different} different logits: a blind model")
+        self.tell("1 rank", **timer.rate(self.pairs))
+
+    def against_peer(self, count: int) -> None:
+        """The peer scores the first `count` pairs."""
+        rate, theirs = peer(self.model, self.directory, count)
+        ours = logits(self.directory / "one.jsonl", self.pairs)[:count]
+        apart = compare("CrossEncoder.predict", ours, theirs, PEER_TOLERANCE)
+        self.tell("CrossEncoder.predict", **rate, largest_difference=f"{apart:.1e}")
+        own = self.figures["1 rank"]
+        ratios = {key: round(own[key] / rate[key], 2) for key in ("pairs_per_s", "pairs_per_cpu_s")}
+        self.tell("ratio", **ratios)
+
+    def same_as_one_rank(self, output: str) -> dict:
+        """How far an output is from that of one rank, line by line."""
+        one, other = self.directory / "one.jsonl", self.directory / output
+        apart = compare(output, logits(one, self.pairs), logits(other, self.pairs), TOLERANCE)
+        return {
+            "lines": self.pairs,
+            "largest_difference": f"{apart:.1e}",
+            "same_bytes": one.read_bytes() == other.read_bytes(),
+        }
+
+    def two_ranks(self) -> None:
+        """From beginning to end."""
+        timer, _, _ = score(command(2, self.model, self.directory, "two.jsonl"))
+        self.tell("2 ranks", **timer.rate(self.pairs), **self.same_as_one_rank("two.jsonl"))
+
+    def killed(self) -> None:
+        """Two ranks that are killed half-way, and the same command again."""
+        output = self.directory / "killed.jsonl"
+        partial = output.with_name("killed.jsonl.partial")
+        words = command(2, self.model, self.directory, output.name)
+        killed = kill_half_way(words, partial, self.pairs)
+        expect(not output.exists(), "half an output")
+        _, scored, kept = score(words)
+        expect(scored == self.pairs, f"{scored} pairs of {self.pairs}")
+        expect(
+            self.pairs * 0.45 <= kept < self.pairs,
+            f"{kept} of {self.pairs} pairs were kept, expected about half",
+        )
+        expect(not partial.exists(), f"{partial.name} is left")
+        same = self.same_as_one_rank(output.name)
+        self.tell("2 ranks, killed", processes_killed=killed, pairs_kept=kept, **same)
+
+
 def check(arguments: argparse.Namespace, directory: Path) -> dict:
     """Runs all of it; the figures."""
-    pairs, figures = arguments.pairs, {}
-
-    def tell(key: str, **value: object) -> None:
-        figures[key] = value
-        print(f"{key}: " + ", ".join(f"{name} {each}" for name, each in value.items()), flush=True)
-
-    write_pairs(directory / "pairs.jsonl", pairs, arguments.words)
-    model = with_head(default_model(), directory / "model")
-    timer, scored, _ = score(command(1, model, directory, "one.jsonl"))
-    expect(scored == pairs, f"{scored} pairs of {pairs}")
-    one = logits(directory / "one.jsonl", pairs)
-    tell("1 rank", **timer.rate(pairs))
-    expect(len(set(one)) > pairs // 10, f"only {len(set(one))} different logits: a model that is blind")
-
-    if count := min(pairs, arguments.peer_pairs if arguments.peer_pairs is not None else pairs):
-        rate, theirs = peer(model, directory, count)
-        apart = compare("CrossEncoder.predict", one[:count], theirs, PEER_TOLERANCE)
-        tell("CrossEncoder.predict", **rate, largest_difference=f"{apart:.1e}")
-        ours = figures["1 rank"]
-        ratios = {key: ours[key] / rate[key] for key in ("pairs_per_s", "pairs_per_cpu_s")}
-        tell("ratio", **{key: round(value, 2) for key, value in ratios.items()})
-
-    timer, scored, _ = score(command(2, model, directory, "two.jsonl"))
-    apart = compare("2 ranks", one, logits(directory / "two.jsonl", pairs), TOLERANCE)
-    same = (directory / "one.jsonl").read_bytes() == (directory / "two.jsonl").read_bytes()
-    tell("2 ranks", **timer.rate(pairs), largest_difference=f"{apart:.1e}", same_bytes=same)
-
-    words, partial = command(2, model, directory, "killed.jsonl"), directory / "killed.jsonl.partial"
-    killed = kill_half_way(words, partial, pairs)
-    expect(not (directory / "killed.jsonl").exists(), "half an output")
-    timer, scored, kept = score(words)
-    expect(scored == pairs, f"{scored} pairs of {pairs}")
-    expect(pairs * 0.45 <= kept < pairs, f"{kept} of {pairs} pairs were kept, expected about half")
-    apart = compare("after a kill", one, logits(directory / "killed.jsonl", pairs), TOLERANCE)
-    same = (directory / "one.jsonl").read_bytes() == (directory / "killed.jsonl").read_bytes()
-    expect(not partial.exists(), f"{partial.name} is left")
-    differences = {"largest_difference": f"{apart:.1e}", "same_bytes": same}
-    tell("2 ranks, killed", processes_killed=killed, pairs_kept=kept, **differences)
-    return figures
+    write_pairs(directory / "pairs.jsonl", arguments.pairs, arguments.words)
+    steps = Check(directory, with_head(default_model(), directory / "model"), arguments.pairs)
+    steps.one_rank()
+    wanted = arguments.pairs if arguments.peer_pairs is None else arguments.peer_pairs
+    if count := min(arguments.pairs, wanted):
+        steps.against_peer(count)
+    steps.two_ranks()
+    steps.killed()
+    return steps.figures
 
 
 def main() -> None:

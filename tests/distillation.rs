@@ -9,7 +9,8 @@ mod launch;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use common::training::Bench;
 use launch::run;
@@ -130,6 +131,44 @@ fn scores_are_made_once() {
     // Another teacher is another run, and so is other data.
     let outcome = run(&mut command(&bench, "run", "qwen2_tiny", &["resume=auto"]));
     assert_eq!(outcome.code, Some(2), "{}", outcome.stderr);
+}
+
+/// Bytes of the scores that a teacher at work has in the directory of a run.
+fn bytes_scored(run: &Path) -> u64 {
+    let Ok(files) = fs::read_dir(run.join("teacher/train.jsonl.partial")) else { return 0 };
+    let logs = files
+        .filter_map(|file| file.ok())
+        .filter(|file| file.path().extension().is_some_and(|extension| extension == "scores"));
+    logs.map(|log| log.metadata().map_or(0, |metadata| metadata.len())).sum()
+}
+
+#[test]
+fn a_teacher_that_is_killed_goes_on() {
+    let bench = bench();
+    // Every query with so many documents that there is time to kill.
+    let path = bench.root.path().join("unlabelled.jsonl");
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, text.repeat(300)).unwrap();
+    let teacher = ("qwen3_prompt", "teacher.prompt=qwen3-reranker");
+    succeed(&mut scores_only(&bench, "whole", teacher.0, &[teacher.1]));
+    let mut job = scores_only(&bench, "run", teacher.0, &[teacher.1]);
+    let mut job = job.stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+    let run_dir = bench.root.path().join("run");
+    let limit = Instant::now() + Duration::from_secs(120);
+    while bytes_scored(&run_dir) < 16_000 {
+        assert!(job.try_wait().unwrap().is_none(), "it was done before it was killed");
+        assert!(Instant::now() < limit, "no scores");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    job.kill().unwrap();
+    job.wait().unwrap();
+    assert!(!run_dir.join("teacher/train.jsonl").exists(), "half of the scores");
+    let said = succeed(&mut scores_only(&bench, "run", teacher.0, &[teacher.1]));
+    assert!(said.contains("qwen3_prompt goes on scoring: "), "{said}");
+    assert!(said.contains("qwen3_prompt scored 17100 pairs"), "{said}");
+    let [whole, killed] = ["whole", "run"].map(|name| scores(&bench.root.path().join(name)));
+    assert_eq!(killed.len(), 57 * 300);
+    assert!(whole == killed, "other scores");
 }
 
 #[test]

@@ -263,7 +263,8 @@ function header() {
   const tell = () => {
     const when = new Date(run.written * 1000).toLocaleString();
     const ago = age() < 90 ? `${Math.max(0, Math.round(age()))} s ago` : when;
-    updated.textContent = run.status === "training" ? `written ${ago}` : `${run.status} ${when}`;
+    const silent = age() > 900 ? "; it may have been stopped since" : "";
+    updated.textContent = run.status === "training" ? `written ${ago}${silent}` : `${run.status} ${when}`;
   };
   tell();
   if (run.status === "training") {
