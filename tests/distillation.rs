@@ -148,14 +148,14 @@ fn a_teacher_that_is_killed_goes_on() {
     // Every query with so many documents that there is time to kill.
     let path = bench.root.path().join("unlabelled.jsonl");
     let text = fs::read_to_string(&path).unwrap();
-    fs::write(&path, text.repeat(300)).unwrap();
+    fs::write(&path, text.repeat(60)).unwrap();
     let teacher = ("qwen3_prompt", "teacher.prompt=qwen3-reranker");
     succeed(&mut scores_only(&bench, "whole", teacher.0, &[teacher.1]));
     let mut job = scores_only(&bench, "run", teacher.0, &[teacher.1]);
     let mut job = job.stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
     let run_dir = bench.root.path().join("run");
     let limit = Instant::now() + Duration::from_secs(120);
-    while bytes_scored(&run_dir) < 16_000 {
+    while bytes_scored(&run_dir) < 4_000 {
         assert!(job.try_wait().unwrap().is_none(), "it was done before it was killed");
         assert!(Instant::now() < limit, "no scores");
         std::thread::sleep(Duration::from_millis(1));
@@ -165,9 +165,9 @@ fn a_teacher_that_is_killed_goes_on() {
     assert!(!run_dir.join("teacher/train.jsonl").exists(), "half of the scores");
     let said = succeed(&mut scores_only(&bench, "run", teacher.0, &[teacher.1]));
     assert!(said.contains("qwen3_prompt goes on scoring: "), "{said}");
-    assert!(said.contains("qwen3_prompt scored 17100 pairs"), "{said}");
+    assert!(said.contains("qwen3_prompt scored 3420 pairs"), "{said}");
     let [whole, killed] = ["whole", "run"].map(|name| scores(&bench.root.path().join(name)));
-    assert_eq!(killed.len(), 57 * 300);
+    assert_eq!(killed.len(), 57 * 60);
     assert!(whole == killed, "other scores");
 }
 
