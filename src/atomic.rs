@@ -9,6 +9,9 @@ use rustix::io::Errno;
 
 use crate::error::{Error, Result};
 
+/// What the old version ends with while it makes place for the new one.
+const OLD: &str = "old";
+
 fn io(path: &Path, action: &'static str) -> impl FnOnce(std::io::Error) -> Error {
     let path = path.to_owned();
     move |source| Error::Io { path, action, source }
@@ -22,12 +25,47 @@ pub fn create_dir(dir: &Path) -> Result<()> {
     fs::create_dir_all(dir).map_err(io(dir, "create the directory"))
 }
 
+/// Creates `dir` and its parents, and flushes the entry of each that is new: a file flushed inside
+/// is found again after a power loss.
+///
+/// # Errors
+/// [`Error::Io`] with the directory.
+pub fn create_dir_synced(dir: &Path) -> Result<()> {
+    let absolute = std::path::absolute(dir).map_err(io(dir, "find"))?;
+    let new = absolute.ancestors().take_while(|path| !path.exists()).collect::<Vec<_>>();
+    create_dir(&absolute)?;
+    new.into_iter().filter_map(Path::parent).try_for_each(sync_dir)
+}
+
 /// Removes `dir` with all it holds.
 ///
 /// # Errors
 /// [`Error::Io`] with the directory.
 pub fn remove_dir(dir: &Path) -> Result<()> {
     fs::remove_dir_all(dir).map_err(io(dir, "remove"))
+}
+
+/// Removes the file `path`.
+///
+/// # Errors
+/// [`Error::Io`] with the file.
+pub fn remove_file(path: &Path) -> Result<()> {
+    fs::remove_file(path).map_err(io(path, "remove"))
+}
+
+/// Copies the directory `from`, which holds files alone, to `target`, which appears whole.
+///
+/// # Errors
+/// [`Error::Io`] with the file or directory.
+pub fn copy_dir(from: &Path, target: &Path) -> Result<()> {
+    let staged = StagedDir::new(target)?;
+    for entry in fs::read_dir(from).map_err(io(from, "read"))? {
+        let entry = entry.map_err(io(from, "read"))?;
+        let to = staged.path().join(entry.file_name());
+        fs::copy(entry.path(), &to).map_err(io(&to, "write"))?;
+        File::open(&to).and_then(|file| file.sync_all()).map_err(io(&to, "flush"))?;
+    }
+    staged.publish()
 }
 
 /// Writes a whole file and flushes it to the disk.
@@ -56,15 +94,37 @@ impl StagedDir {
     /// # Errors
     /// [`Error::Io`] when it cannot be created.
     pub fn new(target: &Path) -> Result<Self> {
-        let parent = target.parent().unwrap_or(Path::new("."));
-        create_dir(parent)?;
-        let name = target.file_name().unwrap_or_default().to_string_lossy();
-        let staging = parent.join(format!(".{name}.partial"));
-        if staging.exists() {
-            remove(&staging).map_err(io(&staging, "remove the leftover"))?;
-        }
+        create_dir(target.parent().unwrap_or(Path::new(".")))?;
+        Self::clear_leftovers(target)?;
+        let staging = Self::staging(target);
         fs::create_dir(&staging).map_err(io(&staging, "create the directory"))?;
         Ok(Self { staging, target: target.to_owned(), published: false })
+    }
+
+    fn staging(target: &Path) -> PathBuf {
+        let name = target.file_name().unwrap_or_default().to_string_lossy();
+        target.with_file_name(format!(".{name}.partial"))
+    }
+
+    /// Removes what an earlier run left half-built for `target`. A run that ended between the steps
+    /// of an exchange on a file system that needs several has left the old version beside its
+    /// place: it goes back where nothing else is there.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when something cannot be removed or moved.
+    pub fn clear_leftovers(target: &Path) -> Result<()> {
+        let staging = Self::staging(target);
+        let aside = staging.with_extension(OLD);
+        if aside.exists() && !target.exists() {
+            fs::rename(&aside, target).map_err(io(target, "put back"))?;
+            sync_dir(target.parent().unwrap_or(Path::new(".")))?;
+        }
+        for leftover in [staging, aside] {
+            if leftover.exists() {
+                remove(&leftover).map_err(io(&leftover, "remove the leftover"))?;
+            }
+        }
+        Ok(())
     }
 
     /// Where to write the files.
@@ -80,7 +140,9 @@ impl StagedDir {
     pub fn publish(mut self) -> Result<()> {
         sync_dir(&self.staging)?;
         if self.target.exists() {
-            self.exchange().map_err(io(&self.target, "put the new version in place of"))?;
+            let aside = self.staging.with_extension(OLD);
+            exchange(&self.staging, &self.target, &aside)
+                .map_err(io(&self.target, "put the new version in place of"))?;
             // The old version now lies at the staging path; the drop removes it.
         } else {
             fs::rename(&self.staging, &self.target).map_err(io(&self.target, "rename to"))?;
@@ -88,24 +150,26 @@ impl StagedDir {
         }
         sync_dir(self.target.parent().unwrap_or(Path::new(".")))
     }
+}
 
-    /// Swaps the staged and the existing directory: in one step where the file system can, in
-    /// three (with a moment in which neither is at its place) on those that cannot, such as NFS.
-    fn exchange(&self) -> std::io::Result<()> {
-        match renameat_with(CWD, &self.staging, CWD, &self.target, RenameFlags::EXCHANGE) {
-            Ok(()) => return Ok(()),
-            Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-        let aside = self.staging.with_extension("old");
-        fs::rename(&self.target, &aside)?;
-        if let Err(error) = fs::rename(&self.staging, &self.target) {
-            // Back to how it was; if even that fails, the old version lies beside.
-            let _ = fs::rename(&aside, &self.target);
-            return Err(error);
-        }
-        fs::rename(&aside, &self.staging)
+/// Swaps two directories of one file system: in one step where it can, in three over `aside` (with a
+/// moment in which nothing is at `target`) where it cannot, such as NFS.
+///
+/// # Errors
+/// What the system says; `target` is then as it was.
+pub(crate) fn exchange(staging: &Path, target: &Path, aside: &Path) -> std::io::Result<()> {
+    match renameat_with(CWD, staging, CWD, target, RenameFlags::EXCHANGE) {
+        Ok(()) => return Ok(()),
+        Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => {}
+        Err(errno) => return Err(errno.into()),
     }
+    fs::rename(target, aside)?;
+    if let Err(error) = fs::rename(staging, target) {
+        // Back to how it was; if even that fails, the old version lies beside.
+        let _ = fs::rename(aside, target);
+        return Err(error);
+    }
+    fs::rename(aside, staging)
 }
 
 impl Drop for StagedDir {
@@ -206,6 +270,37 @@ mod tests {
         drop(staged);
         assert_eq!(fs::read_to_string(target.join("a")).unwrap(), "second");
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1, "no leftovers");
+    }
+
+    #[test]
+    fn an_exchange_that_was_cut_short_loses_nothing() {
+        let root = tempfile::tempdir().unwrap();
+        let (target, aside) = (root.path().join("model"), root.path().join(".model.old"));
+        let old = |dir: &Path| {
+            fs::create_dir(dir).unwrap();
+            fs::write(dir.join("a"), "old").unwrap();
+        };
+        // Killed when neither version was at its place.
+        old(&aside);
+        fs::create_dir(root.path().join(".model.partial")).unwrap();
+        StagedDir::clear_leftovers(&target).unwrap();
+        assert_eq!(fs::read_to_string(target.join("a")).unwrap(), "old");
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1, "no leftovers");
+        // Killed when the new one was.
+        old(&aside);
+        fs::write(target.join("a"), "new").unwrap();
+        StagedDir::clear_leftovers(&target).unwrap();
+        assert_eq!(fs::read_to_string(target.join("a")).unwrap(), "new");
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1, "no leftovers");
+    }
+
+    #[test]
+    fn directories_are_created_with_their_parents() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("a/b/c");
+        create_dir_synced(&dir).unwrap();
+        create_dir_synced(&dir).unwrap();
+        assert!(dir.is_dir());
     }
 
     #[test]

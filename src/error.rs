@@ -58,6 +58,12 @@ pub enum Error {
         "cannot save a checkpoint: {0}; the earlier ones are whole, start again to go on from them"
     )]
     Save(Box<Error>),
+    /// A model could not be saved, and the run ends over it.
+    #[error(
+        "cannot save the model: {0}; make room or mend the disk, and start again: the run goes on \
+         from its newest checkpoint"
+    )]
+    SaveModel(Box<Error>),
     /// The disk has no room for what must be written.
     #[error(
         "{}: {:.1} MB needed, {:.1} MB free; make room, or lower num_max_checkpoints",
@@ -100,7 +106,7 @@ pub enum Error {
 
 impl Error {
     /// The process exit code for this error: 2 where the user can mend it, 4 where
-    /// a checkpoint could not be saved, 41 where it made room, 43 where starting again would end alike, 1 otherwise.
+    /// a checkpoint or a model could not be saved, 41 where it made room, 43 where starting again would end alike, 1 otherwise.
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
@@ -109,7 +115,7 @@ impl Error {
             | Self::File { .. }
             | Self::Usage(_)
             | Self::Io { .. } => 2,
-            Self::Save(_) => rr_launch::contract::exit_code::CANNOT_SAVE,
+            Self::Save(_) | Self::SaveModel(_) => rr_launch::contract::exit_code::CANNOT_SAVE,
             Self::Diverged(_) => rr_launch::contract::exit_code::DO_NOT_REQUEUE,
             Self::Preempted => rr_launch::contract::exit_code::PREEMPTED,
             Self::NoRoom { .. }

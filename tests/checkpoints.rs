@@ -241,6 +241,18 @@ fn old_checkpoints_go_and_what_is_no_checkpoint_stays() {
     assert_eq!(store.steps().unwrap(), [5, 4, 1]);
     assert!(root.path().join("step-notes").exists());
     assert_eq!(fs::read_dir(root.path()).unwrap().count(), 4, "nothing half-built");
+    // Nor does one whose file is cut short.
+    let file = store.path(4).join("rank-00001-of-00002.safetensors");
+    fs::File::options().write(true).open(&file).unwrap().set_len(100).unwrap();
+    let dir = root.path().to_owned();
+    on_ranks(case, None, move |groups| {
+        let trainer = Trainer::new(case, groups);
+        let mut saver = saver_into(&dir, 2, groups);
+        save(&mut saver, 6, json!(null), &trainer, groups);
+        saver.finish(groups).unwrap();
+    });
+    assert_eq!(store.steps().unwrap(), [6, 5, 4, 1], "5 is the only whole one before 6");
+    fs::remove_dir_all(store.path(4)).unwrap();
     // A run that went on from an earlier checkpoint leaves no later one of another past behind.
     let dir = root.path().to_owned();
     on_ranks(Case { ranks: 1, ..case }, None, move |groups| {
@@ -264,6 +276,7 @@ fn leftovers_are_cleared_and_directories_held() {
     let first = Lock::take(&path, "run 7 (host a, process 12)").unwrap();
     let message = Lock::take(&path, "run 8").unwrap_err().to_string();
     assert!(message.contains("is held by run 7 (host a, process 12)"), "{message}");
+    assert!(message.contains("where its machine is lost"), "{message}");
     drop(first);
     Lock::take(&path, "run 8").unwrap();
 }

@@ -10,6 +10,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use common::training::Bench;
+use reranker::checkpoint::training::Store;
 use serde_json::Value;
 
 /// 14 steps of 8 pairs on two workers, a checkpoint after every second.
@@ -17,6 +18,9 @@ const SETTINGS: [&str; 4] =
     ["batch_size=2", "save_steps=2", "num_max_checkpoints=2", "metric_for_best=loss"];
 
 const RANKS: usize = 2;
+
+/// Steps between two checkpoints.
+const SAVE_STEPS: usize = 2;
 
 /// How many kills at random moments, unless `RESUME_KILLS` says.
 const KILLS: usize = 6;
@@ -83,22 +87,35 @@ fn assert_same(dir: &Path, whole: &Path, what: &str) {
     assert_eq!(logged_steps(dir), logged_steps(whole), "{what}: steps that were logged");
     let all = fs::read_dir(dir.join("checkpoints")).unwrap().count();
     assert_eq!(all, checkpoints(dir).len(), "{what}: something half-built or half-removed is left");
+    let left = fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+    let left: Vec<String> = left.filter(|name| name.starts_with('.')).collect();
+    assert!(left.is_empty(), "{what}: {left:?}");
+    let best = |dir: &Path| fs::read(dir.join("best/model.safetensors")).unwrap();
+    assert!(best(dir) == best(whole), "{what}: another best model");
 }
 
 #[test]
 fn a_kill_at_any_step_of_the_commit_loses_at_most_one_interval() {
     let (bench, whole) = bench();
     let places = [
+        ("staging_made:3", 1),
         ("before_states:3", 0),
+        ("after_states:3", 0),
         ("after_states:3", 1),
+        ("before_receipt:3", 1),
         ("after_receipt:3", 1),
         ("before_model:3", 0),
         ("before_manifest:3", 0),
         ("after_manifest:3", 0),
         ("before_rename:3", 0),
         ("after_rename:3", 0),
+        ("after_sync:3", 0),
         // The third checkpoint is the first that makes one too many.
         ("before_prune:1", 0),
+        ("in_remove:1", 0),
+        // The best model, after step 7.
+        ("before_model_moves:1", 0),
+        ("after_model_moves:1", 0),
     ];
     for (number, (place, rank)) in places.into_iter().enumerate() {
         let name = format!("run{number}");
@@ -107,11 +124,13 @@ fn a_kill_at_any_step_of_the_commit_loses_at_most_one_interval() {
         let (code, said) = fail(&mut killed);
         assert_eq!(code, 137, "{place}: {said}");
         let dir = bench.root.path().join(&name);
-        // The third checkpoint is of step 6.
+        // The third checkpoint is of step 6, and saved beside step 7 at the latest.
         let left = checkpoints(&dir);
-        assert!(left.contains(&"step-4".to_owned()), "{place}: {left:?}");
+        let newest = if left.contains(&"step-6".to_owned()) { 6 } else { 4 };
+        assert!(left.contains(&format!("step-{newest}")), "{place}: {left:?}");
         let said = succeed(&mut command(&bench, &name, &[]));
-        assert!(said.contains("going on from"), "{place}: {said}");
+        let from = format!("going on from {name}/checkpoints/step-{newest}: ");
+        assert!(said.contains(&from), "{place}: {said}");
         assert_same(&dir, &whole, place);
     }
 }
@@ -137,6 +156,23 @@ fn workers(launcher: u32) -> Vec<u32> {
         words.split(|&byte| byte == 0).any(|word| word == b"train")
     };
     children.split_whitespace().filter_map(|pid| pid.parse().ok()).filter(is_worker).collect()
+}
+
+/// The step of the newest of these checkpoints.
+fn newest(names: &[String]) -> Option<usize> {
+    names.iter().filter_map(|name| name.strip_prefix("step-")?.parse().ok()).max()
+}
+
+/// The last step that a run has logged; nothing where its last line is torn.
+fn last_logged(dir: &Path) -> Option<usize> {
+    let text = fs::read_to_string(dir.join("runs/metrics.jsonl")).ok()?;
+    let lines = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    lines.filter_map(|line| line["step"].as_u64()).max().map(|step| step as usize)
+}
+
+/// The newest checkpoint of a run that is under way.
+fn progress(dir: &Path) -> Option<usize> {
+    newest(&checkpoints(dir))
 }
 
 fn kill(pid: u32) {
@@ -180,6 +216,7 @@ fn kills_at_random_moments() {
                 continue;
             }
             let workers = workers(child.id());
+            let before = progress(&dir);
             match dice.below(3) {
                 0 => kill(child.id()),
                 1 if !workers.is_empty() => {
@@ -194,6 +231,17 @@ fn kills_at_random_moments() {
             while workers.iter().any(|pid| fs::exists(format!("/proc/{pid}/stat")).unwrap()) {
                 assert!(Instant::now() < deadline, "workers outlive their launcher");
                 std::thread::sleep(Duration::from_millis(5));
+            }
+            // What was there before the kill is there, and the newest of it is whole.
+            let after = checkpoints(&dir);
+            if let Some(step) = before {
+                let newest = newest(&after).unwrap_or_else(|| panic!("{name}: nothing is left"));
+                assert!(newest >= step, "{name}: step {step} is gone, {after:?} are left");
+                Store::new(dir.join("checkpoints")).verify(newest, 0, 1).unwrap();
+            }
+            if let (Some(newest), Some(taken)) = (newest(&after), last_logged(&dir)) {
+                // The save of one step is under way beside the next ones, up to the next save.
+                assert!(taken <= newest + 2 * SAVE_STEPS, "{name}: {taken} steps, {after:?} left");
             }
             if dir.join("model").exists() {
                 break;
@@ -219,6 +267,74 @@ fn a_damaged_newest_checkpoint_is_named_and_the_one_before_used() {
     assert!(said.contains("step-6/rank-00001-of-00002.safetensors: damaged"), "{said}");
     assert!(said.contains("going on from run/checkpoints/step-4"), "{said}");
     assert_same(&dir, &whole, "after damage");
+}
+
+/// Every file below `dir`.
+fn files(dir: &Path) -> Vec<PathBuf> {
+    let paths = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    let mut all: Vec<PathBuf> =
+        paths.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect();
+    all.sort();
+    all
+}
+
+/// Copies the checkpoints of a run and what it has logged.
+fn copy_run(from: &Path, to: &Path) {
+    for path in files(from) {
+        let target = to.join(path.strip_prefix(from).unwrap());
+        fs::create_dir_all(target.parent().unwrap()).unwrap();
+        fs::copy(path, target).unwrap();
+    }
+}
+
+#[test]
+fn damage_to_any_file_leads_to_the_checkpoint_before() {
+    let (bench, whole) = bench();
+    fail(command(&bench, "stopped", &[]).env("RR_FAIL_POINT", "before_states:4@0"));
+    let stopped = bench.root.path().join("stopped");
+    let newest = stopped.join("checkpoints/step-6");
+    let damages: [(&str, fn(&Path)); 3] = [
+        ("flipped", |path| {
+            let mut bytes = fs::read(path).unwrap();
+            *bytes.last_mut().unwrap() ^= 4;
+            fs::write(path, bytes).unwrap();
+        }),
+        ("truncated", |path| {
+            let bytes = fs::read(path).unwrap();
+            fs::write(path, &bytes[..bytes.len() / 2]).unwrap();
+        }),
+        ("missing", |path| fs::remove_file(path).unwrap()),
+    ];
+    // Every kind of damage, and each file; all pairs of them on request.
+    let is_long = std::env::var_os("RESUME_KILLS").is_some();
+    for (number, file) in files(&newest).iter().enumerate() {
+        let file = file.strip_prefix(&stopped).unwrap();
+        for (kind, (what, damage)) in damages.iter().enumerate() {
+            if !is_long && kind != number % damages.len() {
+                continue;
+            }
+            let name = format!("damaged{number}-{what}");
+            let dir = bench.root.path().join(&name);
+            copy_run(&stopped, &dir);
+            damage(&dir.join(file));
+            let said = succeed(&mut command(&bench, &name, &[]));
+            let named = format!("{name}/{}", file.display());
+            assert!(said.contains(&named), "{named} {what}: {said}");
+            let from = format!("going on from {name}/checkpoints/step-4: ");
+            assert!(said.contains(&from), "{named} {what}: {said}");
+            assert_same(&dir, &whole, &format!("{named} {what}"));
+        }
+    }
+}
+
+#[test]
+fn a_kill_while_it_goes_on_loses_no_line_of_metrics() {
+    let (bench, whole) = bench();
+    for place in ["before_states:4@0", "before_metrics:1@0", "before_states:1@1"] {
+        fail(command(&bench, "run", &[]).env("RR_FAIL_POINT", place));
+    }
+    succeed(&mut command(&bench, "run", &[]));
+    assert_same(&bench.root.path().join("run"), &whole, "after three kills");
 }
 
 /// Another file of the same meaning is another file: nothing is guessed.

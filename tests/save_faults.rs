@@ -71,13 +71,17 @@ impl Fault {
 
     /// Runs with this fault, once, at the third checkpoint.
     fn run(self, bench: &Bench, more: &[&str]) -> Output {
+        self.command(bench, more).output().unwrap()
+    }
+
+    fn command(self, bench: &Bench, more: &[&str]) -> Command {
         let mut command = command(bench, more);
         command.env("LD_PRELOAD", fault_disk()).env("FAULT_PATH", self.path);
         command.env("FAULT_CALL", self.call).env("FAULT_ERRNO", self.errno.to_string());
         command.env("FAULT_RANK", self.rank.to_string()).env("FAULT_TIMES", "1");
         // The names of the others have the third checkpoint's step in them.
         command.env("FAULT_AFTER", if self.call == "fsync" { "3" } else { "1" });
-        command.output().unwrap()
+        command
     }
 }
 
@@ -136,6 +140,45 @@ fn a_run_may_go_on_without_a_checkpoint() {
         assert_eq!(whole_steps(bench.root.path()), [2, 4, 8, 10, 12, 14], "{file}");
         assert!(bench.root.path().join("run/model/model.safetensors").exists(), "{file}");
     }
+}
+
+/// The disk fails under a model that is put together from all ranks.
+fn model_fault(path: &'static str, bench: &Bench, more: &[&str]) -> (Option<i32>, String) {
+    let fault = Fault::new(path, 0, "fsync", EIO);
+    let more: Vec<&str> = ["metric_for_best=loss"].iter().chain(more).copied().collect();
+    let mut command = fault.command(bench, &more);
+    let output = command.args(["--parallel", "zero3.yaml"]).output().unwrap();
+    (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+#[test]
+fn a_model_that_cannot_be_saved_ends_the_run_and_the_next_start_saves_it() {
+    for path in [".model.partial", ".best.partial"] {
+        let bench = Bench::new(0.1);
+        let (code, said) = model_fault(path, &bench, &[]);
+        assert_eq!(code, Some(CANNOT_SAVE), "{said}");
+        assert!(said.contains("cannot save the model: ") && said.contains(path), "{said}");
+        assert!(said.contains("goes on from its newest checkpoint"), "{said}");
+        let mut again = command(&bench, &["metric_for_best=loss"]);
+        let output = again.args(["--parallel", "zero3.yaml"]).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && said.contains("going on from"), "{said}");
+        for model in ["model", "best"] {
+            assert!(bench.root.path().join("run").join(model).exists(), "{model}");
+        }
+    }
+}
+
+#[test]
+fn a_run_may_go_on_without_its_best_model() {
+    let bench = Bench::new(0.1);
+    let (code, said) = model_fault(".best.partial", &bench, &["save_failure=continue"]);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("the best model is left out, and training goes on"), "{said}");
+    // The next validation that is better than none.
+    assert!(said.contains("the best model, loss ") && said.contains(" after step 14"), "{said}");
+    assert!(bench.root.path().join("run/best/model.safetensors").exists());
+    assert!(bench.root.path().join("run/model/model.safetensors").exists());
 }
 
 /// Runs the command in a mount namespace of its own with a small file system of memory at `run`,

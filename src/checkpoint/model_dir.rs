@@ -2,12 +2,14 @@
 //! text-embeddings-inference load; or, of a model with adapters, an adapter directory that peft
 //! loads.
 
+use std::ops::Range;
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
 use tch::Tensor;
 
 use super::sidecar::Sidecar;
+use super::training::fail_point;
 use super::weight_writer::{WeightForm, WeightWriter};
 use crate::atomic::{StagedDir, write_synced};
 use crate::comm::Groups;
@@ -15,6 +17,7 @@ use crate::config::ModelKind;
 use crate::error::{Error, Result};
 use crate::model::ModelConfig;
 use crate::model::lora::peft;
+use crate::model::stage::TensorSpec;
 use crate::shard::FlatUnit;
 use crate::text::{TOKENIZER_FILES, pad_token_id};
 use crate::torch_ext::storage;
@@ -100,40 +103,59 @@ pub fn write_model_files(dir: &Path, model: &ModelFiles) -> Result<()> {
 /// part and what was collected.
 ///
 /// # Errors
-/// [`Error::Io`] or [`Error::File`] with the file that could not be written; [`Error::Comm`] from
-/// the communicator.
+/// [`Error::Io`] or [`Error::File`] with the file that could not be written, on rank 0 alone and
+/// after all has been collected; [`Error::Comm`] from the communicator.
 pub fn save_model(model: SavedModel<'_>, target: &Path, groups: &Groups) -> Result<usize> {
     if groups.world.rank() != 0 {
-        return collect(model.units, groups, |_, _| Ok(()));
+        return collect(model.units, groups, |_, _| ());
     }
-    let staged = StagedDir::new(target)?;
-    let dir = staged.path();
-    let sidecar = Some(model.sidecar.clone());
-    let files = ModelFiles::read(model.config, model.base, sidecar, model.max_shard_bytes)?;
-    let most_held = write_weights(model, files.form, dir, groups)?;
-    write_model_files(dir, &files)?;
+    let mut building = Building::begin(model, target);
+    let most_held = collect(model.units, groups, |unit, whole| {
+        // A disk that fails keeps no other rank waiting: collecting goes on.
+        if let Ok(begun) = &mut building
+            && let Err(error) = begun.add(unit, whole)
+        {
+            building = Err(error);
+        }
+    })?;
+    let Building { staged, files, .. } = building?;
+    write_model_files(staged.path(), &files)?;
+    fail_point("before_model_moves");
     staged.publish()?;
+    fail_point("after_model_moves");
     Ok(most_held)
 }
 
-fn write_weights(
-    model: SavedModel<'_>,
-    form: WeightForm,
-    dir: &Path,
-    groups: &Groups,
-) -> Result<usize> {
-    let parts = |unit: &FlatUnit| -> Vec<_> {
-        unit.layout().places.iter().flat_map(|place| place.parts.clone()).collect()
-    };
-    let specs = model.units.iter().flat_map(parts).map(|(spec, _)| spec).collect();
-    let mut writer = WeightWriter::new(dir, specs, form)?;
-    collect(model.units, groups, |unit, whole| {
+/// A model directory under construction.
+struct Building {
+    staged: StagedDir,
+    files: ModelFiles,
+    writer: WeightWriter,
+}
+
+/// The tensors of a unit, with their places in its buffer.
+fn parts(unit: &FlatUnit) -> Vec<(TensorSpec, Range<usize>)> {
+    unit.layout().places.iter().flat_map(|place| place.parts.clone()).collect()
+}
+
+impl Building {
+    fn begin(model: SavedModel<'_>, target: &Path) -> Result<Self> {
+        let staged = StagedDir::new(target)?;
+        let sidecar = Some(model.sidecar.clone());
+        let files = ModelFiles::read(model.config, model.base, sidecar, model.max_shard_bytes)?;
+        let specs = model.units.iter().flat_map(parts).map(|(spec, _)| spec).collect();
+        let writer = WeightWriter::new(staged.path(), specs, files.form)?;
+        Ok(Self { staged, files, writer })
+    }
+
+    /// Writes the next unit, whose parameters are `whole`.
+    fn add(&mut self, unit: &FlatUnit, whole: &Tensor) -> Result<()> {
         for (spec, range) in parts(unit) {
             let values = whole.f_narrow(0, range.start as i64, range.len() as i64)?;
-            writer.write(&spec, &values)?;
+            self.writer.write(&spec, &values)?;
         }
         Ok(())
-    })
+    }
 }
 
 /// Collects one stage's parameters after the other, in fp32, and lends each to `take` before the
@@ -141,7 +163,7 @@ fn write_weights(
 fn collect(
     units: &[FlatUnit],
     groups: &Groups,
-    mut take: impl FnMut(&FlatUnit, &Tensor) -> Result<()>,
+    mut take: impl FnMut(&FlatUnit, &Tensor),
 ) -> Result<usize> {
     let mut most_held = 0;
     for unit in units {
@@ -152,7 +174,7 @@ fn collect(
         let lent = storage::held_bytes(values) > 0 && values.data_ptr() == whole.data_ptr();
         let collected = if lent { 0 } else { storage::held_bytes(&whole) };
         most_held = most_held.max(own + collected);
-        take(unit, &whole)?;
+        take(unit, &whole);
     }
     Ok(most_held)
 }

@@ -12,10 +12,11 @@ use tracing::{info, warn};
 use super::inputs::Inputs;
 use super::report::METRICS;
 use super::{output, teacher};
+use crate::atomic::{StagedDir, copy_dir, create_dir_synced};
 use crate::checkpoint::Sidecar;
 use crate::checkpoint::model_dir::{MAX_SHARD_BYTES, ModelFiles};
 use crate::checkpoint::training::{
-    Identity, Lock, Manifest, Moment, Progress, SaveOptions, Saver, Store, file_crc32,
+    Identity, Lock, Manifest, Moment, Progress, SaveOptions, Saver, Store, agree, file_crc32,
 };
 use crate::comm::{Groups, Reduction, reduce_values};
 use crate::config::{Plan, Resume, SaveFailure};
@@ -67,7 +68,7 @@ pub(super) fn lock(plan: &Plan, groups: &Groups) -> Result<Option<Lock>> {
         return Ok(None);
     }
     let dir = plan.saving.output_dir.join(output::RUNS);
-    crate::atomic::create_dir(&dir)?;
+    create_dir_synced(&dir)?;
     let run = launch().unwrap_or_default();
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let holder = format!(
@@ -102,13 +103,16 @@ fn launch() -> Option<String> {
 /// Whether this launch was restarted after a failure and has saved a checkpoint before: it goes on
 /// from that, whatever the flags said of earlier launches.
 fn goes_on(plan: &Plan) -> bool {
-    let is_restart = std::env::var(vars::RR_RESTART_COUNT).is_ok_and(|count| count != "0");
-    let own = |launch: String| {
-        let store = store(plan);
-        let newest = store.steps().ok()?.first().copied()?;
-        Some(Manifest::read(&store.path(newest)).ok()?.job["launch"] == launch)
+    output::is_restart() && own_steps(&store(plan)).is_ok_and(|steps| !steps.is_empty())
+}
+
+/// The steps of the checkpoints that this launch has saved, newest first.
+fn own_steps(store: &Store) -> Result<Vec<usize>> {
+    let Some(launch) = launch() else { return Ok(Vec::new()) };
+    let is_own = |step: &usize| {
+        Manifest::read(&store.path(*step)).is_ok_and(|manifest| manifest.job["launch"] == launch)
     };
-    is_restart && launch().and_then(own).unwrap_or(false)
+    Ok(store.steps()?.into_iter().filter(is_own).collect())
 }
 
 /// Refuses to mix a new run's checkpoints with those of an earlier one.
@@ -177,7 +181,9 @@ fn find(plan: &Plan, identity: &Identity, groups: &Groups) -> Result<Option<Star
         return Ok(None);
     }
     let store = store(plan);
-    let steps = store.steps()?;
+    // A launch that began from elsewhere, or anew, does not go on from what others have left.
+    let is_auto = plan.saving.resume == Resume::Auto;
+    let steps = if is_auto { store.steps()? } else { own_steps(&store)? };
     for &step in &steps {
         match verified(&store, step, groups) {
             Ok(manifest) => return start(plan, identity, &store, step, manifest, groups).map(Some),
@@ -231,6 +237,31 @@ fn verified(store: &Store, step: usize, groups: &Groups) -> Result<Manifest> {
         }),
         Err(error) => Err(error),
     }
+}
+
+/// Sees to it that the best model which a checkpoint speaks of is in the output directory, on rank
+/// 0; false where it is nowhere.
+fn bring_best(plan: &Plan, Start { path, manifest }: &Start) -> Result<bool> {
+    let target = plan.saving.output_dir.join(output::BEST);
+    StagedDir::clear_leftovers(&target)?;
+    let best = &manifest.job["best"];
+    let (Some(value), false) = (best["found"][0].as_f64(), target.exists()) else {
+        return Ok(true);
+    };
+    // A checkpoint of another directory has its best model beside it.
+    let output_dir = path.parent().and_then(Path::parent).unwrap_or(Path::new("."));
+    let from = output_dir.join(output::BEST);
+    let sidecar = Sidecar::from_dir(&from).ok().flatten();
+    let figure = best["metric"].as_str().unwrap_or_default();
+    if sidecar.is_some_and(|sidecar| sidecar.metrics[figure].as_f64() == Some(value)) {
+        info!("taking the best model so far over from {}", from.display());
+        return copy_dir(&from, &target).map(|()| true);
+    }
+    warn!(
+        "the best model so far, {figure} {value}, is not in {}; the next validation is the best again",
+        from.display()
+    );
+    Ok(false)
 }
 
 fn start(
@@ -361,7 +392,17 @@ impl<'a> Checkpoints<'a> {
         lock: Option<Lock>,
     ) -> Result<(Self, Option<Manifest>)> {
         let identity = identity(plan, inputs, Some(engine))?;
-        let start = find(plan, &identity, groups)?;
+        let mut start = find(plan, &identity, groups)?;
+        if let Some(start) = &mut start {
+            let is_first = groups.world.rank() == 0;
+            let is_there =
+                agree(if is_first { bring_best(plan, start) } else { Ok(true) }, groups)?;
+            let mut missing = [f64::from(u8::from(!is_there))];
+            reduce_values(groups.world.as_ref(), &mut missing, Reduction::Max)?;
+            if missing[0] > 0.0 {
+                start.manifest.job["best"]["found"] = Value::Null;
+            }
+        }
         if let Some(Start { path, manifest }) = &start {
             manifest.restore(path, engine.units(), groups)?;
             if let Some(loss_scale) = manifest.loss_scale {
@@ -369,6 +410,9 @@ impl<'a> Checkpoints<'a> {
             }
         }
         let this = Self::new(plan, inputs, identity, groups, lock)?;
+        if groups.world.rank() == 0 {
+            output::begin(plan)?;
+        }
         Ok((this, start.map(|start| start.manifest)))
     }
 
@@ -384,6 +428,9 @@ impl<'a> Checkpoints<'a> {
         let store = store(plan);
         if groups.world.rank() == 0 {
             store.clear_leftovers()?;
+            for model in [output::BEST, output::MODEL] {
+                StagedDir::clear_leftovers(&plan.saving.output_dir.join(model))?;
+            }
             if begins_anew(plan) && !matches!(plan.saving.resume, Resume::Path(_)) {
                 store.remove_all()?;
             }

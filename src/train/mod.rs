@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use rr_launch::contract::{WorkerEnv, heartbeat, preemption};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
-use tracing::info;
+use tracing::{info, warn};
 
 pub use checkpoints::check as check_resume;
 pub use inputs::Inputs;
@@ -30,10 +30,10 @@ pub use trackers::check as check_trackers;
 pub use validate::Validation;
 
 use crate::checkpoint::model_dir::MAX_SHARD_BYTES;
-use crate::checkpoint::training::Progress;
+use crate::checkpoint::training::{Progress, agree};
 use crate::checkpoint::{SavedModel, Sidecar, save_model};
 use crate::comm::{Communicator, Gloo, Groups, Nccl, Reduction, Solo, TIMEOUT, reduce_values};
-use crate::config::{self, Plan, Precision, Strategy, ZeroStage};
+use crate::config::{self, Plan, Precision, SaveFailure, Strategy, ZeroStage};
 use crate::data::{Augment, Dataset, StepPlan};
 use crate::engine::{Engine, EngineOptions, StepOptions, StepReport, TrainBatch};
 use crate::error::{Error, Result};
@@ -100,6 +100,9 @@ fn train(
 ) -> Result<Ending> {
     heartbeat::working(format_args!("loading the model"));
     let lock = checkpoints::lock(plan, groups)?;
+    if is_complete(plan, groups)? {
+        return Ok(Ending::Done);
+    }
     if let Some(teacher) = &plan.data.teacher {
         teacher::teach(plan, teacher, device, groups.world.as_ref())?;
     }
@@ -145,6 +148,23 @@ fn train(
     job.reporter.best(plan, job.best)?;
     groups.world.leave()?;
     Ok(Ending::Done)
+}
+
+/// Whether rank 0 finds the final model, saved by an earlier attempt of this launch. All ranks call
+/// it together.
+fn is_complete(plan: &Plan, groups: &Groups) -> Result<bool> {
+    let is_first = groups.world.rank() == 0;
+    let is_complete = is_first && output::is_complete(plan);
+    if is_complete {
+        let model = plan.saving.output_dir.join(output::MODEL);
+        info!("{} was saved before this restart; nothing is left to do", model.display());
+    }
+    let mut found = [f64::from(u8::from(is_complete))];
+    reduce_values(groups.world.as_ref(), &mut found, Reduction::Max)?;
+    if found[0] > 0.0 {
+        groups.world.leave()?;
+    }
+    Ok(found[0] > 0.0)
 }
 
 /// Logs the plan's notices and what lies ahead, a line at a time.
@@ -328,16 +348,32 @@ impl Job<'_> {
         let (result, queries) =
             validate::validate(&self.engine, &self.inputs.tokenizer, data, plan, groups)?;
         self.metrics = result.to_json();
-        let verdict = match &mut self.best {
+        let before = self.best;
+        let mut verdict = match &mut self.best {
             Some(best) => best.judge(step, &result)?,
             None => Verdict::Worse,
         };
-        if verdict == Verdict::Best {
-            self.save(output::BEST)?;
+        if verdict == Verdict::Best && !self.keep_best()? {
+            (self.best, verdict) = (before, Verdict::Worse);
         }
         let is_best = self.best.is_some().then_some(verdict == Verdict::Best);
         self.reporter.validation(step, epoch, (&result, &queries), is_best, started.elapsed())?;
         Ok(verdict)
+    }
+
+    /// Saves the best model so far. False where that failed and the run goes on regardless: the one
+    /// before it stays the best that there is.
+    fn keep_best(&self) -> Result<bool> {
+        match self.save(output::BEST) {
+            Ok(_) => Ok(true),
+            Err(error @ Error::SaveModel(_))
+                if self.plan.saving.save_failure == SaveFailure::Continue =>
+            {
+                warn!("{error}; the best model is left out, and training goes on");
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// This rank's micro-batches of the whole run, tokenized in the background.
@@ -406,7 +442,16 @@ impl Job<'_> {
             sidecar: &Sidecar::of_run(self.plan, self.inputs.model_revision.clone(), metrics),
             max_shard_bytes: MAX_SHARD_BYTES,
         };
-        let most_held = save_model(model, &target, self.groups)?;
+        let is_end = name == output::MODEL && self.groups.world.rank() == 0;
+        let mut saved = save_model(model, &target, self.groups);
+        if is_end {
+            saved = saved.and_then(|held| output::end(self.plan).map(|()| held));
+        }
+        let saved = agree(saved, self.groups);
+        let most_held = saved.map_err(|error| match error {
+            Error::Comm { .. } => error,
+            other => Error::SaveModel(Box::new(other)),
+        })?;
         let seconds = started.elapsed().as_secs_f64();
         if self.groups.world.rank() == 0 {
             info!("saved {} in {seconds:.1} s", target.display());

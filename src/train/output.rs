@@ -2,8 +2,10 @@
 
 use std::path::Path;
 
+use rr_launch::contract::vars;
 use rustix::fs::{Access, access};
 
+use crate::atomic::{remove_file, sync_dir, write_synced};
 use crate::config::Plan;
 use crate::error::Result;
 
@@ -14,10 +16,55 @@ pub(super) const BEST: &str = "best";
 /// Logs and metrics, inside the output directory.
 pub(super) const RUNS: &str = "runs";
 
+/// Says, inside the directory of logs, that what lies at [`MODEL`] is of an earlier run, which the
+/// present one replaces when it ends.
+const BEGUN: &str = ".begun";
+
+fn has_begun(plan: &Plan) -> bool {
+    plan.saving.output_dir.join(RUNS).join(BEGUN).exists()
+}
+
 /// Whether an earlier run began here and did not end.
 pub(super) fn unfinished(plan: &Plan) -> bool {
     let dir = &plan.saving.output_dir;
-    dir.join(RUNS).exists() && !dir.join(MODEL).exists()
+    dir.join(RUNS).exists() && (!dir.join(MODEL).exists() || has_begun(plan))
+}
+
+/// A run begins to train here, or goes on.
+///
+/// # Errors
+/// [`crate::Error::Io`] when that cannot be noted.
+pub(super) fn begin(plan: &Plan) -> Result<()> {
+    if !plan.saving.output_dir.join(MODEL).exists() {
+        return Ok(());
+    }
+    let dir = plan.saving.output_dir.join(RUNS);
+    write_synced(&dir.join(BEGUN), b"")?;
+    sync_dir(&dir)
+}
+
+/// The run has saved its model.
+///
+/// # Errors
+/// [`crate::Error::Io`] when that cannot be noted.
+pub(super) fn end(plan: &Plan) -> Result<()> {
+    if has_begun(plan) {
+        remove_file(&plan.saving.output_dir.join(RUNS).join(BEGUN))
+    } else {
+        Ok(())
+    }
+}
+
+/// Whether the launcher has started this run's workers before.
+pub(super) fn is_restart() -> bool {
+    std::env::var(vars::RR_RESTART_COUNT).is_ok_and(|count| count != "0")
+}
+
+/// Whether an earlier attempt of this launch has saved the final model, and failed only then: the
+/// first attempt would have refused one that was there before.
+pub(super) fn is_complete(plan: &Plan) -> bool {
+    let is_there = plan.saving.output_dir.join(MODEL).exists() && !has_begun(plan);
+    is_restart() && !plan.saving.overwrite && is_there
 }
 
 /// Checks that the run may write to its output directory and overwrites no finished run.
@@ -30,7 +77,7 @@ pub fn check(plan: &Plan) -> Result<()> {
     if dir.exists() && !dir.is_dir() {
         return refuse(format!("{} is a file, expected a directory", dir.display()));
     }
-    if dir.join(MODEL).exists() && !plan.saving.overwrite {
+    if dir.join(MODEL).exists() && !has_begun(plan) && !plan.saving.overwrite && !is_restart() {
         return refuse(format!(
             "{} already holds a finished run; choose another directory or pass --overwrite",
             dir.display()

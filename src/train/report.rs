@@ -17,7 +17,8 @@ use super::status::{Progress, StatusLine};
 use super::trackers::Trackers;
 use super::validate::Validation;
 use super::worst::QueryReport;
-use crate::atomic::{create_dir, remove_dir};
+use crate::atomic::{StagedFile, create_dir, remove_dir};
+use crate::checkpoint::training::fail_point;
 use crate::config::Plan;
 use crate::data::{MicroBatchPlan, StepPlan};
 use crate::engine::StepReport;
@@ -58,9 +59,16 @@ impl Sink {
         create_dir(&dir)?;
         let path = dir.join(METRICS);
         let earlier = metrics_until(&path, done);
-        let create = |source| Error::Io { path: path.clone(), action: "create", source };
-        let mut file = File::create(&path).map_err(create)?;
-        file.write_all(earlier.as_bytes()).map_err(create)?;
+        // A run that is killed here has lost none of its lines.
+        let staged = StagedFile::new(&path)?;
+        let mut file = staged.writer()?;
+        file.write_all(earlier.as_bytes()).map_err(|source| Error::Io {
+            path: path.clone(),
+            action: "write",
+            source,
+        })?;
+        fail_point("before_metrics");
+        staged.publish()?;
         Ok(Self {
             file,
             trackers: Trackers::start(about.plan, &dir, done)?,

@@ -16,6 +16,7 @@ mod states;
 mod store;
 
 pub use manifest::{Identity, Manifest, Progress};
+pub(crate) use saver::agree;
 pub use saver::{Moment, SaveOptions, Saver};
 pub use states::{StateFiles, UnitStates};
 pub use store::{Lock, Store};
@@ -35,7 +36,7 @@ fn damaged(path: &Path, message: impl Into<String>) -> Error {
 
 /// Kills the process at a place of the commit protocol, where a test asks for that: the variable
 /// `RR_FAIL_POINT` names the place, with `:N` for its N-th visit and `@R` for rank R alone.
-fn fail_point(place: &str) {
+pub(crate) fn fail_point(place: &str) {
     use std::sync::atomic::{AtomicUsize, Ordering};
     static VISITS: AtomicUsize = AtomicUsize::new(0);
     let Some(wanted) = std::env::var("RR_FAIL_POINT").ok() else { return };

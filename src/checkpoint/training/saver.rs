@@ -13,7 +13,7 @@ use super::manifest::{FileRecord, Identity, Manifest, Progress, UnitRecord};
 use super::states::{self, StateFiles, UnitStates};
 use super::store::Store;
 use super::{fail_point, io, model, read};
-use crate::atomic::{create_dir, sync_dir, write_synced};
+use crate::atomic::{create_dir, create_dir_synced, sync_dir, write_synced};
 use crate::checkpoint::model_dir::ModelFiles;
 use crate::comm::{Groups, Reduction, reduce_values};
 use crate::error::{Error, Result};
@@ -71,6 +71,8 @@ pub struct Saver {
 #[derive(Debug)]
 struct Writing {
     thread: JoinHandle<(Vec<UnitStates>, Result<()>)>,
+    /// Where it writes.
+    staging: PathBuf,
 }
 
 /// Everything the writing thread needs.
@@ -119,21 +121,9 @@ impl Saver {
         assert!(self.writing.is_none(), "finish() comes between two saves");
         // One rank holds what its replicas hold as well.
         let writes = groups.replicas().is_none_or(|replicas| replicas.rank() == 0);
-        let room = if writes { self.check_room(units, groups) } else { Ok(()) };
-        agree(room, groups)?;
-        if !writes {
-            return Ok(());
-        }
-        let buffers = match self.buffers.take() {
-            Some(buffers) => buffers,
-            None => units
-                .iter()
-                .map(|unit| UnitStates::zeros(unit.own_part().len()))
-                .collect::<Result<_>>()?,
-        };
-        for (unit, UnitStates(states)) in units.iter().zip(&buffers) {
-            unit.copy_states(states)?;
-        }
+        // A rank that cannot write says so before the others begin: rank 0 would wait for its file.
+        let copied = if writes { self.copy(units, groups).map(Some) } else { Ok(None) };
+        let Some(buffers) = agree(copied, groups)? else { return Ok(()) };
         let manifest = (groups.world.rank() == 0).then(|| Manifest {
             format_version: Manifest::version(),
             program: format!("reranker {}", env!("CARGO_PKG_VERSION")),
@@ -158,6 +148,22 @@ impl Saver {
         };
         self.writing = Some(Writing::start(job, buffers)?);
         Ok(())
+    }
+
+    /// A copy of the states of `units` in memory, if there is room on the disk for it.
+    fn copy(&mut self, units: &[FlatUnit], groups: &Groups) -> Result<Vec<UnitStates>> {
+        self.check_room(units, groups)?;
+        let buffers = match self.buffers.take() {
+            Some(buffers) => buffers,
+            None => units
+                .iter()
+                .map(|unit| UnitStates::zeros(unit.own_part().len()))
+                .collect::<Result<_>>()?,
+        };
+        for (unit, UnitStates(states)) in units.iter().zip(&buffers) {
+            unit.copy_states(states)?;
+        }
+        Ok(buffers)
     }
 
     /// The error of a save under way that has failed on this rank; does not wait for one that has
@@ -186,8 +192,13 @@ impl Saver {
         let others = agree(outcome, groups);
         if waits_for_others {
             self.cancel.store(others.is_err(), Ordering::Relaxed);
+            let staging = self.writing.as_ref().map(|writing| writing.staging.clone());
             let own = self.join();
             self.cancel.store(false, Ordering::Relaxed);
+            if let (Some(staging), true) = (staging, others.is_err() || own.is_err()) {
+                // A rank that was slower may have put its file there after rank 0 had cleared up.
+                let _ = std::fs::remove_dir_all(staging);
+            }
             return agree(others.and(own), groups);
         }
         others.and(agree(Ok(()), groups))
@@ -208,7 +219,7 @@ impl Saver {
     fn check_room(&self, units: &[FlatUnit], groups: &Groups) -> Result<()> {
         let root = self.store.staging(0, 0);
         let root = root.parent().unwrap_or(Path::new("."));
-        create_dir(root)?;
+        create_dir_synced(root)?;
         let Ok(disk) = rustix::fs::statvfs(root) else { return Ok(()) };
         let ranks = groups.shard().world_size() as u64;
         let states = states::bytes_per_rank(units) * ranks;
@@ -230,12 +241,12 @@ impl Drop for Saver {
 }
 
 /// This rank's error, or that another has one.
-fn agree(outcome: Result<()>, groups: &Groups) -> Result<()> {
+pub(crate) fn agree<T>(outcome: Result<T>, groups: &Groups) -> Result<T> {
     let mut failed = [if outcome.is_err() { groups.world.rank() as f64 + 1.0 } else { 0.0 }];
     let reduced = reduce_values(groups.world.as_ref(), &mut failed, Reduction::Max);
-    outcome?;
+    let outcome = outcome?;
     reduced?;
-    if failed[0] == 0.0 { Ok(()) } else { Err(Error::PeerCannotSave(failed[0] as usize - 1)) }
+    if failed[0] == 0.0 { Ok(outcome) } else { Err(Error::PeerCannotSave(failed[0] as usize - 1)) }
 }
 
 /// A number that no other start has, small enough for an f64.
@@ -247,15 +258,15 @@ fn fresh_nonce() -> f64 {
 
 impl Writing {
     fn start(job: Job, buffers: Vec<UnitStates>) -> Result<Self> {
-        let path = job.staging.clone();
+        let staging = job.staging.clone();
         let thread = std::thread::Builder::new()
             .name("checkpoint".into())
             .spawn(move || {
                 let outcome = job.run(&buffers);
                 (buffers, outcome)
             })
-            .map_err(io(&path, "start a thread to write"))?;
-        Ok(Self { thread })
+            .map_err(io(&staging, "start a thread to write"))?;
+        Ok(Self { thread, staging })
     }
 }
 
@@ -263,6 +274,7 @@ impl Job {
     fn run(mut self, buffers: &[UnitStates]) -> Result<()> {
         let started = Instant::now();
         create_dir(&self.staging)?;
+        fail_point("staging_made");
         let (rank, count) = self.writer;
         fail_point("before_states");
         let record = states::write(&self.staging, &states::file_name(rank, count), buffers)?;
@@ -286,6 +298,7 @@ impl Job {
         let partial = path.with_extension("partial");
         write_synced(&partial, &receipt)?;
         sync_dir(&self.staging)?;
+        fail_point("before_receipt");
         std::fs::rename(&partial, &path).map_err(io(&path, "rename to"))?;
         fail_point("after_receipt");
         Ok(())

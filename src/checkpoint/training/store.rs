@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
+use tracing::warn;
 
 use super::manifest::{FileRecord, Manifest};
 use super::{fail_point, io, states};
-use crate::atomic::sync_dir;
+use crate::atomic::{exchange, sync_dir};
 use crate::error::{Error, Result};
 
 /// What a checkpoint's directory begins with.
@@ -81,24 +82,31 @@ impl Store {
     }
 
     /// Moves a finished checkpoint to its place. One of the same step that is there already is
-    /// replaced: it is from before a resume, and holds the same.
+    /// replaced: it is from before a resume, and damaged or of a past that was left.
     pub(super) fn publish(&self, staging: &Path, step: usize) -> Result<()> {
         sync_dir(staging)?;
         fail_point("before_rename");
         let target = self.path(step);
-        if target.exists() {
-            self.remove(step)?;
+        let replaces = target.exists();
+        if replaces {
+            exchange(staging, &target, &self.aside(step)).map_err(io(&target, "replace"))?;
+        } else {
+            fs::rename(staging, &target).map_err(io(&target, "rename to"))?;
         }
-        fs::rename(staging, &target).map_err(io(&target, "rename to"))?;
         fail_point("after_rename");
-        sync_dir(&self.root)
+        sync_dir(&self.root)?;
+        fail_point("after_sync");
+        if replaces {
+            fs::remove_dir_all(staging).map_err(io(staging, "remove"))?;
+        }
+        Ok(())
     }
 
     /// Removes whole checkpoints beyond the newest `keep` up to `newest`, which was just saved, and
     /// later ones, which a run that went on from an earlier one has left behind. What is no whole
     /// checkpoint neither counts nor is touched.
     pub(super) fn prune(&self, keep: usize, newest: usize) -> Result<()> {
-        let whole = |step: &usize| Manifest::read(&self.path(*step)).is_ok();
+        let whole = |step: &usize| self.looks_whole(*step);
         let (later, kept): (Vec<_>, Vec<_>) =
             self.steps()?.into_iter().filter(whole).partition(|&step| step > newest);
         for step in later.into_iter().chain(kept.into_iter().skip(keep.max(1))) {
@@ -106,6 +114,15 @@ impl Store {
             self.remove(step)?;
         }
         Ok(())
+    }
+
+    /// Whether the manifest of a checkpoint is in order and all of its files have their lengths.
+    fn looks_whole(&self, step: usize) -> bool {
+        let dir = self.path(step);
+        let has_length = |file: &FileRecord| {
+            fs::metadata(dir.join(&file.name)).is_ok_and(|found| found.len() == file.bytes)
+        };
+        Manifest::read(&dir).is_ok_and(|manifest| manifest.files.iter().all(has_length))
     }
 
     /// Removes all checkpoints, whole or not.
@@ -118,10 +135,15 @@ impl Store {
 
     /// Takes a checkpoint out of sight in one step, then removes it.
     fn remove(&self, step: usize) -> Result<()> {
-        let path = self.path(step);
-        let aside = self.root.join(format!(".{PREFIX}{step}.{}{REMOVED}", std::process::id()));
+        let (path, aside) = (self.path(step), self.aside(step));
         fs::rename(&path, &aside).map_err(io(&path, "remove"))?;
+        fail_point("in_remove");
         fs::remove_dir_all(&aside).map_err(io(&aside, "remove"))
+    }
+
+    /// Where a checkpoint lies out of sight on its way out.
+    fn aside(&self, step: usize) -> PathBuf {
+        self.root.join(format!(".{PREFIX}{step}.{}{REMOVED}", std::process::id()))
     }
 
     /// Reads every byte of those files of a checkpoint that fall to `rank` of `world_size`, and its
@@ -174,13 +196,20 @@ impl Lock {
                 // Only for the message.
                 let _ = file.read_to_string(&mut holder);
                 return Err(Error::Usage(format!(
-                    "{} is held by {}; wait for it, end it, or choose another output_dir",
+                    "{0} is held by {1}; wait for it, end it, or choose another output_dir (where \
+                     its machine is lost and a shared file system still holds the lock, remove {0})",
                     path.display(),
                     if holder.trim().is_empty() { "another run" } else { holder.trim() }
                 )));
             }
-            // A file system without locks cannot say; the run goes on as before there were any.
-            Ok(()) | Err(Errno::NOSYS | Errno::NOTSUP | Errno::NOLCK) => {}
+            Ok(()) => {}
+            Err(Errno::NOSYS | Errno::NOTSUP | Errno::NOLCK) => {
+                let dir = path.parent().unwrap_or(path).display();
+                warn!(
+                    "the file system of {dir} has no locks: see to it yourself that no second run \
+                     uses this directory"
+                );
+            }
             Err(error) => return Err(io(path, "lock")(error.into())),
         }
         // Its holder may have removed it between the two calls: then it is nobody's lock.

@@ -1,0 +1,197 @@
+//! Where a run goes on that is restarted by the launcher, replaces a finished run, or takes up the
+//! checkpoint of another directory; and that runs of every kind go on to the bit.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use common::training::Bench;
+use serde_json::Value;
+
+/// 14 steps on two workers, a checkpoint after every second.
+fn command(bench: &Bench, name: &str, more: &[&str]) -> Command {
+    let settings: Vec<&str> =
+        ["batch_size=2", "save_steps=2"].iter().chain(more).copied().collect();
+    let mut command = bench.command(name, 2, &settings);
+    command.env("OMP_NUM_THREADS", "1").stdin(Stdio::null());
+    command
+}
+
+/// The exit code of a command, and what it said.
+fn end(command: &mut Command) -> (i32, String) {
+    let output = command.output().unwrap();
+    (output.status.code().unwrap(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+fn succeed(command: &mut Command) -> String {
+    let (code, said) = end(command);
+    assert_eq!(code, 0, "{command:?}: {said}");
+    said
+}
+
+/// Starts a run that dies at this place of its saves.
+fn killed_at(place: &str, command: &mut Command) {
+    let (code, said) = end(command.env("RR_FAIL_POINT", place));
+    assert_eq!(code, 137, "{place}: {said}");
+}
+
+fn weights(dir: &Path) -> Vec<u8> {
+    fs::read(dir.join("model.safetensors")).unwrap()
+}
+
+#[test]
+fn restarts_go_on_from_what_this_launch_has_saved() {
+    let bench = Bench::new(0.1);
+    let root = bench.root.path();
+    succeed(&mut command(&bench, "whole", &[]));
+    // Each attempt dies when it saves for the third time. Attempts after the first ones of step 4
+    // must not return to it; nor be led astray by what is no checkpoint of this launch.
+    killed_at("before_states:3@0", &mut command(&bench, "run", &[]));
+    fs::create_dir(root.join("run/checkpoints/step-999")).unwrap();
+    let mut restarted = command(&bench, "run", &[]);
+    restarted.args(["--resume", "run/checkpoints/step-4", "--max-restarts", "2"]);
+    let said = succeed(restarted.env("RR_FAIL_POINT", "before_states:3@0"));
+    for step in [4, 8, 12] {
+        assert!(said.contains(&format!("run/checkpoints/step-{step}: step {step}")), "{said}");
+    }
+    assert!(weights(&root.join("run/model")) == weights(&root.join("whole/model")));
+}
+
+#[test]
+fn a_restart_after_the_last_save_has_nothing_left_to_do() {
+    let bench = Bench::new(0.1);
+    let root = bench.root.path();
+    let mut restarted = command(&bench, "run", &[]);
+    restarted.args(["--max-restarts", "1"]).env("RR_FAIL_POINT", "after_model_moves:1@0");
+    let said = succeed(&mut restarted);
+    assert!(said.contains("run/model was saved before this restart"), "{said}");
+    assert!(root.join("run/model/model.safetensors").exists());
+    // A start by hand is told that there is a finished run.
+    let (code, said) = end(&mut command(&bench, "run", &[]));
+    assert_eq!(code, 2, "{said}");
+    assert!(said.contains("already holds a finished run"), "{said}");
+}
+
+#[test]
+fn a_kill_before_the_last_save_leaves_no_model() {
+    let bench = Bench::new(0.1);
+    let root = bench.root.path();
+    succeed(&mut command(&bench, "whole", &[]));
+    killed_at("before_model_moves:1@0", &mut command(&bench, "run", &[]));
+    assert!(!root.join("run/model").exists());
+    let said = succeed(&mut command(&bench, "run", &[]));
+    assert!(said.contains("going on from run/checkpoints/step-14"), "{said}");
+    assert!(weights(&root.join("run/model")) == weights(&root.join("whole/model")));
+    assert!(!root.join("run/.model.partial").exists());
+}
+
+#[test]
+fn a_run_that_replaces_a_finished_one_goes_on_as_any_other() {
+    let bench = Bench::new(0.1);
+    let root = bench.root.path();
+    succeed(&mut command(&bench, "whole", &["lr=5e-4"]));
+    succeed(&mut command(&bench, "run", &[]));
+    let finished = weights(&root.join("run/model"));
+    let mut replaces = command(&bench, "run", &["lr=5e-4"]);
+    killed_at("before_states:3@0", replaces.arg("--overwrite"));
+    assert!(weights(&root.join("run/model")) == finished, "the old model stays until the new one");
+    // With the flag or without: it is an unfinished run.
+    let mut again = command(&bench, "run", &["lr=5e-4"]);
+    again.arg("--overwrite").env("RR_FAIL_POINT", "before_states:3@0");
+    let (code, said) = end(&mut again);
+    assert_eq!(code, 137, "{said}");
+    assert!(said.contains("going on from run/checkpoints/step-4"), "{said}");
+    let said = succeed(&mut command(&bench, "run", &["lr=5e-4"]));
+    assert!(said.contains("going on from run/checkpoints/step-8"), "{said}");
+    assert!(weights(&root.join("run/model")) == weights(&root.join("whole/model")));
+    let (code, said) = end(&mut command(&bench, "run", &["lr=5e-4"]));
+    assert_eq!(code, 2, "it is finished now: {said}");
+}
+
+#[test]
+fn a_checkpoint_of_another_directory_brings_its_best_model() {
+    let bench = Bench::new(0.1);
+    let root = bench.root.path();
+    let best = "metric_for_best=loss";
+    succeed(&mut command(&bench, "whole", &[best]));
+    // The first validation is after step 7.
+    killed_at("before_states:6@0", &mut command(&bench, "run", &[best]));
+    let from = ["--resume", "run/checkpoints/step-10"];
+    let mut moved = command(&bench, "moved", &[best]);
+    killed_at("before_states:1@0", moved.args(from));
+    assert!(weights(&root.join("moved/best")) == weights(&root.join("run/best")));
+    let said = succeed(command(&bench, "moved", &[best]).args(from));
+    assert!(!said.contains("taking the best model"), "it is there already: {said}");
+    for model in ["model", "best"] {
+        let whole = weights(&root.join("whole").join(model));
+        assert!(weights(&root.join("moved").join(model)) == whole, "{model}");
+    }
+    // Where it is nowhere, nobody speaks of a model that is not there.
+    fs::remove_dir_all(root.join("run/best")).unwrap();
+    let said = succeed(command(&bench, "alone", &[best]).args(from));
+    assert!(said.contains("is not in run/best; the next validation is the best again"), "{said}");
+    assert!(root.join("alone/best/model.safetensors").exists());
+}
+
+/// The loss and gradient norm of every step that a run has logged, in the order of the lines.
+fn steps(dir: &Path) -> Vec<(u64, String)> {
+    let text = fs::read_to_string(dir.join("runs/metrics.jsonl")).unwrap();
+    let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    lines
+        .filter(|line| line["type"] == "train")
+        .map(|line| {
+            let step = line["step"].as_u64().unwrap();
+            (step, format!("{} {} {}", line["epoch"], line["loss"], line["grad_norm"]))
+        })
+        .collect()
+}
+
+/// A kind of run: its name, parallel file, and settings.
+type Kind = (&'static str, Option<&'static str>, &'static [&'static str]);
+
+const GROUPS: &str = "train_dataset=groups.jsonl";
+
+/// What has a state of its own, or draws random numbers of its own.
+const KINDS: [Kind; 7] = [
+    ("groups drawn afresh", None, &[GROUPS, "loss_type=listwise_ce", "train_group_size=3"]),
+    ("pairs in groups", None, &[GROUPS, "loss_type=pairwise_ranknet", "train_group_size=4"]),
+    ("shuffled chunks", None, &["shuffle_rate=0.5"]),
+    ("bf16 under ZeRO-2", Some("zero2.yaml"), &["mixed_precision=bf16"]),
+    ("fp16 under ZeRO-3", Some("zero3.yaml"), &["mixed_precision=fp16"]),
+    ("a window of several steps", None, &["gradient_accumulation_steps=3"]),
+    (
+        "early stopping",
+        None,
+        &["eval_steps=1", "metric_for_best=mrr@10", "early_stopping_patience=4", "lr=5e-3"],
+    ),
+];
+
+#[test]
+fn every_kind_of_run_goes_on_to_the_bit_twice() {
+    let bench = Bench::new(0.1);
+    for (number, (kind, parallel, settings)) in KINDS.into_iter().enumerate() {
+        let settings: Vec<&str> =
+            settings.iter().copied().chain(["save_steps=1", "num_max_checkpoints=1"]).collect();
+        let run = |name: &str| {
+            let mut command = command(&bench, &format!("{name}{number}"), &settings);
+            if let Some(file) = parallel {
+                command.args(["--parallel", file]);
+            }
+            command
+        };
+        succeed(&mut run("whole"));
+        // The first kill is in the first epoch's middle, the second behind it.
+        for _ in 0..2 {
+            killed_at("before_states:3@0", &mut run("run"));
+        }
+        let said = succeed(&mut run("run"));
+        assert!(said.contains("going on from"), "{kind}: {said}");
+        let dir = |name: &str| bench.root.path().join(format!("{name}{number}"));
+        let (whole, run) = (dir("whole"), dir("run"));
+        assert_eq!(steps(&run), steps(&whole), "{kind}");
+        assert!(weights(&run.join("model")) == weights(&whole.join("model")), "{kind}");
+    }
+}
