@@ -132,7 +132,11 @@ fn a_checkpoint_of_another_directory_brings_its_best_model() {
     // Where it is nowhere, nobody speaks of a model that is not there.
     fs::remove_dir_all(root.join("run/best")).unwrap();
     let said = succeed(command(&bench, "alone", &[best]).args(from));
-    assert!(said.contains("is not in run/best; the next validation is the best again"), "{said}");
+    let missing = format!(
+        "is not in {}; the next validation is the best again",
+        root.join("run/best").display()
+    );
+    assert!(said.contains(&missing), "{said}");
     assert!(root.join("alone/best/model.safetensors").exists());
 }
 
