@@ -137,7 +137,7 @@ fn scores_are_made_once() {
 fn bytes_scored(run: &Path) -> u64 {
     let Ok(files) = fs::read_dir(run.join("teacher/train.jsonl.partial")) else { return 0 };
     let logs = files
-        .filter_map(|file| file.ok())
+        .filter_map(Result::ok)
         .filter(|file| file.path().extension().is_some_and(|extension| extension == "scores"));
     logs.map(|log| log.metadata().map_or(0, |metadata| metadata.len())).sum()
 }

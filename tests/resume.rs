@@ -269,6 +269,9 @@ fn a_damaged_newest_checkpoint_is_named_and_the_one_before_used() {
     assert_same(&dir, &whole, "after damage");
 }
 
+/// What it is called, and what does it to a file.
+type Damage = (&'static str, fn(&Path));
+
 /// Every file below `dir`.
 fn files(dir: &Path) -> Vec<PathBuf> {
     let paths = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
@@ -293,7 +296,7 @@ fn damage_to_any_file_leads_to_the_checkpoint_before() {
     fail(command(&bench, "stopped", &[]).env("RR_FAIL_POINT", "before_states:4@0"));
     let stopped = bench.root.path().join("stopped");
     let newest = stopped.join("checkpoints/step-6");
-    let damages: [(&str, fn(&Path)); 3] = [
+    let damages: [Damage; 3] = [
         ("flipped", |path| {
             let mut bytes = fs::read(path).unwrap();
             *bytes.last_mut().unwrap() ^= 4;
