@@ -64,6 +64,22 @@ pub enum Error {
          from its newest checkpoint"
     )]
     SaveModel(Box<Error>),
+    /// A checkpoint is of a version of the format that this program does not know.
+    #[error(
+        "{}: format_version is {found}, this program reads {known}; it was written by {program}: go on \
+         with that, or begin anew with --resume never --overwrite",
+        path.display()
+    )]
+    OtherVersion {
+        /// The manifest.
+        path: PathBuf,
+        /// The version that it gives.
+        found: String,
+        /// The version that this program reads.
+        known: u32,
+        /// The program that wrote it.
+        program: String,
+    },
     /// The disk has no room for what must be written.
     #[error(
         "{}: {:.1} MB needed, {:.1} MB free; make room, or lower num_max_checkpoints",
@@ -114,6 +130,7 @@ impl Error {
             | Self::Data { .. }
             | Self::File { .. }
             | Self::Usage(_)
+            | Self::OtherVersion { .. }
             | Self::Io { .. } => 2,
             Self::Save(_) | Self::SaveModel(_) => rr_launch::contract::exit_code::CANNOT_SAVE,
             Self::Diverged(_) => rr_launch::contract::exit_code::DO_NOT_REQUEUE,

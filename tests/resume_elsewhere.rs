@@ -9,6 +9,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use common::training::Bench;
+use reranker::checkpoint::training::Manifest;
 use serde_json::Value;
 
 /// 14 steps on two workers, a checkpoint after every second.
@@ -109,6 +110,48 @@ fn a_run_that_replaces_a_finished_one_goes_on_as_any_other() {
     assert!(weights(&root.join("run/model")) == weights(&root.join("whole/model")));
     let (code, said) = end(&mut command(&bench, "run", &["lr=5e-4"]));
     assert_eq!(code, 2, "it is finished now: {said}");
+}
+
+/// The directories of a run's checkpoints.
+fn steps_kept(run: &Path) -> Vec<String> {
+    let entries = fs::read_dir(run.join("checkpoints")).unwrap();
+    let mut names: Vec<String> =
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn no_start_removes_checkpoints_that_it_cannot_go_on_from() {
+    let bench = Bench::new(0.1);
+    killed_at("before_states:3@0", &mut command(&bench, "run", &[]));
+    let run = bench.root.path().join("run");
+    let before = steps_kept(&run);
+    assert!(before.contains(&"step-4".to_owned()), "{before:?}");
+    // As torchrun, srun or a person starts a worker: nothing has checked it before.
+    let worker = |resume: &str| {
+        let mut worker = Command::new(env!("CARGO_BIN_EXE_reranker"));
+        worker.current_dir(bench.root.path()).args(["train", "--device", "cpu"]);
+        worker.args(["--config", "t.yaml", "--set", "output_dir=run", "--set", "batch_size=2"]);
+        worker.args(["--set", "save_steps=2", "--resume", resume]).stdin(Stdio::null());
+        worker
+    };
+    let (code, said) = end(&mut worker("never"));
+    assert_eq!(code, 2, "{said}");
+    assert!(said.contains("holds the checkpoints of an earlier run, up to step 4"), "{said}");
+    assert_eq!(steps_kept(&run), before);
+    // What a newer program has saved is not damage, in whose place an older checkpoint may stand.
+    let newest = run.join("checkpoints/step-4");
+    let mut manifest = Manifest::read(&newest).unwrap();
+    manifest.format_version = 99;
+    manifest.write(&newest).unwrap();
+    for command in [&mut command(&bench, "run", &[]), &mut worker("auto")] {
+        let (code, said) = end(command);
+        assert_eq!(code, 2, "{said}");
+        assert!(said.contains("step-4/manifest.json: format_version is 99, this program reads 1"));
+        assert!(!said.contains("going on from"), "{said}");
+        assert_eq!(steps_kept(&run), before);
+    }
 }
 
 #[test]

@@ -152,10 +152,15 @@ pub fn check(plan: &Plan, inputs: &Inputs, world_size: usize) -> Result<()> {
         _ if begins_anew(plan) => return Ok(()),
         _ => (store(plan), store(plan).steps()?),
     };
-    let readable = steps.iter().find_map(|&step| {
-        let manifest = Manifest::read(&store.path(step)).ok()?;
-        Some((store.path(step), manifest))
-    });
+    let mut readable = None;
+    for path in steps.iter().map(|&step| store.path(step)) {
+        match Manifest::read(&path) {
+            Ok(manifest) => readable = Some((path, manifest)),
+            Err(error @ Error::OtherVersion { .. }) => return Err(error),
+            Err(_) => continue,
+        }
+        break;
+    }
     let Some((path, manifest)) = readable else { return Ok(()) };
     let mut identity = identity(plan, inputs, None)?;
     // The weights, and a teacher's scores where they have to be made again, are compared later.
@@ -178,7 +183,8 @@ fn find(plan: &Plan, identity: &Identity, groups: &Groups) -> Result<Option<Star
         return start(plan, identity, &store, step, manifest, groups).map(Some);
     }
     if begins_anew(plan) {
-        return Ok(None);
+        // A worker that torchrun or a person has started was not checked before.
+        return check_mixture(plan).map(|()| None);
     }
     let store = store(plan);
     // A launch that began from elsewhere, or anew, does not go on from what others have left.
@@ -187,7 +193,8 @@ fn find(plan: &Plan, identity: &Identity, groups: &Groups) -> Result<Option<Star
     for &step in &steps {
         match verified(&store, step, groups) {
             Ok(manifest) => return start(plan, identity, &store, step, manifest, groups).map(Some),
-            Err(error @ Error::Comm { .. }) => return Err(error),
+            // What a newer program has saved is no damage: going on from an older one would lose it.
+            Err(error @ (Error::Comm { .. } | Error::OtherVersion { .. })) => return Err(error),
             Err(error) => {
                 warn!("{error}; trying the checkpoint before");
             }

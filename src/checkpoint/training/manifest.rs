@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::{damaged, read};
 use crate::atomic::write_synced;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::optim::LossScale;
 use crate::shard::FlatUnit;
 
@@ -161,8 +161,8 @@ impl Manifest {
     /// Reads the manifest of the checkpoint `dir`.
     ///
     /// # Errors
-    /// [`crate::Error::Io`] when it is missing, [`crate::Error::File`] when it is damaged or of
-    /// another version.
+    /// [`crate::Error::Io`] when it is missing, [`crate::Error::File`] when it is damaged,
+    /// [`crate::Error::OtherVersion`] when it is of a version that is not known here.
     pub fn read(dir: &Path) -> Result<Self> {
         let path = dir.join(FILE_NAME);
         let bytes = read(&path)?;
@@ -178,14 +178,9 @@ impl Manifest {
             .map_err(|error| damaged(&path, format!("not valid JSON: {error}")))?;
         let version = value["format_version"].as_u64();
         if version != Some(u64::from(FORMAT_VERSION)) {
-            return Err(damaged(
-                &path,
-                format!(
-                    "format_version is {}, this program reads {FORMAT_VERSION}; it was written by \
-                     {}",
-                    value["format_version"], value["program"]
-                ),
-            ));
+            let (found, program) = (value["format_version"].to_string(), &value["program"]);
+            let program = program.as_str().unwrap_or("an unknown program").to_owned();
+            return Err(Error::OtherVersion { path, found, known: FORMAT_VERSION, program });
         }
         serde_json::from_value(value)
             .map_err(|error| damaged(&path, format!("not a manifest: {error}")))
