@@ -5,6 +5,7 @@
 mod common;
 
 use std::path::Path;
+use std::process::Command;
 
 use common::training::Bench;
 use common::{Golden, floats, golden_dir, relative, worst};
@@ -161,4 +162,32 @@ fn a_language_model_is_not_guessed_at() {
     refused("qwen2_nohead", Some("yes/no"), "--prompt \"yes/no\" is not known");
     refused("qwen2_nohead", Some("bge-reranker-gemma"), "the vocabulary has no token \"<bos>\"");
     refused("qwen2_tiny", Some("qwen3-reranker"), "is no such model");
+}
+
+/// MKL may take a kernel of half the accuracy for the share of one thread, where several threads are
+/// the first to call one of its functions (`runtime::settle_vector_functions`). In a process in twenty
+/// it did, on two cores of a Xeon.
+#[test]
+fn every_process_gives_the_same_bits() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = folder.path().join("pairs.jsonl");
+    let pair = |i: usize| {
+        let document = "boil the water and heat the cup ".repeat(8);
+        serde_json::json!({"query": format!("tea {i}"), "content": document}).to_string() + "\n"
+    };
+    std::fs::write(&input, (0..64).map(pair).collect::<String>()).unwrap();
+    let score = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_reranker"));
+        command.args(["score", "--device", "cpu", "--model"]).arg(golden_dir("qwen2_tiny"));
+        command.arg("--input").arg(&input).env("OMP_NUM_THREADS", "2");
+        let output = command.output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{said}");
+        output.stdout
+    };
+    let first = score();
+    assert_eq!(first.split(|&byte| byte == b'\n').count(), 64 + 1, "a line each");
+    for start in 1..60 {
+        assert!(score() == first, "start {start} gives other scores");
+    }
 }

@@ -23,6 +23,7 @@ use crate::model::weights::WeightFiles;
 use crate::model::{ModelConfig, Stage};
 use crate::optim::LossScale;
 use crate::shard::{FlatUnit, HeldBytes, Offload, ParameterGroups, Share, UnitOptions};
+use crate::torch_ext::runtime;
 
 /// How an engine keeps and computes a model.
 #[derive(Debug, Clone, Copy)]
@@ -83,6 +84,7 @@ impl Engine {
         groups: &ParameterGroups,
         options: EngineOptions,
     ) -> Result<Self> {
+        runtime::settle_vector_functions();
         let stages = crate::model::stages(config);
         let EngineOptions { device, kind, share, offload, reduce_fp32, .. } = options;
         let unit_options = UnitOptions { device, kind, share, offload, reduce_fp32 };

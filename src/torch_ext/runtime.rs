@@ -1,6 +1,9 @@
 //! Process-wide settings, made once at start-up.
 
 use std::ffi::c_int;
+use std::sync::Once;
+
+use tch::{Kind, Tensor};
 
 use super::{check, ffi};
 use crate::config;
@@ -26,6 +29,43 @@ pub fn keep_freed_memory() {
             libc::mallopt(libc::M_TOP_PAD, 64 << 20);
         }
     }
+}
+
+/// Calls every function of MKL's vector library that libtorch uses once, on one number and so on one
+/// thread. The library decides at a function's first call which of its kernels to take; where several
+/// threads make that call at once, one of them may get the kernel of half the accuracy for its share,
+/// and a process in twenty has scores that are 1e-4 off (pytorch/pytorch issue 188792, libtorch 2.11).
+/// To be called before anything is computed; a second call does nothing.
+pub fn settle_vector_functions() {
+    static SETTLED: Once = Once::new();
+    SETTLED.call_once(|| {
+        for kind in [Kind::Float, Kind::Double] {
+            let half = Tensor::full([1], 0.5, (kind, tch::Device::Cpu));
+            for function in [
+                Tensor::acos,
+                Tensor::asin,
+                Tensor::atan,
+                Tensor::cos,
+                Tensor::cosh,
+                Tensor::erf,
+                Tensor::erfc,
+                Tensor::erfinv,
+                Tensor::exp,
+                Tensor::expm1,
+                Tensor::log,
+                Tensor::log10,
+                Tensor::log1p,
+                Tensor::log2,
+                Tensor::sin,
+                Tensor::sinh,
+                Tensor::sqrt,
+                Tensor::tan,
+                Tensor::tanh,
+            ] {
+                drop(function(&half));
+            }
+        }
+    });
 }
 
 /// The device of a process: `asked` for, else a GPU where there is one. `number` is the GPU's among
