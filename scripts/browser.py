@@ -107,8 +107,10 @@ class Browser:
             self.events.append(self.message())
 
     def evaluate(self, expression: str) -> object:
-        """The value of a JavaScript expression in the page."""
-        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        """The value of a JavaScript expression in the page, or of what it promises."""
+        result = self.call(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         if "exceptionDetails" in result:
             raise RuntimeError(f"{expression}: {result['exceptionDetails']}")
         return result["result"].get("value")
@@ -133,7 +135,7 @@ class Browser:
         return [event["params"]["request"]["url"] for event in sent]
 
     def size(self, width: int, height: int) -> None:
-        """Gives the page another size."""
+        """Gives the page another size, and the time to draw itself anew."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -141,6 +143,8 @@ class Browser:
             deviceScaleFactor=1,
             mobile=False,
         )
+        # What observes the size is told after the callbacks of a frame: the next frame's come after.
+        self.evaluate("new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
 
     def scheme(self, name: str) -> None:
         """Prefers `light` or `dark` colours."""
