@@ -182,7 +182,7 @@ impl Drop for StagedDir {
 }
 
 /// Removes a directory with all that is in it, or what else is at its place.
-fn remove(path: &Path) -> std::io::Result<()> {
+pub(crate) fn remove(path: &Path) -> std::io::Result<()> {
     if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }
 }
 

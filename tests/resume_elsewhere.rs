@@ -183,6 +183,80 @@ fn a_checkpoint_of_another_directory_brings_its_best_model() {
     assert!(root.join("alone/best/model.safetensors").exists());
 }
 
+#[test]
+fn a_checkpoint_of_another_directory_does_not_replace_others_unasked() {
+    let bench = Bench::new(0.1);
+    let root = bench.root.path();
+    succeed(&mut command(&bench, "whole", &[]));
+    killed_at("before_states:3@0", &mut command(&bench, "run", &[]));
+    killed_at("before_states:2@0", &mut command(&bench, "other", &["lr=5e-4"]));
+    let before = steps_kept(&root.join("other"));
+    let from = ["--resume", "run/checkpoints/step-4"];
+    let (code, said) = end(command(&bench, "other", &[]).args(from));
+    assert_eq!(code, 2, "{said}");
+    let refusal = "other holds the checkpoints of an earlier run, up to step 2; go on from them \
+                   with --resume auto, choose another output_dir, or pass --overwrite to remove them";
+    assert!(said.contains(refusal), "{said}");
+    assert_eq!(steps_kept(&root.join("other")), before);
+    let mut wanted = command(&bench, "other", &[]);
+    let said = succeed(wanted.args(from).arg("--overwrite"));
+    assert!(said.contains("run/checkpoints/step-4: step 4, epoch 1"), "{said}");
+    assert!(!root.join("other/checkpoints/step-2").exists());
+    assert!(weights(&root.join("other/model")) == weights(&root.join("whole/model")));
+    // A step of the run's own directory is no stranger.
+    let said = succeed(command(&bench, "run", &[]).args(["--resume", "./run/checkpoints/step-2"]));
+    assert!(said.contains("run/checkpoints/step-2: step 2"), "{said}");
+    assert!(weights(&root.join("run/model")) == weights(&root.join("whole/model")));
+}
+
+/// Starts two workers that see the disk as two machines do, each in a folder of its own; what each
+/// said when both have ended.
+fn on_two_machines(folders: [&Path; 2]) -> [(i32, String); 2] {
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let start = |(rank, folder): (usize, &Path)| {
+        let mut worker = Command::new(env!("CARGO_BIN_EXE_reranker"));
+        worker.args(["train", "--device", "cpu", "--config", "t.yaml", "--set", "output_dir=run"]);
+        // Nothing is saved on the way: a checkpoint takes a directory that both see.
+        for setting in ["batch_size=2", "save_steps=99", "save_on_epoch_end=false"] {
+            worker.args(["--set", setting]);
+        }
+        worker.current_dir(folder).stdin(Stdio::null()).stderr(Stdio::piped());
+        worker.env("OMP_NUM_THREADS", "1").env("RANK", rank.to_string()).env("WORLD_SIZE", "2");
+        worker.env("LOCAL_RANK", "0").env("LOCAL_WORLD_SIZE", "1");
+        worker.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", port.to_string());
+        worker.spawn().unwrap()
+    };
+    let workers: Vec<_> = folders.into_iter().enumerate().map(start).collect();
+    let ends = workers.into_iter().map(|worker| {
+        let output = worker.wait_with_output().unwrap();
+        (output.status.code().unwrap(), String::from_utf8_lossy(&output.stderr).into_owned())
+    });
+    ends.collect::<Vec<_>>().try_into().unwrap()
+}
+
+#[test]
+fn machines_that_see_different_checkpoints_go_on_from_one_that_both_see() {
+    let bench = Bench::new(0.1);
+    let root = bench.root.path();
+    succeed(&mut command(&bench, "whole", &[]));
+    killed_at("before_states:4@0", &mut command(&bench, "run", &[]));
+    let there = tempfile::tempdir().unwrap();
+    let copied = Command::new("cp").arg("-r").arg(root.join(".")).arg(there.path()).status();
+    assert!(copied.unwrap().success());
+    // The second machine has not seen step 6 yet, and at step 4 what was there before.
+    fs::remove_dir_all(there.path().join("run/checkpoints/step-6")).unwrap();
+    let stale = there.path().join("run/checkpoints/step-4");
+    let mut manifest = Manifest::read(&stale).unwrap();
+    manifest.progress.items += 1;
+    manifest.write(&stale).unwrap();
+    let [(code, said), (other_code, other_said)] = on_two_machines([root, there.path()]);
+    assert_eq!((code, other_code), (0, 0), "{said}\n{other_said}");
+    assert!(said.contains("step-6: rank 1 did not find it whole"), "{said}");
+    assert!(said.contains("step-4: the ranks see different checkpoints there"), "{said}");
+    assert!(said.contains("going on from run/checkpoints/step-2"), "{said}");
+    assert!(weights(&root.join("run/model")) == weights(&root.join("whole/model")));
+}
+
 /// The loss and gradient norm of every step that a run has logged, in the order of the lines.
 fn steps(dir: &Path) -> Vec<(u64, String)> {
     let text = fs::read_to_string(dir.join("runs/metrics.jsonl")).unwrap();

@@ -181,6 +181,30 @@ fn a_run_may_go_on_without_its_best_model() {
     assert!(bench.root.path().join("run/model/model.safetensors").exists());
 }
 
+/// The lines of a run's metrics that are of training, by step.
+fn trained_steps(root: &Path) -> Vec<u64> {
+    let text = fs::read_to_string(root.join("run/runs/metrics.jsonl")).unwrap();
+    let lines = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let trained = lines.filter(|line| line["type"] == "train");
+    trained.map(|line| line["step"].as_u64().unwrap()).collect()
+}
+
+#[test]
+fn a_line_of_metrics_that_cannot_be_written_ends_no_run() {
+    const ENOSPC: (i32, &str) = (28, "No space left on device");
+    let bench = Bench::new(0.1);
+    let fault = Fault::new("metrics.jsonl", 0, "write", ENOSPC);
+    let mut command = fault.command(&bench, &[]);
+    // The fifth and the sixth line.
+    let output = command.env("FAULT_AFTER", "5").env("FAULT_TIMES", "2").output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{said}");
+    let warning = "metrics.jsonl: cannot write: No space left on device";
+    assert_eq!(said.matches(warning).count(), 2, "{said}");
+    assert_eq!(trained_steps(bench.root.path()), [1, 2, 3, 4, 7, 8, 9, 10, 11, 12, 13, 14]);
+    assert!(bench.root.path().join("run/model/model.safetensors").exists());
+}
+
 /// Runs the command in a mount namespace of its own with a small file system of memory at `run`,
 /// and copies its checkpoints out. `None` where such a namespace cannot be made.
 fn on_small_disk(bench: &Bench, options: &str, more: &[&str]) -> Option<Output> {
@@ -230,6 +254,37 @@ fn a_disk_that_fills_up_while_writing_leaves_the_earlier_checkpoints_whole() {
     assert!(said.contains("No space left on device"), "{said}");
     let steps = whole_steps(&bench.root.path().join("copy"));
     assert!(!steps.is_empty() && steps.len() < 7, "{steps:?}");
+}
+
+#[test]
+fn an_old_checkpoint_that_cannot_be_removed_ends_no_run() {
+    let bench = Bench::new(0.1);
+    let root = bench.root.path();
+    let probe = Command::new("unshare").args(["-m", "true"]).stderr(Stdio::null()).status();
+    if !probe.is_ok_and(|status| status.success()) {
+        println!("skipped: mount namespaces cannot be made here (needs root)");
+        return;
+    }
+    let first = command(&bench, &[]).env("RR_FAIL_POINT", "before_states:3@0").output().unwrap();
+    assert_eq!(first.status.code(), Some(137), "{}", String::from_utf8_lossy(&first.stderr));
+    // What is mounted in a directory keeps it from being removed, as an open file on NFS does.
+    let start = command(&bench, &["num_max_checkpoints=1"]);
+    let mut again = Command::new("unshare");
+    let script = "held=run/checkpoints/step-2/held; mkdir $held && \
+                  mount -t tmpfs tmpfs $held || exit 99; exec \"$@\"";
+    again.args(["-m", "sh", "-c", script, "sh"]).current_dir(root).stdin(Stdio::null());
+    again.arg(start.get_program()).args(start.get_args()).env("OMP_NUM_THREADS", "1");
+    let output = again.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    if output.status.code() == Some(99) {
+        println!("skipped: a tmpfs cannot be mounted here");
+        return;
+    }
+    assert!(output.status.success(), "{said}");
+    assert!(said.contains("Device or resource busy"), "{said}");
+    assert!(said.contains("it takes up room until the next save or start removes it"), "{said}");
+    assert_eq!(whole_steps(root).last(), Some(&14), "{said}");
+    assert!(root.join("run/model/model.safetensors").exists());
 }
 
 #[test]

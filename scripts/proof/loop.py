@@ -96,6 +96,8 @@ class Peer:
             max_length=self.max_len,
             padding=True,
             return_tensors="pt",
+            # A tokenizer of no class of its own makes none unless its files ask for them.
+            return_token_type_ids=self.model.config.type_vocab_size > 1,
         )
         return self.model(**inputs).logits.squeeze(-1)
 

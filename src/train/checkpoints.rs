@@ -2,17 +2,18 @@
 //! same run.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
 use rr_launch::contract::{heartbeat, vars};
 use serde_json::{Value, json};
-use tracing::{info, warn};
+use tracing::warn;
 
 use super::inputs::Inputs;
 use super::report::METRICS;
+use super::start::{Start, bring_best, find, named};
 use super::{output, teacher};
-use crate::atomic::{StagedDir, copy_dir, create_dir_synced};
+use crate::atomic::{StagedDir, create_dir_synced};
 use crate::checkpoint::Sidecar;
 use crate::checkpoint::model_dir::{MAX_SHARD_BYTES, ModelFiles};
 use crate::checkpoint::training::{
@@ -51,15 +52,9 @@ pub(super) struct Checkpoints<'a> {
     _lock: Option<Lock>,
 }
 
-/// A checkpoint to go on from.
-struct Start {
-    path: PathBuf,
-    manifest: Manifest,
-}
-
 /// The checkpoints below an output directory.
-fn store(plan: &Plan) -> Store {
-    Store::new(plan.saving.output_dir.join("checkpoints"))
+pub(super) fn store(plan: &Plan) -> Store {
+    Store::new(plan.saving.output_dir.join(output::CHECKPOINTS))
 }
 
 /// Takes the output directory for this run, on rank 0.
@@ -91,7 +86,7 @@ fn check_free(plan: &Plan) -> Result<()> {
 }
 
 /// Whether the run begins anew, whatever is in its output directory.
-fn begins_anew(plan: &Plan) -> bool {
+pub(super) fn begins_anew(plan: &Plan) -> bool {
     (plan.saving.resume == Resume::Never || !output::unfinished(plan)) && !goes_on(plan)
 }
 
@@ -102,12 +97,12 @@ fn launch() -> Option<String> {
 
 /// Whether this launch was restarted after a failure and has saved a checkpoint before: it goes on
 /// from that, whatever the flags said of earlier launches.
-fn goes_on(plan: &Plan) -> bool {
+pub(super) fn goes_on(plan: &Plan) -> bool {
     output::is_restart() && own_steps(&store(plan)).is_ok_and(|steps| !steps.is_empty())
 }
 
 /// The steps of the checkpoints that this launch has saved, newest first.
-fn own_steps(store: &Store) -> Result<Vec<usize>> {
+pub(super) fn own_steps(store: &Store) -> Result<Vec<usize>> {
     let Some(launch) = launch() else { return Ok(Vec::new()) };
     let is_own = |step: &usize| {
         Manifest::read(&store.path(*step)).is_ok_and(|manifest| manifest.job["launch"] == launch)
@@ -115,22 +110,31 @@ fn own_steps(store: &Store) -> Result<Vec<usize>> {
     Ok(store.steps()?.into_iter().filter(is_own).collect())
 }
 
-/// Refuses to mix a new run's checkpoints with those of an earlier one.
+/// Whether the plan names a checkpoint of another directory, and this launch has saved none yet.
+fn comes_from_elsewhere(plan: &Plan) -> bool {
+    let Resume::Path(path) = &plan.saving.resume else { return false };
+    let named = std::fs::canonicalize(path).ok();
+    let own = std::fs::canonicalize(plan.saving.output_dir.join(output::CHECKPOINTS)).ok();
+    let is_own = own.is_some_and(|own| named.is_some_and(|named| named.parent() == Some(&own)));
+    !is_own && !goes_on(plan)
+}
+
+/// Refuses to mix a run's checkpoints with those of an earlier one.
 ///
 /// # Errors
 /// [`Error::Config`] that says what to do.
-fn check_mixture(plan: &Plan) -> Result<()> {
+pub(super) fn check_mixture(plan: &Plan) -> Result<()> {
+    let is_other =
+        (plan.saving.resume == Resume::Never && !goes_on(plan)) || comes_from_elsewhere(plan);
     let steps = store(plan).steps()?;
-    let (Some(newest), Resume::Never, false) =
-        (steps.first(), &plan.saving.resume, plan.saving.overwrite)
-    else {
+    let (Some(newest), true, false) = (steps.first(), is_other, plan.saving.overwrite) else {
         return Ok(());
     };
     Err(plan.error(
         "resume",
         format!(
             "{} holds the checkpoints of an earlier run, up to step {newest}; go on from them with \
-             auto, or pass --overwrite to remove them",
+             --resume auto, choose another output_dir, or pass --overwrite to remove them",
             plan.saving.output_dir.display()
         ),
     ))
@@ -152,16 +156,12 @@ pub fn check(plan: &Plan, inputs: &Inputs, world_size: usize) -> Result<()> {
         _ if begins_anew(plan) => return Ok(()),
         _ => (store(plan), store(plan).steps()?),
     };
-    let mut readable = None;
-    for path in steps.iter().map(|&step| store.path(step)) {
-        match Manifest::read(&path) {
-            Ok(manifest) => readable = Some((path, manifest)),
-            Err(error @ Error::OtherVersion { .. }) => return Err(error),
-            Err(_) => continue,
-        }
-        break;
-    }
-    let Some((path, manifest)) = readable else { return Ok(()) };
+    let read = |&step: &usize| match Manifest::read(&store.path(step)) {
+        Ok(manifest) => Some(Ok((store.path(step), manifest))),
+        Err(error @ Error::OtherVersion { .. }) => Some(Err(error)),
+        Err(_) => None,
+    };
+    let Some((path, manifest)) = steps.iter().find_map(read).transpose()? else { return Ok(()) };
     let mut identity = identity(plan, inputs, None)?;
     // The weights, and a teacher's scores where they have to be made again, are compared later.
     for late in [WEIGHTS, DATA] {
@@ -172,127 +172,8 @@ pub fn check(plan: &Plan, inputs: &Inputs, world_size: usize) -> Result<()> {
     compare(plan, &identity, &path, &manifest, world_size).map(|_| ())
 }
 
-/// The checkpoint to go on from, if any: a whole one of this run. Every byte is read, shared out
-/// over the ranks, which all call it together.
-fn find(plan: &Plan, identity: &Identity, groups: &Groups) -> Result<Option<Start>> {
-    if let Resume::Path(path) = &plan.saving.resume
-        && !goes_on(plan)
-    {
-        let (store, step) = named(plan, path)?;
-        let manifest = verified(&store, step, groups)?;
-        return start(plan, identity, &store, step, manifest, groups).map(Some);
-    }
-    if begins_anew(plan) {
-        // A worker that torchrun or a person has started was not checked before.
-        return check_mixture(plan).map(|()| None);
-    }
-    let store = store(plan);
-    // A launch that began from elsewhere, or anew, does not go on from what others have left.
-    let is_auto = plan.saving.resume == Resume::Auto;
-    let steps = if is_auto { store.steps()? } else { own_steps(&store)? };
-    for &step in &steps {
-        match verified(&store, step, groups) {
-            Ok(manifest) => return start(plan, identity, &store, step, manifest, groups).map(Some),
-            // What a newer program has saved is no damage: going on from an older one would lose it.
-            Err(error @ (Error::Comm { .. } | Error::OtherVersion { .. })) => return Err(error),
-            Err(error) => {
-                warn!("{error}; trying the checkpoint before");
-            }
-        }
-    }
-    match steps.first() {
-        None => Ok(None),
-        Some(_) => Err(plan.error(
-            "resume",
-            format!(
-                "none of the checkpoints in {} is whole; begin anew with --resume never \
-                 --overwrite",
-                plan.saving.output_dir.display()
-            ),
-        )),
-    }
-}
-
-/// `…/step-N`, as the plan names it, as a store and a step.
-fn named(plan: &Plan, path: &Path) -> Result<(Store, usize)> {
-    let parts = || {
-        let absolute = std::path::absolute(path).ok()?;
-        let step = absolute.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()?;
-        Some((Store::new(absolute.parent()?.to_owned()), step))
-    };
-    parts().filter(|_| path.is_dir()).ok_or_else(|| {
-        let message = format!(
-            "{} is no checkpoint, expected auto, never, or a directory such as \
-             output/checkpoints/step-100",
-            path.display()
-        );
-        plan.error("resume", message)
-    })
-}
-
-/// The manifest of a checkpoint that all ranks have found whole.
-fn verified(store: &Store, step: usize, groups: &Groups) -> Result<Manifest> {
-    let comm = groups.world.as_ref();
-    let own = store.verify(step, comm.rank(), comm.world_size());
-    let mut bad = [if own.is_err() { comm.rank() as f64 + 1.0 } else { 0.0 }];
-    reduce_values(comm, &mut bad, Reduction::Max)?;
-    match own {
-        Ok(manifest) if bad[0] == 0.0 => Ok(manifest),
-        Ok(_) => Err(Error::File {
-            path: store.path(step),
-            message: format!("rank {} found it damaged", bad[0] - 1.0),
-        }),
-        Err(error) => Err(error),
-    }
-}
-
-/// Sees to it that the best model which a checkpoint speaks of is in the output directory, on rank
-/// 0; false where it is nowhere.
-fn bring_best(plan: &Plan, Start { path, manifest }: &Start) -> Result<bool> {
-    let target = plan.saving.output_dir.join(output::BEST);
-    StagedDir::clear_leftovers(&target)?;
-    let best = &manifest.job["best"];
-    let (Some(value), false) = (best["found"][0].as_f64(), target.exists()) else {
-        return Ok(true);
-    };
-    // A checkpoint of another directory has its best model beside it.
-    let output_dir = path.parent().and_then(Path::parent).unwrap_or(Path::new("."));
-    let from = output_dir.join(output::BEST);
-    let sidecar = Sidecar::from_dir(&from).ok().flatten();
-    let figure = best["metric"].as_str().unwrap_or_default();
-    if sidecar.is_some_and(|sidecar| sidecar.metrics[figure].as_f64() == Some(value)) {
-        info!("taking the best model so far over from {}", from.display());
-        return copy_dir(&from, &target).map(|()| true);
-    }
-    warn!(
-        "the best model so far, {figure} {value}, is not in {}; the next validation is the best again",
-        from.display()
-    );
-    Ok(false)
-}
-
-fn start(
-    plan: &Plan,
-    identity: &Identity,
-    store: &Store,
-    step: usize,
-    manifest: Manifest,
-    groups: &Groups,
-) -> Result<Start> {
-    let path = store.path(step);
-    let notes = compare(plan, identity, &path, &manifest, groups.world.world_size())?;
-    if groups.world.rank() == 0 {
-        for note in notes {
-            warn!("{note}");
-        }
-        let Progress { step, epoch, .. } = manifest.progress;
-        info!("going on from {}: step {step}, epoch {}", path.display(), epoch + 1);
-    }
-    Ok(Start { path, manifest })
-}
-
 /// Compares a checkpoint's run with this one; returns what to warn of.
-fn compare(
+pub(super) fn compare(
     plan: &Plan,
     identity: &Identity,
     path: &Path,
@@ -379,6 +260,11 @@ fn identity(plan: &Plan, inputs: &Inputs, engine: Option<&Engine>) -> Result<Ide
     if let Some(data) = teacher::labelled(plan) {
         all.insert(DATA.into(), contents(&data)?);
     }
+    let config = inputs.config.raw.to_string();
+    all.insert(
+        "model configuration (CRC-32)".into(),
+        json!(format!("{:08x}", crc32fast::hash(config.as_bytes()))),
+    );
     let tokenizer = inputs.model_dir.join("tokenizer.json");
     all.insert("tokenizer (CRC-32)".into(), contents(&tokenizer)?);
     if let Some(engine) = engine {
@@ -434,11 +320,13 @@ impl<'a> Checkpoints<'a> {
     ) -> Result<Self> {
         let store = store(plan);
         if groups.world.rank() == 0 {
-            store.clear_leftovers()?;
+            store.clear_leftovers();
             for model in [output::BEST, output::MODEL] {
                 StagedDir::clear_leftovers(&plan.saving.output_dir.join(model))?;
             }
-            if begins_anew(plan) && !matches!(plan.saving.resume, Resume::Path(_)) {
+            let is_named = matches!(plan.saving.resume, Resume::Path(_));
+            if (begins_anew(plan) && !is_named) || comes_from_elsewhere(plan) {
+                // Where there are any, check_mixture has seen that this is wanted.
                 store.remove_all()?;
             }
         }

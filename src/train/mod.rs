@@ -8,6 +8,7 @@ mod output;
 mod page;
 mod preflight;
 mod report;
+mod start;
 mod status;
 pub mod teacher;
 mod trackers;
@@ -144,7 +145,7 @@ fn train(
     job.checkpoints.finish(groups)?;
     let saving = job.save(output::MODEL)?;
     let memory = Memory::gather(&job.engine, saving, groups.world.as_ref())?;
-    job.reporter.finish(&memory)?;
+    job.reporter.finish(&memory);
     job.reporter.best(plan, job.best)?;
     groups.world.leave()?;
     Ok(Ending::Done)
@@ -312,14 +313,14 @@ impl Job<'_> {
                 let ends_epoch = steps.peek().is_none();
                 self.progress.advance(step_plan.items(), ends_epoch);
                 let step = self.progress.step;
-                self.reporter.step(step, epoch, lr, step_plan.pairs(), &report)?;
+                self.reporter.step(step, epoch, lr, step_plan.pairs(), &report);
                 let is_over = self.validate_where_due(epoch, ends_epoch)? == Verdict::Stop;
                 let kept =
                     || json!({"best": self.best.map(Best::to_json), "metrics": self.metrics});
                 let (progress, engine, groups) = (self.progress, &self.engine, self.groups);
                 self.checkpoints.after_step(progress, kept, engine, groups, report.stop)?;
                 if report.stop {
-                    self.reporter.preempted()?;
+                    self.reporter.preempted();
                     return Ok(Ending::Preempted);
                 }
                 if is_over {
@@ -357,7 +358,7 @@ impl Job<'_> {
             (self.best, verdict) = (before, Verdict::Worse);
         }
         let is_best = self.best.is_some().then_some(verdict == Verdict::Best);
-        self.reporter.validation(step, epoch, (&result, &queries), is_best, started.elapsed())?;
+        self.reporter.validation(step, epoch, (&result, &queries), is_best, started.elapsed());
         Ok(verdict)
     }
 

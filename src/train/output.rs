@@ -16,6 +16,9 @@ pub(super) const BEST: &str = "best";
 /// Logs and metrics, inside the output directory.
 pub(super) const RUNS: &str = "runs";
 
+/// What a run goes on from, inside the output directory.
+pub(super) const CHECKPOINTS: &str = "checkpoints";
+
 /// Says, inside the directory of logs, that what lies at [`MODEL`] is of an earlier run, which the
 /// present one replaces when it ends.
 const BEGUN: &str = ".begun";
@@ -27,7 +30,8 @@ fn has_begun(plan: &Plan) -> bool {
 /// Whether an earlier run began here and did not end.
 pub(super) fn unfinished(plan: &Plan) -> bool {
     let dir = &plan.saving.output_dir;
-    dir.join(RUNS).exists() && (!dir.join(MODEL).exists() || has_begun(plan))
+    let is_begun = dir.join(RUNS).exists() || dir.join(CHECKPOINTS).exists();
+    is_begun && (!dir.join(MODEL).exists() || has_begun(plan))
 }
 
 /// A run begins to train here, or goes on.

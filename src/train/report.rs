@@ -1,12 +1,12 @@
 //! What rank 0 tells while it trains: log lines, a status line, `metrics.jsonl`, the report page.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use tracing::{Level, debug, enabled, info};
+use tracing::{Level, debug, enabled, info, warn};
 
 use super::best::Best;
 use super::inputs::Inputs;
@@ -46,6 +46,8 @@ pub(super) struct Reporter {
 struct Sink {
     path: PathBuf,
     file: File,
+    /// Bytes of whole lines in it.
+    length: u64,
     trackers: Trackers,
     status: Option<StatusLine>,
     page: Page,
@@ -58,7 +60,7 @@ impl Sink {
         let dir = about.plan.saving.output_dir.join(RUNS);
         create_dir(&dir)?;
         let path = dir.join(METRICS);
-        let earlier = metrics_until(&path, done);
+        let earlier = metrics_until(&path, done)?;
         // A run that is killed here has lost none of its lines.
         let staged = StagedFile::new(&path)?;
         let mut file = staged.writer()?;
@@ -71,6 +73,7 @@ impl Sink {
         staged.publish()?;
         Ok(Self {
             file,
+            length: earlier.len() as u64,
             trackers: Trackers::start(about.plan, &dir, done)?,
             status: StatusLine::new(about.env.progress),
             page: Page::new(&dir, &earlier, inputs, about),
@@ -84,14 +87,21 @@ impl Sink {
         runtime::peak_gpu_memory(self.device).or_else(runtime::peak_host_memory)
     }
 
-    fn write(&mut self, line: &Value) -> Result<()> {
+    /// A line that cannot be written, on a full disk for example, is left out whole: training is
+    /// worth more, and whether the run ends is said by what it cannot save.
+    fn write(&mut self, line: &Value) {
         self.trackers.log(line);
         self.page.line(line);
-        writeln!(self.file, "{line}").map_err(|source| Error::Io {
-            path: self.path.clone(),
-            action: "write",
-            source,
-        })
+        let line = format!("{line}\n");
+        let Err(error) = self.file.write_all(line.as_bytes()) else {
+            self.length += line.len() as u64;
+            return;
+        };
+        warn!("{}: cannot write: {error}; a line of metrics is left out", self.path.display());
+        // The next line does not begin behind a torn one; where not even that can be done, a reader
+        // sees one line that is none.
+        let _ = self.file.set_len(self.length);
+        let _ = self.file.seek(SeekFrom::Start(self.length));
     }
 }
 
@@ -182,7 +192,7 @@ impl Reporter {
         lr: f64,
         pairs: usize,
         report: &StepReport,
-    ) -> Result<()> {
+    ) {
         self.last_step = step;
         self.pairs += pairs;
         self.tokens += report.tokens;
@@ -193,18 +203,17 @@ impl Reporter {
         self.window.last = Last { step, epoch, lr, grad_norm: report.grad_norm };
         self.draw(step, report.loss, lr);
         if step.is_multiple_of(self.interval) || step == self.total_steps {
-            self.flush()?;
+            self.flush();
         }
-        Ok(())
     }
 
     /// Tells of the steps since the last time.
-    fn flush(&mut self) -> Result<()> {
+    fn flush(&mut self) {
         let elapsed = self.elapsed();
         let window = std::mem::take(&mut self.window);
         self.window.since = elapsed;
         let left_s = self.left(elapsed);
-        let Some(sink) = self.sink.as_mut().filter(|_| window.steps > 0) else { return Ok(()) };
+        let Some(sink) = self.sink.as_mut().filter(|_| window.steps > 0) else { return };
         let Last { step, epoch, lr, grad_norm } = window.last;
         let seconds = (elapsed - window.since).max(1e-9);
         let loss = window.loss / window.steps as f64;
@@ -234,7 +243,7 @@ impl Reporter {
             "pairs_per_s": pairs_per_s,
             "tokens_per_s": tokens_per_s,
             "memory_bytes": memory,
-        }))
+        }));
     }
 
     /// A validation came out, perhaps the best so far where that matters; `took` is not counted as
@@ -246,9 +255,9 @@ impl Reporter {
         (result, queries): (&Validation, &QueryReport),
         is_best: Option<bool>,
         took: Duration,
-    ) -> Result<()> {
+    ) {
         self.paused += took;
-        let Some(sink) = &mut self.sink else { return Ok(()) };
+        let Some(sink) = &mut self.sink else { return };
         let mark = if is_best == Some(true) { ", the best so far" } else { "" };
         info!(step, epoch = epoch + 1, "validated: {result}{mark}");
         let mut line = result.to_json();
@@ -260,34 +269,32 @@ impl Reporter {
             fields.extend(is_best.map(|is_best| ("best".to_owned(), json!(is_best))));
         }
         sink.page.queries(step, queries);
-        sink.write(&line)
+        sink.write(&line);
     }
 
     /// The last words of a run that makes room: the next start goes on with the next line.
-    pub(super) fn preempted(&mut self) -> Result<()> {
-        self.flush()?;
+    pub(super) fn preempted(&mut self) {
+        self.flush();
         if let Some(sink) = &mut self.sink {
             info!("preempted: step {} is saved; start again to go on", self.last_step);
             sink.trackers.finish();
         }
-        Ok(())
     }
 
     /// The last words of a run: where training ended, and what the workers held.
-    pub(super) fn finish(&mut self, memory: &Memory) -> Result<()> {
-        self.flush()?;
+    pub(super) fn finish(&mut self, memory: &Memory) {
+        self.flush();
         let (last, total, seconds) = (self.last_step, self.total_steps, self.elapsed());
-        let Some(sink) = &mut self.sink else { return Ok(()) };
+        let Some(sink) = &mut self.sink else { return };
         if last < total {
             info!("stopped early, after {last} of {total} steps");
         }
         info!("trained {} pairs ({} tokens) in {seconds:.1} s", self.pairs, self.tokens);
         info!("{memory}");
-        sink.write(&memory.to_json())?;
+        sink.write(&memory.to_json());
         sink.trackers.finish();
         let status = if last < total { page::Status::StoppedEarly } else { page::Status::Finished };
         sink.page.finish(status);
-        Ok(())
     }
 
     /// Names the best model, once the final one is saved; without one, what an earlier run that
@@ -305,7 +312,8 @@ impl Reporter {
                 );
                 Ok(())
             }
-            None if dir.exists() => remove_dir(&dir),
+            // A run that went on may have lost sight of it, and keeps it.
+            None if self.done == 0 && dir.exists() => remove_dir(&dir),
             None => Ok(()),
         }
     }
@@ -335,12 +343,22 @@ impl Reporter {
 
 /// The lines of an earlier part of the run, up to its step `done`: what it wrote after its last
 /// checkpoint comes again.
-fn metrics_until(path: &Path, done: usize) -> String {
-    let text =
-        if done > 0 { std::fs::read_to_string(path).unwrap_or_default() } else { String::new() };
+///
+/// # Errors
+/// [`Error::Io`] when they are there and cannot be read.
+fn metrics_until(path: &Path, done: usize) -> Result<String> {
+    if done == 0 {
+        return Ok(String::new());
+    }
+    let text = match std::fs::read(path) {
+        // What is no text stands in a line that a failure tore, which is left out.
+        Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(String::new()),
+        Err(source) => return Err(Error::Io { path: path.to_owned(), action: "read", source }),
+    };
     let is_kept = |line: &&str| {
         let step = serde_json::from_str::<Value>(line).ok().and_then(|line| line["step"].as_u64());
         step.is_some_and(|step| step as usize <= done)
     };
-    text.lines().filter(is_kept).flat_map(|line| [line, "\n"]).collect()
+    Ok(text.lines().filter(is_kept).flat_map(|line| [line, "\n"]).collect())
 }

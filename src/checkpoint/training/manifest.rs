@@ -145,6 +145,12 @@ impl Manifest {
         FORMAT_VERSION
     }
 
+    /// A checksum of all it says.
+    #[must_use]
+    pub fn fingerprint(&self) -> u32 {
+        crc32fast::hash(&serde_json::to_vec(self).unwrap_or_default())
+    }
+
     /// Writes the manifest into the checkpoint `dir`, with a checksum of its own.
     ///
     /// # Errors

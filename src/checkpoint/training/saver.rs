@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use tracing::info;
+use tracing::{info, warn};
 
 use super::manifest::{FileRecord, Identity, Manifest, Progress, UnitRecord};
 use super::states::{self, StateFiles, UnitStates};
@@ -323,7 +323,10 @@ impl Job {
         manifest.write(&self.staging)?;
         fail_point("after_manifest");
         self.store.publish(&self.staging, manifest.progress.step)?;
-        self.store.prune(self.options.keep, manifest.progress.step)?;
+        // The checkpoint is whole: an old one that stays ends no run.
+        if let Err(error) = self.store.prune(self.options.keep, manifest.progress.step) {
+            warn!("{error}; it takes up room until the next save or start removes it");
+        }
         Ok(manifest.files.iter().map(|file| file.bytes).sum())
     }
 

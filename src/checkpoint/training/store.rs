@@ -11,7 +11,7 @@ use tracing::warn;
 
 use super::manifest::{FileRecord, Manifest};
 use super::{fail_point, io, states};
-use crate::atomic::{exchange, sync_dir};
+use crate::atomic::{exchange, remove, sync_dir};
 use crate::error::{Error, Result};
 
 /// What a checkpoint's directory begins with.
@@ -65,20 +65,19 @@ impl Store {
         Ok(steps)
     }
 
-    /// Removes what earlier runs left half-built or half-removed.
-    ///
-    /// # Errors
-    /// [`Error::Io`] when something cannot be removed.
-    pub fn clear_leftovers(&self) -> Result<()> {
-        let Ok(entries) = fs::read_dir(&self.root) else { return Ok(()) };
+    /// Removes what earlier runs left half-built or half-removed. What cannot be removed, because
+    /// another program reads it over NFS for example, takes up room and harms nobody.
+    pub fn clear_leftovers(&self) {
+        let Ok(entries) = fs::read_dir(&self.root) else { return };
         for entry in entries.flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
             if name.starts_with('.') && (name.ends_with(PARTIAL) || name.ends_with(REMOVED)) {
                 let path = entry.path();
-                fs::remove_dir_all(&path).map_err(io(&path, "remove the leftover"))?;
+                if let Err(error) = remove(&path) {
+                    warn!("{}: cannot remove the leftover: {error}", path.display());
+                }
             }
         }
-        Ok(())
     }
 
     /// Moves a finished checkpoint to its place. One of the same step that is there already is
@@ -96,24 +95,25 @@ impl Store {
         fail_point("after_rename");
         sync_dir(&self.root)?;
         fail_point("after_sync");
-        if replaces {
-            fs::remove_dir_all(staging).map_err(io(staging, "remove"))?;
+        if replaces && let Err(error) = fs::remove_dir_all(staging) {
+            warn!("{}: cannot remove what was replaced: {error}", staging.display());
         }
         Ok(())
     }
 
     /// Removes whole checkpoints beyond the newest `keep` up to `newest`, which was just saved, and
     /// later ones, which a run that went on from an earlier one has left behind. What is no whole
-    /// checkpoint neither counts nor is touched.
+    /// checkpoint neither counts nor is touched. One that cannot be removed keeps no other.
     pub(super) fn prune(&self, keep: usize, newest: usize) -> Result<()> {
         let whole = |step: &usize| self.looks_whole(*step);
         let (later, kept): (Vec<_>, Vec<_>) =
             self.steps()?.into_iter().filter(whole).partition(|&step| step > newest);
+        let mut outcome = Ok(());
         for step in later.into_iter().chain(kept.into_iter().skip(keep.max(1))) {
             fail_point("before_prune");
-            self.remove(step)?;
+            outcome = outcome.and(self.remove(step));
         }
-        Ok(())
+        outcome
     }
 
     /// Whether the manifest of a checkpoint is in order and all of its files have their lengths.

@@ -1,0 +1,174 @@
+//! Which checkpoint a run goes on from: rank 0 chooses, and all ranks see that it is whole and that
+//! they see the same one.
+
+use std::path::{Path, PathBuf};
+
+use tracing::{info, warn};
+
+use super::checkpoints::{begins_anew, check_mixture, compare, goes_on, own_steps, store};
+use super::output;
+use crate::atomic::{StagedDir, copy_dir};
+use crate::checkpoint::Sidecar;
+use crate::checkpoint::training::{Identity, Manifest, Progress, Store};
+use crate::comm::{Groups, Reduction, reduce_values};
+use crate::config::{Plan, Resume};
+use crate::error::{Error, Result};
+
+/// A checkpoint to go on from.
+pub(super) struct Start {
+    pub(super) path: PathBuf,
+    pub(super) manifest: Manifest,
+}
+
+/// What may be gone on from, as rank 0 sees the disk.
+#[derive(Default)]
+struct Candidates {
+    /// Newest first; none for a run that begins anew.
+    steps: Vec<usize>,
+    /// The plan names the one: it or nothing.
+    is_named: bool,
+}
+
+fn candidates(plan: &Plan) -> Result<Candidates> {
+    check_mixture(plan)?;
+    if let Resume::Path(path) = &plan.saving.resume
+        && !goes_on(plan)
+    {
+        return Ok(Candidates { steps: vec![named(plan, path)?.1], is_named: true });
+    }
+    if begins_anew(plan) {
+        return Ok(Candidates::default());
+    }
+    let store = store(plan);
+    // A launch that began from elsewhere, or anew, does not go on from what others have left.
+    let is_auto = plan.saving.resume == Resume::Auto;
+    let steps = if is_auto { store.steps()? } else { own_steps(&store)? };
+    Ok(Candidates { steps, is_named: false })
+}
+
+/// The checkpoint to go on from, if any: a whole one of this run. Every byte is read, shared out
+/// over the ranks, which all call it together. Rank 0 says which are tried: machines that share a
+/// file system may see it as it was at different times, and would go on from different steps.
+pub(super) fn find(plan: &Plan, identity: &Identity, groups: &Groups) -> Result<Option<Start>> {
+    let is_first = groups.world.rank() == 0;
+    let Candidates { steps, is_named } =
+        if is_first { candidates(plan)? } else { Candidates::default() };
+    let mut tried = 0;
+    loop {
+        let next = steps.get(tried).map_or(-1.0, |&step| step as f64);
+        // The others have nothing to say.
+        let mut said = if is_first { [next, f64::from(u8::from(is_named))] } else { [-1.0, 0.0] };
+        reduce_values(groups.world.as_ref(), &mut said, Reduction::Max)?;
+        let is_named = said[1] > 0.0;
+        if said[0] < 0.0 {
+            break;
+        }
+        let step = said[0] as usize;
+        let store = match &plan.saving.resume {
+            Resume::Path(path) if is_named => named(plan, path)?.0,
+            _ => store(plan),
+        };
+        match verified(&store, step, groups) {
+            Ok(manifest) => return start(plan, identity, &store, step, manifest, groups).map(Some),
+            Err(error @ (Error::Comm { .. } | Error::OtherVersion { .. })) => return Err(error),
+            Err(error) if is_named => return Err(error),
+            Err(error) => warn!("{error}; trying the checkpoint before"),
+        }
+        tried += 1;
+    }
+    if tried == 0 {
+        return Ok(None);
+    }
+    Err(plan.error(
+        "resume",
+        format!(
+            "none of the checkpoints in {} is whole; begin anew with --resume never --overwrite",
+            plan.saving.output_dir.display()
+        ),
+    ))
+}
+
+/// `…/step-N`, as the plan names it, as a store and a step.
+pub(super) fn named(plan: &Plan, path: &Path) -> Result<(Store, usize)> {
+    let parts = || {
+        let absolute = std::path::absolute(path).ok()?;
+        let step = absolute.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()?;
+        Some((Store::new(absolute.parent()?.to_owned()), step))
+    };
+    parts().filter(|_| path.is_dir()).ok_or_else(|| {
+        let message = format!(
+            "{} is no checkpoint, expected auto, never, or a directory such as \
+             output/checkpoints/step-100",
+            path.display()
+        );
+        plan.error("resume", message)
+    })
+}
+
+/// The manifest of a checkpoint that all ranks have found whole, and the same.
+fn verified(store: &Store, step: usize, groups: &Groups) -> Result<Manifest> {
+    let comm = groups.world.as_ref();
+    let own = store.verify(step, comm.rank(), comm.world_size());
+    let bad = if own.is_err() { comm.rank() as f64 + 1.0 } else { 0.0 };
+    let sum = own.as_ref().map_or(0.0, |manifest| f64::from(manifest.fingerprint()));
+    let mut all = [bad, sum, -sum];
+    reduce_values(comm, &mut all, Reduction::Max)?;
+    let path = store.path(step);
+    match own {
+        Ok(_) if all[0] > 0.0 => {
+            let message = format!("rank {} did not find it whole", all[0] - 1.0);
+            Err(Error::File { path, message })
+        }
+        Ok(_) if all[1] != -all[2] => {
+            let message = "the ranks see different checkpoints there; is the directory shared by \
+                           all machines?";
+            Err(Error::File { path, message: message.into() })
+        }
+        own => own,
+    }
+}
+
+/// Sees to it that the best model which a checkpoint speaks of is in the output directory, on rank
+/// 0; false where it is nowhere.
+pub(super) fn bring_best(plan: &Plan, Start { path, manifest }: &Start) -> Result<bool> {
+    let target = plan.saving.output_dir.join(output::BEST);
+    StagedDir::clear_leftovers(&target)?;
+    let best = &manifest.job["best"];
+    let (Some(value), false) = (best["found"][0].as_f64(), target.exists()) else {
+        return Ok(true);
+    };
+    // A checkpoint of another directory has its best model beside it.
+    let output_dir = path.parent().and_then(Path::parent).unwrap_or(Path::new("."));
+    let from = output_dir.join(output::BEST);
+    let sidecar = Sidecar::from_dir(&from).ok().flatten();
+    let figure = best["metric"].as_str().unwrap_or_default();
+    if sidecar.is_some_and(|sidecar| sidecar.metrics[figure].as_f64() == Some(value)) {
+        info!("taking the best model so far over from {}", from.display());
+        return copy_dir(&from, &target).map(|()| true);
+    }
+    warn!(
+        "the best model so far, {figure} {value}, is not in {}; the next validation is the best again",
+        from.display()
+    );
+    Ok(false)
+}
+
+fn start(
+    plan: &Plan,
+    identity: &Identity,
+    store: &Store,
+    step: usize,
+    manifest: Manifest,
+    groups: &Groups,
+) -> Result<Start> {
+    let path = store.path(step);
+    let notes = compare(plan, identity, &path, &manifest, groups.world.world_size())?;
+    if groups.world.rank() == 0 {
+        for note in notes {
+            warn!("{note}");
+        }
+        let Progress { step, epoch, .. } = manifest.progress;
+        info!("going on from {}: step {step}, epoch {}", path.display(), epoch + 1);
+    }
+    Ok(Start { path, manifest })
+}
