@@ -13,7 +13,7 @@ use reranker::optim::Schedule;
 use tch::{Kind, Tensor};
 
 /// Classifiers of each family.
-const CLASSIFIERS: [&str; 11] = [
+const CLASSIFIERS: [&str; 13] = [
     "bert_tiny",
     "bert_odd",
     "roberta_tiny",
@@ -23,6 +23,8 @@ const CLASSIFIERS: [&str; 11] = [
     "qwen2_tiny",
     "qwen3_odd",
     "llama_odd",
+    "llama_yarn",
+    "qwen2_yarn",
     "mistral_tiny",
     "gemma_tiny",
 ];

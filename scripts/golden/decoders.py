@@ -92,6 +92,60 @@ CASES = {
         shard_size="48KB",
         curves=("curve",),
     ),
+    # Yarn's ramp, not rounded to whole pairs, with an attention factor of its own. Heads wide enough
+    # that the ramp has an inside.
+    "llama_yarn": Case(
+        "llama",
+        TOKENS
+        | dict(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=32,
+            intermediate_size=32,
+            max_position_embeddings=POSITIONS,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 50.0,
+                "factor": 2.5,
+                "original_max_position_embeddings": 24,
+                "beta_fast": 3.0,
+                "beta_slow": 0.5,
+                "truncate": False,
+                "attention_factor": 1.3,
+            },
+            initializer_range=0.2,
+        ),
+        template=TEMPLATE,
+        max_len=POSITIONS,
+    ),
+    # The same ramp rounded, and the attention factor from DeepSeek's two scales.
+    "qwen2_yarn": Case(
+        "qwen2",
+        TOKENS
+        | dict(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            intermediate_size=32,
+            max_position_embeddings=POSITIONS,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 50.0,
+                "factor": 2.5,
+                "original_max_position_embeddings": 24,
+                "beta_fast": 1.6,
+                "beta_slow": 0.5,
+                "mscale": 1.9,
+                "mscale_all_dim": 0.4,
+            },
+            initializer_range=0.12,
+        ),
+        template=TEMPLATE,
+        max_len=POSITIONS,
+    ),
     # A window in every layer, positions scaled linearly, no padding token.
     "mistral_tiny": Case(
         "mistral",

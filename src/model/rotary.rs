@@ -219,3 +219,50 @@ impl RawRope {
         Ok(Rotary { frequencies: frequencies.collect(), magnitude })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+    use super::*;
+
+    /// `config.json` of a golden model, and its embedding.
+    fn golden(case: &str) -> (Value, i64, Rotary) {
+        let path = format!("{}/tests/golden/{case}/config.json", env!("CARGO_MANIFEST_DIR"));
+        let config: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        let hidden = config["hidden_size"].as_i64().unwrap();
+        let heads = config["num_attention_heads"].as_i64().unwrap();
+        let dim = config["head_dim"].as_i64().unwrap_or(hidden / heads);
+        let rotary = Rotary::read(&config, dim, 64).unwrap();
+        (config, dim, rotary)
+    }
+
+    #[test]
+    fn the_spelling_of_older_files_means_the_same() {
+        for case in ["llama_odd", "llama_yarn", "mistral_tiny", "qwen2_yarn", "qwen3_odd"] {
+            let (mut config, dim, rotary) = golden(case);
+            let mut scaling = config["rope_parameters"].take();
+            config.as_object_mut().unwrap().remove("rope_parameters");
+            let fields = scaling.as_object_mut().unwrap();
+            config["rope_theta"] = fields.remove("rope_theta").unwrap();
+            let kind = fields.remove("rope_type").unwrap();
+            fields.insert("type".into(), kind);
+            config["rope_scaling"] = scaling;
+            assert_eq!(Rotary::read(&config, dim, 64).unwrap(), rotary, "{case}");
+        }
+    }
+
+    /// So that the golden logits of these models tell whether each is read.
+    #[test]
+    fn every_option_of_the_yarn_models_matters() {
+        for case in ["llama_yarn", "qwen2_yarn"] {
+            let (config, dim, rotary) = golden(case);
+            for option in config["rope_parameters"].as_object().unwrap().keys() {
+                let mut without = config.clone();
+                without["rope_parameters"].as_object_mut().unwrap().remove(option);
+                let other = Rotary::read(&without, dim, 64);
+                assert_ne!(other.as_ref().ok(), Some(&rotary), "{case} without {option}");
+            }
+        }
+    }
+}
