@@ -435,9 +435,15 @@ fn data_in_groups() {
 
 #[test]
 fn data_sets() {
-    Case::new()
-        .remove("train.jsonl")
-        .refused("train.jsonl: cannot open: No such file or directory (os error 2)");
+    for name in ["train", "val"] {
+        let line = format!("{name}_dataset: data/lost.jsonl");
+        let others = TRAINING.lines().filter(|line| !line.starts_with(&format!("{name}_dataset")));
+        let lines: Vec<&str> = others.chain([line.as_str()]).collect();
+        Case::new().write("training.yaml", lines.join("\n")).refused_alone(|error| {
+            let place = format!(": {name}_dataset: no file \"data/lost.jsonl\" in /");
+            assert!(error.starts_with("training.yaml:") && error.contains(&place), "{error}");
+        });
+    }
     for nothing in ["", "\n  \n"] {
         Case::new()
             .write("train.jsonl", nothing)

@@ -52,6 +52,7 @@ impl Inputs {
     /// # Errors
     /// User errors that name the file, the line or the setting.
     pub fn load(plan: &Plan, world_size: usize) -> Result<Self> {
+        check_data_files(plan)?;
         let pretrained = pretrained(plan)?;
         let Pretrained { dir: model_dir, revision, mut config, weights, .. } = pretrained;
         let tokenizer = Arc::new(tokenizer(plan, &model_dir)?);
@@ -115,6 +116,23 @@ impl Inputs {
             schedule,
         })
     }
+}
+
+/// Sees to it that the data files are there, before a model is fetched or read.
+fn check_data_files(plan: &Plan) -> Result<()> {
+    let data = &plan.data;
+    let named = [("train_dataset", Some(&data.train)), ("val_dataset", data.validation.as_ref())];
+    for (key, path) in named.into_iter().filter_map(|(key, path)| Some((key, path?))) {
+        let found = std::fs::metadata(path);
+        if !found.is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound) {
+            continue;
+        }
+        // Paths in a file are not relative to that file.
+        let here = std::env::current_dir().ok().filter(|_| path.is_relative());
+        let here = here.map(|dir| format!(" in {}", dir.display())).unwrap_or_default();
+        return Err(plan.error(key, format!("no file {path:?}{here}")));
+    }
+    Ok(())
 }
 
 /// The base model, downloaded where it is on the hub; it must be of the kind that the plan names.
