@@ -15,6 +15,9 @@ const CAUSE_FIRST: Duration = Duration::from_millis(200);
 fn main() -> ExitCode {
     runtime::keep_freed_memory();
     let cli = Cli::parse();
+    if cli.command.computes() {
+        runtime::sleep_while_waiting();
+    }
     match run(&cli) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {

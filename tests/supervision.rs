@@ -222,3 +222,70 @@ fn a_hang_is_seen_its_rank_named_and_the_run_restarted() {
         assert!(said.contains("--max-restarts 1 is used up"), "{said}");
     }
 }
+
+/// A process's variables that say how OpenMP's threads wait.
+fn waiting(pid: u32) -> Vec<String> {
+    let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+    let all = String::from_utf8_lossy(&environment).into_owned();
+    let says_how = |entry: &&str| {
+        ["OMP_WAIT_POLICY=", "GOMP_SPINCOUNT="].iter().any(|name| entry.starts_with(name))
+    };
+    all.split('\0').filter(says_how).map(str::to_owned).collect()
+}
+
+/// A program that waits for pairs on its standard input; what it waits like once it has its model.
+fn waiting_of_score(variables: &[(&str, &str)]) -> Vec<String> {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_reranker"));
+    command.args(["score", "--device", "cpu", "--max-len", "48", "--model"]);
+    command.arg(common::golden_dir("bert_tiny"));
+    for name in ["OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"] {
+        command.env_remove(name);
+    }
+    command.envs(variables.iter().copied());
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut child = command.spawn().unwrap();
+    let found = {
+        use std::io::{BufRead as _, Write as _};
+        // The first score says that it has begun; the process is the one that was started.
+        let mut input = child.stdin.take().unwrap();
+        for _ in 0..200 {
+            input.write_all(b"{\"query\": \"tea\", \"content\": \"a cup\"}\n").unwrap();
+        }
+        input.flush().unwrap();
+        let pid = child.id();
+        let found = std::thread::spawn(move || {
+            let deadline = Instant::now() + PATIENCE;
+            while std::fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count) < 2 {
+                assert!(Instant::now() < deadline, "the program does not begin");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            waiting(pid)
+        });
+        let found = found.join().unwrap();
+        drop(input);
+        let lines = std::io::BufReader::new(child.stdout.take().unwrap()).lines();
+        assert_eq!(lines.count(), 200);
+        found
+    };
+    assert!(child.wait().unwrap().success());
+    found
+}
+
+#[test]
+fn threads_sleep_while_they_wait_unless_told_otherwise() {
+    let passive = ["OMP_WAIT_POLICY=passive"];
+    assert_eq!(waiting_of_score(&[]), passive);
+    assert_eq!(waiting_of_score(&[("OMP_WAIT_POLICY", "active")]), ["OMP_WAIT_POLICY=active"]);
+    assert_eq!(waiting_of_score(&[("GOMP_SPINCOUNT", "9")]), ["GOMP_SPINCOUNT=9"]);
+    assert_eq!(waiting_of_score(&[("OMP_NUM_THREADS", "1")]), [""; 0]);
+    // The launcher says it to our workers, not to programs of others.
+    let bench = Bench::new(0.1);
+    let plan_of = |command: &mut Command| {
+        for name in ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"] {
+            command.env_remove(name);
+        }
+        String::from_utf8(command.arg("--dry-run").output().unwrap().stdout).unwrap()
+    };
+    let plan = plan_of(&mut bench.command("run", 2, &[]));
+    assert_eq!(plan.matches(" OMP_WAIT_POLICY=passive").count(), 2, "{plan}");
+}

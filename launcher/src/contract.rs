@@ -45,6 +45,10 @@ pub mod vars {
     pub const CUDA_DEVICE_ORDER: &str = "CUDA_DEVICE_ORDER";
     /// Threads per worker; set when unset and there is more than one worker.
     pub const OMP_NUM_THREADS: &str = "OMP_NUM_THREADS";
+    /// How OpenMP's threads wait for one another; set to `passive` for `reranker train` when unset.
+    pub const OMP_WAIT_POLICY: &str = "OMP_WAIT_POLICY";
+    /// The same, as libgomp's own setting: how often a thread looks before it sleeps.
+    pub const GOMP_SPINCOUNT: &str = "GOMP_SPINCOUNT";
     /// One identifier for all workers of a launch, the same over restarts.
     pub const RR_RUN_ID: &str = "RR_RUN_ID";
     /// How often the workers of this run have been restarted.

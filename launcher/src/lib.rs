@@ -163,6 +163,12 @@ fn plan(args: &Args, prepared: Prepared, rendezvous: Rendezvous) -> Result<Plan,
         plan.name(run_id.clone());
     }
     plan.share(vars::TORCHELASTIC_MAX_RESTARTS, args.max_restarts.to_string());
+    // Our own workers only: how a program of the user waits is the user's affair.
+    let is_ours = matches!(args.work()?, Work::Train(_));
+    let says_how = |name| std::env::var_os(name).is_some();
+    if is_ours && ![vars::OMP_WAIT_POLICY, vars::GOMP_SPINCOUNT].into_iter().any(says_how) {
+        plan.share(vars::OMP_WAIT_POLICY, "passive".to_owned());
+    }
     let options = args.supervision()?;
     let highest = options.output.show.highest().filter(|_| args.nodes.nnodes.is_none());
     if let Some(rank) = highest.filter(|&rank| rank >= plan.workers()) {

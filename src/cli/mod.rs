@@ -55,6 +55,17 @@ pub enum Command {
     },
 }
 
+impl Command {
+    /// Whether it runs models.
+    #[must_use]
+    pub fn computes(&self) -> bool {
+        match self {
+            Self::Train(_) | Self::Distill(_) | Self::Score(_) | Self::Eval(_) => true,
+            Self::Check(_) | Self::Convert(_) | Self::Generate { .. } => false,
+        }
+    }
+}
+
 /// Where the plan of a run comes from.
 #[derive(Debug, Args)]
 pub struct PlanArgs {

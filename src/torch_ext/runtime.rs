@@ -1,8 +1,10 @@
 //! Process-wide settings, made once at start-up.
 
 use std::ffi::c_int;
+use std::os::unix::process::CommandExt as _;
 use std::sync::Once;
 
+use rr_launch::contract::vars;
 use tch::{Kind, Tensor};
 
 use super::{check, ffi};
@@ -29,6 +31,24 @@ pub fn keep_freed_memory() {
             libc::mallopt(libc::M_TOP_PAD, 64 << 20);
         }
     }
+}
+
+/// Runs this program anew with OpenMP threads that sleep where they wait for one another, unless the
+/// environment says how they are to wait or there is but one. By default each spins for milliseconds
+/// at the end of every parallel loop, of which a step has thousands. On cores that other programs use as
+/// well, the one that is waited for then has no core to run on: a small model trained fifteen times
+/// slower. libgomp reads the variable when it is loaded, before `main`; rr-launch sets it for its workers.
+/// To be called before anything has begun; where it returns, the program goes on as it is.
+pub fn sleep_while_waiting() {
+    let is_set = |name| std::env::var_os(name).is_some();
+    let is_alone = std::env::var_os(vars::OMP_NUM_THREADS).is_some_and(|threads| threads == "1");
+    if is_alone || is_set(vars::OMP_WAIT_POLICY) || is_set(vars::GOMP_SPINCOUNT) {
+        return;
+    }
+    let mut words = std::env::args_os();
+    let (Ok(program), Some(name)) = (std::env::current_exe(), words.next()) else { return };
+    let mut anew = std::process::Command::new(program);
+    let _failure = anew.arg0(name).args(words).env(vars::OMP_WAIT_POLICY, "passive").exec();
 }
 
 /// Calls every function of MKL's vector library that libtorch uses once, on one number and so on one

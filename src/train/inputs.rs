@@ -130,7 +130,7 @@ fn check_data_files(plan: &Plan) -> Result<()> {
         // Paths in a file are not relative to that file.
         let here = std::env::current_dir().ok().filter(|_| path.is_relative());
         let here = here.map(|dir| format!(" in {}", dir.display())).unwrap_or_default();
-        return Err(plan.error(key, format!("no file {path:?}{here}")));
+        return Err(plan.error(key, format!("no file \"{}\"{here}", path.display())));
     }
     Ok(())
 }
