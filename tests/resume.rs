@@ -342,6 +342,13 @@ fn a_kill_while_it_goes_on_loses_no_line_of_metrics() {
 
 /// Another file of the same meaning is another file: nothing is guessed.
 const CHANGED_TOKENIZER: fn(&mut Vec<u8>) = |json| json.push(b'\n');
+/// Another dropout.
+const CHANGED_CONFIG: fn(&mut Vec<u8>) = |file| {
+    let text = String::from_utf8(std::mem::take(file)).unwrap();
+    assert!(text.contains("_dropout_prob\":0.1"), "{text}");
+    *file = text.replace("_dropout_prob\":0.1", "_dropout_prob\":0.2").into_bytes();
+};
+
 const CHANGED_WEIGHTS: fn(&mut Vec<u8>) = |file| *file.last_mut().unwrap() ^= 1;
 
 #[test]
@@ -369,6 +376,7 @@ fn another_run_is_refused_with_what_differs() {
     assert!(said.contains("training data (CRC-32): "), "{said}");
     fs::write(&pairs, text).unwrap();
     for (file, changed, says) in [
+        ("base/config.json", CHANGED_CONFIG, "model configuration (CRC-32): "),
         ("base/tokenizer.json", CHANGED_TOKENIZER, "tokenizer (CRC-32): "),
         ("base/model.safetensors", CHANGED_WEIGHTS, "base weights (sum of bits): "),
     ] {
