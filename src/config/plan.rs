@@ -356,6 +356,8 @@ pub struct SavingPlan {
     pub max_checkpoints: usize,
     /// Save a checkpoint every so many optimizer steps.
     pub save_steps: Option<usize>,
+    /// A checkpoint is written while the next steps are taken; otherwise they wait for it.
+    pub async_save: bool,
     /// What to do with an unfinished run in `output_dir`.
     pub resume: Resume,
     /// What follows when a checkpoint cannot be saved.

@@ -456,6 +456,7 @@ fn saving(raw: &RawTraining, sources: &Sources) -> Result<SavingPlan> {
         save_on_epoch_end: flag(raw.save_on_epoch_end.as_ref()),
         max_checkpoints: count(raw.num_max_checkpoints.as_ref(), 5, 1)?,
         save_steps: save_steps.map(|steps| count(Some(steps), 1, 1)).transpose()?,
+        async_save: raw.async_save.as_ref().is_none_or(|setting| setting.value),
         save_failure: raw.save_failure.as_ref().map_or(SaveFailure::Stop, |s| s.value),
         resume: match text(raw.resume.as_ref(), "auto").as_str() {
             "auto" | "" => Resume::Auto,

@@ -98,8 +98,8 @@ fn defaults_are_those_of_the_specification() {
         },
         "saving": {
             "output_dir": "./output", "save_on_epoch_end": false, "num_max_checkpoints": 5,
-            "save_steps": null, "resume": "auto", "save_failure": "stop",
-            "overwrite": false,
+            "save_steps": null, "async_save": true, "resume": "auto",
+            "save_failure": "stop", "overwrite": false,
         },
         "logging": { "log_interval": 10, "log_with": [] },
         "parallel": {
@@ -156,6 +156,7 @@ early_stopping_patience: 3
 save_on_epoch_end: 1
 num_max_checkpoints: 2
 save_steps: 100
+async_save: false
 save_failure: continue
 resume: out/checkpoints/step-3
 log_interval: 5
@@ -191,7 +192,7 @@ log_with: [wandb, TensorBoard]
         json["saving"],
         json!({
             "output_dir": "out", "save_on_epoch_end": true, "num_max_checkpoints": 2,
-            "save_steps": 100, "resume": "out/checkpoints/step-3",
+            "save_steps": 100, "async_save": false, "resume": "out/checkpoints/step-3",
             "save_failure": "continue", "overwrite": false,
         })
     );

@@ -64,6 +64,7 @@ pub struct RawTraining {
     pub save_on_epoch_end: Option<Setting<bool>>,
     pub num_max_checkpoints: Option<Setting<i64>>,
     pub save_steps: Option<Setting<i64>>,
+    pub async_save: Option<Setting<bool>>,
     pub save_failure: Option<Setting<SaveFailure>>,
     pub resume: Option<Setting<String>>,
 
@@ -173,6 +174,7 @@ impl RawTraining {
             save_on_epoch_end: fields.switch("save_on_epoch_end")?,
             num_max_checkpoints: fields.integer(&["num_max_checkpoints"])?,
             save_steps: fields.integer(&["save_steps"])?,
+            async_save: fields.boolean("async_save")?,
             save_failure: fields.choice("save_failure", SAVE_FAILURES)?,
             resume: fields.string("resume")?,
             log_interval: fields.integer(&["log_interval"])?,

@@ -343,8 +343,8 @@ impl<'a> Checkpoints<'a> {
         Ok(Self { plan, saver: Saver::new(store, options, groups)?, _lock: lock })
     }
 
-    /// Saves where it is due after a step. Where it was `asked` for, because the run makes room,
-    /// returns only when the checkpoint is on the disk. All ranks call it together.
+    /// Saves where it is due after a step. Without `async_save`, and where it was `asked` for because
+    /// the run makes room, returns only when the checkpoint is on the disk. All ranks call it together.
     pub(super) fn after_step(
         &mut self,
         progress: Progress,
@@ -368,11 +368,11 @@ impl<'a> Checkpoints<'a> {
             let loss_scale = engine.loss_scale().copied();
             let now = Moment { began, progress, loss_scale, job };
             let outcome = self.saver.save(now, engine.units(), groups);
-            if asked {
-                let outcome = outcome.and_then(|()| self.saver.finish(groups));
-                return outcome.map_err(cannot_save);
+            if saving.async_save && !asked {
+                return self.judge(outcome);
             }
-            return self.judge(outcome);
+            let outcome = outcome.and_then(|()| self.saver.finish(groups));
+            return if asked { outcome.map_err(cannot_save) } else { self.judge(outcome) };
         }
         // A run that ends over a failed save ends as soon as it is known.
         if saving.save_failure == SaveFailure::Stop {
