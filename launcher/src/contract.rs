@@ -119,6 +119,13 @@ pub mod vars {
     pub const PMIX_NAMESPACE: &str = "PMIX_NAMESPACE";
 }
 
+/// Whether the environment says how OpenMP's threads wait for one another. Nobody overrules it.
+#[must_use]
+pub fn says_how_threads_wait() -> bool {
+    let is_set = |name| std::env::var_os(name).is_some();
+    [vars::OMP_WAIT_POLICY, vars::GOMP_SPINCOUNT].into_iter().any(is_set)
+}
+
 /// Exit codes of the launcher and of its workers. 40 to 63 are the launcher's own outcomes, which
 /// programs hardly use.
 pub mod exit_code {

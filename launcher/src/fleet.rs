@@ -1,7 +1,7 @@
 //! The workers as processes: started, signalled as whole process groups, and collected; and the
 //! strays, processes that left their worker's group and outlived it.
 
-use std::ffi::{CString, NulError, OsStr};
+use std::ffi::CString;
 use std::fs::File;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
@@ -70,32 +70,27 @@ pub struct Worker {
 }
 
 impl Worker {
-    fn start(plan: &Plan, index: usize, guardian: &Guardian) -> io::Result<Self> {
+    fn start(plan: &Plan, index: usize, common: &Common, guardian: &Guardian) -> io::Result<Self> {
         let heartbeat = sys::memory_file(c"rr-heartbeat")?;
         heartbeat.write_all_at(&heartbeat::blank(), 0)?;
         // Named through this process rather than inherited: a descriptor would be lost in programs
         // that start others, and leak into those that close none.
         let path = |file: &File| format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
         let error_file = sys::memory_file(c"rr-error-file")?;
-        let program = CString::new(plan.command.program.as_bytes())?;
-        let words = plan.command.args.iter().map(|word| CString::new(word.as_bytes()));
-        let arguments =
-            iter::once(Ok(program.clone())).chain(words).collect::<Result<Vec<_>, _>>()?;
-        let files = [
-            (vars::RR_HEARTBEAT, path(&heartbeat)),
-            (vars::TORCHELASTIC_ERROR_FILE, path(&error_file)),
-        ];
-        let environment = environment(plan.worker_vars(index), files)?;
+        let mut own = plan.worker_vars(index);
+        own.push((vars::RR_HEARTBEAT, path(&heartbeat)));
+        own.push((vars::TORCHELASTIC_ERROR_FILE, path(&error_file)));
+        let own = own.iter().map(|(name, value)| CString::new(format!("{name}={value}")));
+        let own = own.collect::<Result<Vec<_>, _>>()?;
         let started_at = SystemTime::now();
-        let stdin = File::open("/dev/null")?;
         let ((stdout, its_stdout), (stderr, its_stderr)) = (io::pipe()?, io::pipe()?);
         let start = sys::Start {
-            program: &program,
-            arguments: &arguments,
-            environment: &environment,
-            streams: [stdin.as_fd(), its_stdout.as_fd(), its_stderr.as_fd()],
+            program: &common.arguments[0],
+            arguments: &common.arguments,
+            environment: [&common.environment, &own],
+            streams: [common.stdin.as_fd(), its_stdout.as_fd(), its_stderr.as_fd()],
             cpus: plan.cpus(index),
-            guardian: guardian.descriptor(),
+            roster: guardian.roster(),
             mark: guardian.mark(),
         };
         let pid = start.run()?;
@@ -247,18 +242,32 @@ impl Drop for Worker {
     }
 }
 
-/// This process's environment with a worker's variables in the place of those of the same name.
-fn environment(
-    mut own: Vec<(&'static str, String)>,
-    files: [(&'static str, String); 2],
-) -> Result<Vec<CString>, NulError> {
-    own.extend(files);
-    let is_own =
-        |name: &OsStr| name == vars::RR_PROGRESS || own.iter().any(|(own, _)| name == *own);
-    let inherited = env::vars_os().filter(|(name, _)| !is_own(name));
-    let inherited = inherited.map(|(name, value)| [name.as_bytes(), value.as_bytes()].join(&b'='));
-    let own = own.iter().map(|(name, value)| format!("{name}={value}").into_bytes());
-    inherited.chain(own).map(CString::new).collect()
+/// What the workers of an attempt are all started with.
+struct Common {
+    /// The program, and the words behind it.
+    arguments: Vec<CString>,
+    /// Of this process's environment what no worker has a variable of its own for.
+    environment: Vec<CString>,
+    stdin: File,
+}
+
+impl Common {
+    fn new(plan: &Plan) -> io::Result<Self> {
+        // A variable of one worker is one of all, but for the progress of one.
+        let own: Vec<&str> = [vars::RR_PROGRESS, vars::RR_HEARTBEAT, vars::TORCHELASTIC_ERROR_FILE]
+            .into_iter()
+            .chain(plan.worker_vars(0).iter().map(|&(name, _)| name))
+            .collect();
+        let inherited = env::vars_os().filter(|(name, _)| own.iter().all(|own| name != *own));
+        let inherited = inherited
+            .map(|(name, value)| CString::new([name.as_bytes(), value.as_bytes()].join(&b'=')));
+        let words = iter::once(&plan.command.program).chain(&plan.command.args);
+        Ok(Self {
+            arguments: words.map(|word| CString::new(word.as_bytes())).collect::<Result<_, _>>()?,
+            environment: inherited.collect::<Result<_, _>>()?,
+            stdin: File::open("/dev/null")?,
+        })
+    }
 }
 
 fn cannot_start(plan: &Plan, index: usize, source: io::Error) -> LaunchError {
@@ -294,9 +303,10 @@ pub fn start(
     guardian: &Guardian,
     mut watch: impl FnMut(&mut Worker) -> io::Result<()>,
 ) -> Result<Vec<Worker>, LaunchError> {
+    let common = Common::new(plan).map_err(|source| cannot_start(plan, 0, source))?;
     (0..plan.workers())
         .map(|index| {
-            let started = Worker::start(plan, index, guardian).and_then(|mut worker| {
+            let started = Worker::start(plan, index, &common, guardian).and_then(|mut worker| {
                 watch(&mut worker)?;
                 Ok(worker)
             });

@@ -2,8 +2,8 @@
 //! kill what the launcher can no longer kill.
 //!
 //! The kernel kills the workers themselves when the launcher dies (`PR_SET_PDEATHSIG`), but not
-//! what they have started: data workers, side processes. The guardian knows every worker's process
-//! group, holds one end of a socket whose other end only the launcher has, and kills the groups
+//! what they have started: data workers, side processes. The guardian sees every worker's process
+//! group in memory that it shares with the launcher, holds one end of a socket whose other end only the launcher has, and kills the groups
 //! when that end closes without a farewell. What has left its group (`setsid`, a daemon) is known
 //! by the launcher's identifier in its environment, and what has cleared that (`env -i`) by a mark that
 //! the kernel hands down. The guardian sleeps in one system call for the whole run. If it is itself
@@ -14,12 +14,12 @@
 //! nobody's descendant, wherever the process that adopts it is known to collect what has ended.
 
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use crate::contract::{fnv1a, vars};
 use crate::procfs;
-use crate::sys::{self, Pid};
+use crate::sys::{self, Pid, Roster};
 
 /// Its name in process lists.
 const NAME: &std::ffi::CStr = c"rr-guardian";
@@ -34,6 +34,10 @@ const SEARCH: Duration = Duration::from_millis(20);
 /// Searches at most; each kills what it finds, so that only what forks faster than it dies is left.
 const SEARCHES: u32 = 50;
 
+/// Groups for each worker that may be there at a time: the worker's, that of the tool which looks at its
+/// stacks, and of earlier attempts those that could not be killed.
+const GROUPS_A_WORKER: usize = 8;
+
 /// How often a guardian that was killed is replaced: somebody may mean it.
 const SUCCESSORS: u32 = 10;
 
@@ -46,6 +50,7 @@ pub struct Guardian {
     pid: Pid,
     pidfd: Option<OwnedFd>,
     socket: Option<OwnedFd>,
+    roster: Roster,
     launcher_id: String,
     /// Guardians before this one.
     predecessors: u32,
@@ -55,23 +60,25 @@ pub struct Guardian {
 }
 
 impl Guardian {
-    /// Starts the guardian of the launcher `launcher_id`. To be called before any worker, by a process
-    /// of one thread.
-    pub fn start(launcher_id: &str) -> io::Result<Self> {
+    /// Starts the guardian of the launcher `launcher_id` of so many `workers`. To be called before any of
+    /// them, by a process of one thread.
+    pub fn start(launcher_id: &str, workers: usize) -> io::Result<Self> {
         let bystanders = procfs::children();
-        let (pid, socket) = fork(launcher_id)?;
+        let roster = Roster::new(workers * GROUPS_A_WORKER)?;
+        let (pid, socket) = fork(launcher_id, roster)?;
         Ok(Self {
             pid,
             pidfd: sys::pidfd(pid),
             socket: Some(socket),
+            roster,
             launcher_id: launcher_id.to_owned(),
             predecessors: 0,
             bystanders,
         })
     }
 
-    /// Starts another in the place of one that has ended, and tells it of these process groups.
-    pub fn replace(&mut self, groups: impl Iterator<Item = Pid>) -> io::Result<()> {
+    /// Starts another in the place of one that has ended.
+    pub fn replace(&mut self) -> io::Result<()> {
         if self.predecessors == SUCCESSORS {
             return Err(io::Error::other(format!("{SUCCESSORS} were replaced before")));
         }
@@ -79,9 +86,8 @@ impl Guardian {
         // Nothing to wait for where it is no child.
         sys::wait_for(self.pid);
         (self.pidfd, self.socket) = (None, None);
-        let (pid, socket) = fork(&self.launcher_id)?;
+        let (pid, socket) = fork(&self.launcher_id, self.roster)?;
         (self.pid, self.pidfd, self.socket) = (pid, sys::pidfd(pid), Some(socket));
-        groups.for_each(|group| drop(sys::send_number(self.descriptor(), group)));
         Ok(())
     }
 
@@ -100,20 +106,20 @@ impl Guardian {
         pid == self.pid || self.bystanders.contains(&pid)
     }
 
-    /// The descriptor on which a worker, before it becomes its program, sends its process id.
-    pub fn descriptor(&self) -> RawFd {
-        self.socket.as_ref().map_or(-1, OwnedFd::as_raw_fd)
+    /// Where a worker enters itself before it becomes its program.
+    pub fn roster(&self) -> Roster {
+        self.roster
     }
 
-    /// Tells the guardian that a group has ended: its number may come to mean another one.
+    /// A group has ended: its number may come to mean another one.
     pub fn forget(&self, group: Pid) {
-        // A guardian that was itself killed is missed only if the launcher is killed too.
-        let _ = sys::send_number(self.descriptor(), -group);
+        self.roster.strike(group);
     }
 
     /// Nothing is left to guard.
     pub fn dismiss(&self) {
-        let _ = sys::send_number(self.descriptor(), FAREWELL);
+        // One that was itself killed needs no farewell.
+        let _ = self.socket.as_ref().map(|socket| sys::send_number(socket.as_raw_fd(), FAREWELL));
     }
 }
 
@@ -129,7 +135,7 @@ impl Drop for Guardian {
 }
 
 /// Starts a guardian; its process id, and this process's end of the connection to it.
-fn fork(launcher_id: &str) -> io::Result<(Pid, OwnedFd)> {
+fn fork(launcher_id: &str, roster: Roster) -> io::Result<(Pid, OwnedFd)> {
     let (ours, theirs) = sys::message_pair()?;
     let (own_end, their_end) = (ours.as_raw_fd(), theirs.as_raw_fd());
     let has_pidfds = sys::pidfd(sys::own_pid()).is_some();
@@ -138,7 +144,7 @@ fn fork(launcher_id: &str) -> io::Result<(Pid, OwnedFd)> {
         // connections would theirs.
         sys::close_inherited(own_end, their_end);
         if sys::send_number(their_end, sys::own_pid()).is_ok() {
-            watch(&theirs, launcher_id);
+            watch(&theirs, launcher_id, roster);
         }
     })?;
     drop(theirs);
@@ -163,16 +169,11 @@ fn orphans_are_collected() -> bool {
 }
 
 /// The guardian's whole life.
-fn watch(launcher: &OwnedFd, launcher_id: &str) {
-    let mut groups: Vec<Pid> = Vec::new();
-    while let Some(number) = sys::receive_number(launcher) {
-        match number {
-            FAREWELL => return,
-            group if group > 0 => groups.push(group),
-            forgotten => groups.retain(|&group| group != -forgotten),
-        }
+fn watch(launcher: &OwnedFd, launcher_id: &str, roster: Roster) {
+    if sys::receive_number(launcher) == Some(FAREWELL) {
+        return;
     }
-    for group in groups {
+    for group in roster.groups() {
         sys::signal_group(group, libc::SIGKILL);
     }
     let (variable, mark) = (format!("{}={launcher_id}", vars::RR_LAUNCHER), mark_of(launcher_id));

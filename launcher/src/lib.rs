@@ -165,8 +165,7 @@ fn plan(args: &Args, prepared: Prepared, rendezvous: Rendezvous) -> Result<Plan,
     plan.share(vars::TORCHELASTIC_MAX_RESTARTS, args.max_restarts.to_string());
     // Our own workers only: how a program of the user waits is the user's affair.
     let is_ours = matches!(args.work()?, Work::Train(_));
-    let says_how = |name| std::env::var_os(name).is_some();
-    if is_ours && ![vars::OMP_WAIT_POLICY, vars::GOMP_SPINCOUNT].into_iter().any(says_how) {
+    if is_ours && !contract::says_how_threads_wait() {
         plan.share(vars::OMP_WAIT_POLICY, "passive".to_owned());
     }
     let options = args.supervision()?;

@@ -275,7 +275,7 @@ impl Case {
                 .stdout(self.output.try_clone()?)
                 .stderr(self.output.try_clone()?)
                 .process_group(0);
-            sys::prepare_watched(&mut command, guardian.descriptor());
+            sys::prepare_watched(&mut command, guardian.roster());
             command.spawn()
         };
         let child = start().map_err(|error| format!("cannot start {}: {error}", tool.name))?;

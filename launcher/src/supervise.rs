@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 use crate::attempt::{Attempt, Token};
 use crate::contract::{preemption, vars};
 use crate::error::LaunchError;
-use crate::fleet::Worker;
 use crate::guardian::Guardian;
 use crate::hang::{self, Position};
 use crate::lifecycle::{Cause, Event, Exit, Lifecycle, Order};
@@ -64,8 +63,8 @@ pub fn run(plan: Plan, options: Options, cluster: Option<Cluster>) -> Result<u8,
     let preempting = preemption::signals(options.preempt_signal);
     let signals = SignalFd::open(&handled_signals(&preempting))
         .map_err(LaunchError::system("block signals"))?;
-    let guardian =
-        Guardian::start(plan.launcher_id()).map_err(LaunchError::system("start the guardian"))?;
+    let guardian = Guardian::start(plan.launcher_id(), plan.workers())
+        .map_err(LaunchError::system("start the guardian"))?;
     sys::adopt_orphans().map_err(LaunchError::system("become the parent of orphans"))?;
     let oom = OomWatch::start();
     let watching = || LaunchError::system("watch the workers");
@@ -265,8 +264,7 @@ impl Supervisor {
         if let Some(end) = self.guardian.end_of_life() {
             self.epoll.remove(end)?;
         }
-        let workers = self.attempt.workers.iter().filter(|worker| !worker.is_gone());
-        match self.guardian.replace(workers.map(Worker::pid)) {
+        match self.guardian.replace() {
             Ok(()) => {
                 self.output.say("the guardian was killed; another has taken its place");
                 watch_guardian(&self.epoll, &self.guardian)

@@ -1,5 +1,6 @@
 //! The system calls that std does not wrap, and all of this crate's `unsafe`.
 
+mod roster;
 mod signals;
 mod spawn;
 
@@ -13,6 +14,7 @@ use std::process::{Command, ExitStatus};
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
+pub use roster::Roster;
 use signals::signal_set;
 pub use signals::{
     SignalFd, is_ignored, remember_signals, remembered_signal, signal_name, signal_number,
@@ -254,19 +256,18 @@ fn cpu_set(cpus: &[usize]) -> libc::cpu_set_t {
 }
 
 /// As [`die_with_parent`] for what looks at a worker, which also gets an empty signal mask (this
-/// process blocks signals for [`SignalFd`]) and tells `guardian` its process id before its program
-/// begins, so that there is no moment at which the guardian does not know of it.
-pub fn prepare_watched(command: &mut Command, guardian: RawFd) {
+/// process blocks signals for [`SignalFd`]) and enters itself in `roster` before its program begins, so
+/// that there is no moment at which the guardian does not know of it.
+pub fn prepare_watched(command: &mut Command, roster: Roster) {
     let parent = own_pid();
     let none = signal_set(&[]);
-    // SAFETY: the closure only makes async-signal-safe calls and allocates nothing. `guardian`
-    // stays open until exec: this process holds it as long as it starts workers.
+    // SAFETY: the closure only makes async-signal-safe calls and allocates nothing.
     unsafe {
         command.pre_exec(move || {
             die_with(parent)?;
             checked(libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut()))?;
-            // Without a guardian a worker still dies with its parent.
-            let _ = send_number(guardian, libc::getpid());
+            // What finds no place still dies with its parent.
+            roster.enter(libc::getpid());
             Ok(())
         });
     }

@@ -4,7 +4,7 @@ use std::ffi::c_int;
 use std::os::unix::process::CommandExt as _;
 use std::sync::Once;
 
-use rr_launch::contract::vars;
+use rr_launch::contract::{says_how_threads_wait, vars};
 use tch::{Kind, Tensor};
 
 use super::{check, ffi};
@@ -40,9 +40,8 @@ pub fn keep_freed_memory() {
 /// slower. libgomp reads the variable when it is loaded, before `main`; rr-launch sets it for its workers.
 /// To be called before anything has begun; where it returns, the program goes on as it is.
 pub fn sleep_while_waiting() {
-    let is_set = |name| std::env::var_os(name).is_some();
     let is_alone = std::env::var_os(vars::OMP_NUM_THREADS).is_some_and(|threads| threads == "1");
-    if is_alone || is_set(vars::OMP_WAIT_POLICY) || is_set(vars::GOMP_SPINCOUNT) {
+    if is_alone || says_how_threads_wait() {
         return;
     }
     let mut words = std::env::args_os();

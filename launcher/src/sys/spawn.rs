@@ -8,11 +8,11 @@ use std::convert::Infallible;
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd as _, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd as _, BorrowedFd};
 use std::ptr;
 
 use super::signals::signal_set;
-use super::{Pid, checked, cpu_set, die_with, own_pid, send_number};
+use super::{Pid, Roster, checked, cpu_set, die_with, own_pid};
 
 /// Bytes of the child's stack, beside its list of arguments, which `execvpe` may copy there: it also
 /// holds a path.
@@ -25,15 +25,15 @@ pub struct Start<'a> {
     pub program: &'a CStr,
     /// With the program's own name, which comes first.
     pub arguments: &'a [CString],
-    /// `NAME=VALUE`, all there are.
-    pub environment: &'a [CString],
+    /// `NAME=VALUE`, all there are: what it has in common with others, and what is its own.
+    pub environment: [&'a [CString]; 2],
     /// Its stdin, stdout and stderr; none of these has a number below 3.
     pub streams: [BorrowedFd<'a>; 3],
     /// The CPUs that it is bound to.
     pub cpus: Option<&'a [usize]>,
-    /// Who is told its process id before its program begins, so that there is no moment at which the
-    /// guardian does not know of it; -1 where there is none.
-    pub guardian: RawFd,
+    /// Where it enters itself before its program begins, so that there is no moment at which the
+    /// guardian does not know of it.
+    pub roster: Roster,
     /// What it and all that it starts are known by: see [`super::mark`].
     pub mark: u64,
 }
@@ -60,8 +60,8 @@ impl Start<'_> {
     pub fn run(&self) -> io::Result<Pid> {
         let mut order = Order {
             start: self,
-            arguments: pointers(self.arguments),
-            environment: pointers(self.environment),
+            arguments: pointers(&[self.arguments]),
+            environment: pointers(&self.environment),
             cpus: self.cpus.map(cpu_set),
             mark: super::marked_limit(self.mark),
             no_signals: signal_set(&[]),
@@ -89,13 +89,14 @@ impl Start<'_> {
             return Ok(pid);
         }
         super::wait_for(pid);
+        self.roster.strike(pid);
         Err(io::Error::from_raw_os_error(failure))
     }
 }
 
-/// A list as `execve` wants it.
-fn pointers(words: &[CString]) -> Vec<*const c_char> {
-    words.iter().map(|word| word.as_ptr()).chain([ptr::null()]).collect()
+/// Lists, one behind the other, as `execve` wants them.
+fn pointers(lists: &[&[CString]]) -> Vec<*const c_char> {
+    lists.iter().copied().flatten().map(|word| word.as_ptr()).chain([ptr::null()]).collect()
 }
 
 /// The child. It shares this process's memory, so it only makes system calls, and no locks.
@@ -128,8 +129,8 @@ impl Order<'_> {
             libc::prctl(libc::PR_SET_PTRACER, self.parent as libc::c_ulong, 0, 0, 0);
             libc::signal(libc::SIGPIPE, libc::SIG_DFL);
             die_with(self.parent)?;
-            // Without a guardian a worker still dies with its parent.
-            let _ = send_number(self.start.guardian, libc::getpid());
+            // What finds no place still dies with its parent.
+            self.start.roster.enter(libc::getpid());
             let none = &raw const self.no_signals;
             checked(libc::sigprocmask(libc::SIG_SETMASK, none, ptr::null_mut()))?;
             let (arguments, environment) = (self.arguments.as_ptr(), self.environment.as_ptr());
