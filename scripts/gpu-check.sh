@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Checks the built programs on a machine with NVIDIA GPUs: parity with the CPU, every strategy on all
-# GPUs, NCCL, throughput and memory. One line a check (ok, FAIL or skip; name; figures), then a count.
+# GPUs, a resumed run, NCCL, throughput and memory. One line a check (ok, FAIL or skip; name; figures), then a count.
 #
 # usage: scripts/gpu-check.sh [--cpu] [--bin DIR]
 #   --cpu      what can be checked without a GPU, over Gloo
@@ -277,6 +277,41 @@ check_death() { # name
         "a <= $END_WITHIN && b == 1" "$seconds" $code
 }
 
+# A run that is killed while it saves and then goes on ends with the bits of one that is left alone: with
+# dropout, in the precisions of every attention kernel, and where several workers divide the work.
+check_resume() { # workers
+    local workers=$1 precision name
+    "$PYTHON" scripts/random_bert.py --dropout 0.1 --layers 2 --hidden 64 --heads 4 --vocab 2000 \
+        "$work/dropping" >"$work/dropping.log" 2>&1
+    head -n 64 example_data/train_pointwise.jsonl >"$work/dropping.jsonl"
+    write_config "$work/dropping.yaml" "$work/dropping" "train_dataset: $work/dropping.jsonl" \
+        "max_len: 64" "lr: 1e-3" "batch_size: 4" "save_steps: 2"
+    for precision in no bf16 fp16; do
+        name=${precision/no/fp32}
+        judge_resume "resumed in $name" "whole-$name" 1 --set mixed_precision=$precision
+    done
+    if ((workers > 1)); then
+        judge_resume "resumed under zero3 x $workers" whole-zero3 "$workers" \
+            --parallel config/deepspeed/zero3.yaml
+    fi
+}
+
+judge_resume() { # name, run, workers, arguments...
+    local name=$1 run=$2 workers=$3 killed=killed-$2 verdict=FAIL
+    shift 3
+    launch "$run" "$workers" --config "$work/dropping.yaml" "$@"
+    RR_FAIL_POINT=before_manifest:2@0 launch "$killed" "$workers" --config "$work/dropping.yaml" "$@"
+    launch "$killed" "$workers" --config "$work/dropping.yaml" "$@"
+    if ! grep -q "going on from .*/step-2:" "$work/$killed.log"; then
+        report FAIL "$name" "did not go on from step 2: $(last_line "$work/$killed.log")"
+        return
+    fi
+    cmp "$work/$run/model/model.safetensors" "$work/$killed/model/model.safetensors" \
+        >"$work/$killed.cmp" 2>&1 && verdict=ok
+    report $verdict "$name" "killed and resumed at step 2: $(
+        [[ $verdict == ok ]] && echo "the same bits" || last_line "$work/$killed.cmp")"
+}
+
 # A model of MiniLM's shape: throughput, and memory against the forecast and the formulas.
 check_size() {
     local workers=$1 shape=() pairs=2048 batch=64 max_len=256 parameters
@@ -288,7 +323,8 @@ check_size() {
     head -n $pairs example_data/train_pointwise.jsonl >"$work/sized.jsonl"
     write_config "$work/sized.yaml" "$work/sized" "train_dataset: $work/sized.jsonl" \
         "max_len: $max_len" "batch_size: $batch" "mixed_precision: bf16"
-    check_throughput
+    check_throughput "throughput in bf16" throughput
+    $cpu || check_throughput "throughput in bf16, not deterministic" fast --set deterministic=false
     local stage run
     for stage in 0 2 3; do
         run=sized-zero$stage
@@ -314,23 +350,23 @@ judge_held() { # run, stage, workers, parameters
 }
 
 # One worker in bf16. The first step, which warms everything up, is left out.
-check_throughput() {
-    local first last rate forecast peak
-    launch throughput 1 --config "$work/sized.yaml"
+check_throughput() { # name, run, arguments...
+    local name=$1 run=$2 first last rate forecast peak
+    launch "$run" 1 --config "$work/sized.yaml" "${@:3}"
     first=$(sed -n '1s/.*"elapsed_s":\([0-9.e-]*\).*"pairs":\([0-9]*\).*/\1 \2/p' \
-        "$work/throughput/runs/metrics.jsonl" 2>/dev/null)
-    last="$(metric throughput train elapsed_s) $(metric throughput train pairs)"
+        "$work/$run/runs/metrics.jsonl" 2>/dev/null)
+    last="$(metric "$run" train elapsed_s) $(metric "$run" train pairs)"
     if [[ -z $first || $last == " " ]]; then
-        report FAIL "throughput in bf16" "$(last_line "$work/throughput.log")"
+        report FAIL "$name" "$(last_line "$work/$run.log")"
         return
     fi
     rate=$(awk -v a="$first" -v b="$last" \
         'BEGIN { split(a, f); split(b, l); printf "%.1f", (l[2] - f[2]) / (l[1] - f[1]) }')
-    judge "throughput in bf16" "$rate pairs/s, one worker" "a > 0" "$rate"
+    judge "$name" "$rate pairs/s, one worker" "a > 0" "$rate"
     $cpu && return
-    forecast=$(sed -n 's/.*; \([0-9]*\) MB in all.*/\1/p' "$work/throughput.log")
-    peak=$(calculate %.0f "$(metric throughput memory peak_gpu) / 1e6")
-    judge "peak GPU memory" "$peak MB, forecast up to ${forecast:-none} MB" \
+    forecast=$(sed -n 's/.*; \([0-9]*\) MB in all.*/\1/p' "$work/$run.log")
+    peak=$(calculate %.0f "$(metric "$run" memory peak_gpu) / 1e6")
+    judge "peak GPU memory, $run" "$peak MB, forecast up to ${forecast:-none} MB" \
         "a > 0 && a <= 1.1 * b" "$peak" "${forecast:-0}"
 }
 
@@ -350,6 +386,7 @@ main() {
         $cpu && workers=2
         check_parity
         check_strategies "$workers"
+        check_resume "$workers"
         check_shared_gpu
         if $cpu; then check_death "over Gloo"; fi
         check_size "$workers"

@@ -6,6 +6,7 @@ The default has the shape of MiniLM-L6 (22.7 million parameters). Its words are 
 model's, so that most of a text is unknown to it: good for speed and memory, not for ranking.
 
 usage: random_bert.py DIRECTORY [--layers 6] [--hidden 384] [--heads 12] [--vocab 30522]
+                      [--dropout 0]
 """
 
 import argparse
@@ -91,7 +92,9 @@ def write_weights(path: Path, tensors: dict[str, list[int]]) -> None:
             values.tofile(file)
 
 
-def write_model(directory: Path, layers: int, hidden: int, heads: int, vocab: int) -> int:
+def write_model(
+    directory: Path, layers: int, hidden: int, heads: int, vocab: int, dropout: float = 0.0
+) -> int:
     """Writes the directory and returns the number of parameters."""
     directory.mkdir(parents=True, exist_ok=True)
     config = json.loads((TOKENIZER / "config.json").read_text())
@@ -103,6 +106,8 @@ def write_model(directory: Path, layers: int, hidden: int, heads: int, vocab: in
         "max_position_embeddings": POSITIONS,
         "vocab_size": vocab,
         "initializer_range": STANDARD_DEVIATION,
+        "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": dropout,
     }
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -120,6 +125,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--vocab", type=int, default=30522)
+    parser.add_argument("--dropout", type=float, default=0.0)
     arguments = parser.parse_args()
     parameters = write_model(**vars(arguments))
     print(f"{arguments.directory}: {parameters:,} parameters")

@@ -17,6 +17,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     if cli.command.computes() {
         runtime::sleep_while_waiting();
+        runtime::fix_cublas_workspace();
     }
     match run(&cli) {
         Ok(code) => ExitCode::from(code),

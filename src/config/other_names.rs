@@ -12,6 +12,7 @@ const NAMES: &[(&str, &str)] = &[
     ("eval_file", "val_dataset"),
     ("evaluation_steps", "eval_steps"),
     ("fp16", "mixed_precision"),
+    ("full_determinism", "deterministic"),
     ("gradient_clipping", "max_grad_norm"),
     ("learning_rate", "lr"),
     ("logging_steps", "log_interval"),

@@ -250,6 +250,8 @@ pub struct TrainingPlan {
     pub gradient_checkpointing: bool,
     /// Reduce bf16 and fp16 gradients in fp32.
     pub reduce_in_fp32: bool,
+    /// On a GPU too, the same run gives the same bits.
+    pub deterministic: bool,
     /// Low-rank adapters in place of the weights.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lora: Option<LoraPlan>,

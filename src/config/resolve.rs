@@ -269,6 +269,7 @@ impl Resolver<'_> {
             special_lr_groups,
             gradient_checkpointing: flag(raw.gradient_checkpointing.as_ref()),
             reduce_in_fp32: self.reduce_in_fp32(raw, shared, precision)?,
+            deterministic: raw.deterministic.as_ref().is_none_or(|setting| setting.value),
             lora: raw.lora.as_ref().map(LoraPlan::from_raw).transpose()?,
         })
     }

@@ -91,7 +91,7 @@ fn defaults_are_those_of_the_specification() {
             "epochs": 2, "lr": 5e-5, "batch_size": 8, "seed": 666, "warmup_proportion": 0.1,
             "stable_proportion": 0.0, "gradient_accumulation_steps": 1, "mixed_precision": "no",
             "max_grad_norm": null, "weight_decay": 0.01, "special_lr_groups": [],
-            "gradient_checkpointing": false, "reduce_in_fp32": false,
+            "gradient_checkpointing": false, "reduce_in_fp32": false, "deterministic": true,
         },
         "validation": {
             "eval_steps": null, "metric_for_best": null, "early_stopping_patience": null,
@@ -150,6 +150,7 @@ special_lr_groups:
 - {keywords: bias, lr: 1e-3}
 gradient_checkpointing: yes
 reduce_in_fp32: true
+deterministic: false
 eval_steps: 50
 metric_for_best_model: eval_nDCG@10
 early_stopping_patience: 3
@@ -177,7 +178,7 @@ log_with: [wandb, TensorBoard]
             "epochs": 3, "lr": 2e-5, "batch_size": 16, "seed": 1, "warmup_proportion": 0.25,
             "stable_proportion": 0.5, "gradient_accumulation_steps": 2, "mixed_precision": "bf16",
             "max_grad_norm": 1.0, "weight_decay": 0.0, "gradient_checkpointing": true,
-            "reduce_in_fp32": true,
+            "reduce_in_fp32": true, "deterministic": false,
             "special_lr_groups": [
                 {"keywords": ["score.weight", "head"], "lr": 1e-4},
                 {"keywords": ["bias"], "lr": 1e-3},

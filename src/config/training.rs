@@ -54,6 +54,7 @@ pub struct RawTraining {
     pub special_lr_groups: Option<Setting<Vec<RawLrGroup>>>,
     pub gradient_checkpointing: Option<Setting<bool>>,
     pub reduce_in_fp32: Option<Setting<bool>>,
+    pub deterministic: Option<Setting<bool>>,
     /// The section, where it is given.
     pub lora: Option<RawLora>,
 
@@ -166,6 +167,7 @@ impl RawTraining {
             special_lr_groups: fields.sections("special_lr_groups", RawLrGroup::read)?,
             gradient_checkpointing: fields.boolean("gradient_checkpointing")?,
             reduce_in_fp32: fields.boolean("reduce_in_fp32")?,
+            deterministic: fields.boolean("deterministic")?,
             lora: fields.optional_section("lora", RawLora::read)?,
             eval_steps: fields.integer(&["eval_steps"])?,
             metric_for_best: fields

@@ -76,6 +76,7 @@ unsafe extern "C" {
     pub(super) fn rr_set_grad(leaf: *const C_tensor, grad: *const C_tensor) -> *mut c_char;
     pub(super) fn rr_storage_resize(tensor: *const C_tensor, bytes: usize) -> *mut c_char;
     pub(super) fn rr_storage_bytes(tensor: *const C_tensor) -> usize;
+    pub(super) fn rr_deterministic_algorithms() -> *mut c_char;
     pub(super) fn rr_peak_gpu_bytes(device: c_int, out: *mut usize) -> *mut c_char;
     pub(super) fn rr_fused_adamw(
         param: *const C_tensor,

@@ -17,6 +17,13 @@ const NVML_LIBRARY: &str = "libnvidia-ml.so.1";
 /// Set by `srun --gpus-per-task`, which shows each task no GPU but its own.
 const ONE_EACH: &str = "SLURM_GPUS_PER_TASK";
 
+/// Which workspaces cuBLAS gets, as libtorch reads it too.
+const CUBLAS_WORKSPACE: &str = "CUBLAS_WORKSPACE_CONFIG";
+
+/// Those with which its results are repeatable, the faster first (cuBLAS library documentation, section
+/// "Results Reproducibility").
+const REPEATABLE_WORKSPACES: [&str; 2] = [":4096:8", ":16:8"];
+
 /// Tells glibc to keep freed memory instead of giving it back to the kernel. libtorch asks for and
 /// frees the same large tensors every step; with the default settings each of them is mapped,
 /// zeroed page by page and unmapped again, which costs a large share of a step on the CPU.
@@ -48,6 +55,36 @@ pub fn sleep_while_waiting() {
     let (Ok(program), Some(name)) = (std::env::current_exe(), words.next()) else { return };
     let mut anew = std::process::Command::new(program);
     let _failure = anew.arg0(name).args(words).env(vars::OMP_WAIT_POLICY, "passive").exec();
+}
+
+/// Gives cuBLAS workspaces of a fixed size, with which its results do not depend on what else runs, unless
+/// the environment says what it gets. To be called while this process has one thread.
+pub fn fix_cublas_workspace() {
+    if std::env::var_os(CUBLAS_WORKSPACE).is_none() {
+        // SAFETY: no other thread could look at the environment meanwhile.
+        unsafe { std::env::set_var(CUBLAS_WORKSPACE, REPEATABLE_WORKSPACES[0]) };
+    }
+}
+
+/// Has libtorch take algorithms on GPUs that give the same bits every time. By default the backward passes
+/// of attention and of row selections add up in whatever order threads come by. Every operation of
+/// training has such an algorithm (`torch.use_deterministic_algorithms` lists those that have none).
+///
+/// # Errors
+/// What the environment has that stands in the way.
+pub fn use_deterministic_algorithms() -> std::result::Result<(), String> {
+    let workspace = std::env::var(CUBLAS_WORKSPACE).unwrap_or_default();
+    if !REPEATABLE_WORKSPACES.contains(&&*workspace) {
+        return Err(format!(
+            "cuBLAS gives the same bits every time with the environment's \
+             {CUBLAS_WORKSPACE}={}, and there it is {workspace:?}; unset that variable, or set \
+             deterministic: false",
+            REPEATABLE_WORKSPACES.join(" or ")
+        ));
+    }
+    // SAFETY: sets two flags of the process.
+    let result = unsafe { ffi::rr_deterministic_algorithms() };
+    check(result).map_err(|error| error.to_string())
 }
 
 /// Calls every function of MKL's vector library that libtorch uses once, on one number and so on one

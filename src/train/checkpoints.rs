@@ -35,9 +35,10 @@ const DATA: &str = "training data (CRC-32)";
 
 /// Settings whose change makes no other run: where and when things are written or shown, how the
 /// work is spread, and what is counted in items per step instead.
-const FREE: [&str; 6] = [
+const FREE: [&str; 7] = [
     "batch_size",
     "cache_dir",
+    "deterministic",
     "gradient_accumulation_steps",
     "gradient_checkpointing",
     "train_dataset",

@@ -80,6 +80,10 @@ pub fn run(plan: &Plan, env: &WorkerEnv) -> Result<Ending> {
         Some(_) => None,
     };
     let device = runtime::device(plan.parallel.device, env.local_rank)?;
+    if plan.training.deterministic && device.is_cuda() {
+        let set = runtime::use_deterministic_algorithms();
+        set.map_err(|trouble| plan.error("deterministic", trouble))?;
+    }
     heartbeat::waiting(format_args!("joining the group"));
     let groups = join(plan, env, device)?;
     let outcome = train(plan, env, inputs, device, &groups);

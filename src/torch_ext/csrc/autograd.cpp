@@ -3,6 +3,7 @@
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/variable.h>
 
+#include <ATen/Context.h>
 #include <ATen/ops/_fused_adamw.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/GradMode.h>
@@ -50,6 +51,15 @@ char* rr_storage_resize(at::Tensor* tensor, size_t bytes) {
 // Bytes that `tensor`'s storage holds now.
 size_t rr_storage_bytes(const at::Tensor* tensor) {
   return tensor->storage().nbytes();
+}
+
+// From now on operations take their deterministic algorithm, or fail where they have none. New memory
+// stays uninitialized: nothing here reads what it has not written.
+char* rr_deterministic_algorithms() {
+  return rr::guarded([&] {
+    at::globalContext().setDeterministicAlgorithms(/*b=*/true, /*warn_only=*/false);
+    at::globalContext().setDeterministicFillUninitializedMemory(false);
+  });
 }
 
 // The most bytes that tensors held at once on GPU `device`, as its allocator counted.
