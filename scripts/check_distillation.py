@@ -4,18 +4,21 @@
 The teacher is the quick start's run of MiniLM. The student starts from MiniLM's first layers, with a
 head of random numbers, and learns the teacher's scores of the training file's pairs and of further
 ones, since a teacher needs no label. Queries are those of the file, each also with words left out, and
-the sentences of its documents; documents are its documents and their sentences. Which are paired is
-mined as for a first stage of retrieval: by the embeddings of MiniLM itself, nearest ones and a few at
-random. Nothing of the held-out file is used, whose topics are others.
+the sentences of its documents; documents are its documents and their sentences. As the held-out topics
+are others, there are also questions and texts about everything, of WordNet (`scripts/proof/wordnet.py`):
+without them a student agrees with its teacher on the file's topics and less on others. Which are paired
+is mined as for a first stage of retrieval: by the embeddings of MiniLM itself, near ones and a few at
+random. Nothing of the held-out file is used.
 
 Reported are nDCG@10 and MRR@10 on the held-out queries, by `reranker eval`, of BM25, both untrained
 models, the teacher and the student; and how much of the teacher's gain over its own untrained start the
 student has. Exit code 1 where that is below 85 %. Also reported is the stricter share: of the gain over
 BM25.
 
-usage: check_distillation.py --minilm DIRECTORY [--layers 3] [--seed 666] [--keep DIRECTORY]
-                             [--result FILE]
+usage: check_distillation.py --minilm DIRECTORY [--wordnet DIRECTORY] [--layers 3] [--seed 666]
+                             [--keep DIRECTORY] [--result FILE]
        --minilm   what `scripts/setup.sh --quickstart` prints
+       --wordnet  /usr/share/wordnet, unless given: Debian's package wordnet-base
        --seed     of the pairs that are drawn and of the student's head
        --keep     where models go, and stay; a teacher that is there is taken
        --result   writes the figures there as JSON
@@ -31,6 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -40,15 +44,21 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
+from proof import wordnet
+
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release"
 TRAIN = ROOT / "example_data/train_pointwise.jsonl"
 EVAL = ROOT / "example_data/eval_grouped.jsonl"
 MAX_LEN = 64
 LEAST_SHARE = 0.85
-# Documents for each query, nearest and random ones: of the file's queries, of shortened ones, of
-# sentences that nobody has asked.
-ASKED, SHORTENED, SPOKEN = (60, 20), (25, 8), (12, 4)
+# Documents for a query: which of the nearest, 0 being the nearest of all, and how many random ones.
+Draw = tuple[Sequence[int], int]
+# Of the file's queries, of shortened ones, of sentences that nobody has asked.
+ASKED, SHORTENED, SPOKEN = (range(60), 20), (range(25), 8), (range(12), 4)
+# Of questions on WordNet's senses, whose definitions say much the same as others.
+GENERAL = ((0, 1, 2, 3, 5, 8, 13, 21, 34, 55), 2)
+SENSES = 8000
 # Shortened forms of a query, and the share of its words that they lack.
 FORMS = 2
 LEFT_OUT = 0.3
@@ -59,7 +69,7 @@ STUDENT = {
     "val_dataset_type": "grouped",
     "max_len": MAX_LEN,
     "loss_type": "pointwise_bce",
-    "epochs": 2,
+    "epochs": 1,
     "lr": "3e-4",
     # The held-out queries are on other topics: words that no text here has must keep their place
     # among those that are seen.
@@ -122,22 +132,29 @@ def embeddings(model: Path, texts: list[str]) -> torch.Tensor:
 
 
 def mined(
-    minilm: Path, queries: dict[str, tuple[int, int]], documents: list[str], dice: random.Random
+    minilm: Path, queries: dict[str, Draw], documents: list[str], dice: random.Random
 ) -> list[tuple[str, str]]:
-    """Pairs of each query with so many of the nearest documents and so many random ones; none with
-    itself."""
+    """Pairs of each query with the documents that it draws; none with itself."""
     table = embeddings(minilm, documents)
     pairs = []
-    for (query, (near, others)), row in zip(queries.items(), embeddings(minilm, list(queries))):
-        order = (table @ row).topk(near + 1).indices.tolist()
-        nearest = [i for i in order if documents[i] != query][:near]
-        chosen = nearest + dice.sample(range(len(documents)), others)
+    for (query, (places, others)), row in zip(queries.items(), embeddings(minilm, list(queries))):
+        order = (table @ row).topk(max(places) + 2).indices.tolist()
+        nearest = [i for i in order if documents[i] != query]
+        chosen = [nearest[place] for place in places] + dice.sample(range(len(documents)), others)
         pairs += [(query, documents[i]) for i in chosen if documents[i] != query]
     return pairs
 
 
-def write_unlabelled(minilm: Path, to: Path, seed: int) -> int:
-    """The pairs of the training file without labels, and mined ones. Returns how many."""
+def general(minilm: Path, directory: Path, dice: random.Random) -> list[tuple[str, str]]:
+    """Pairs of WordNet's texts."""
+    texts = list(wordnet.texts(directory, SENSES, dice))
+    documents = list(dict.fromkeys(document for _, those in texts for document in those))
+    return mined(minilm, {question: GENERAL for question, _ in texts}, documents, dice)
+
+
+def write_unlabelled(minilm: Path, directory: Path, to: Path, seed: int) -> int:
+    """The pairs of the training file without labels, and mined ones of it and of WordNet in
+    `directory`. Returns how many."""
     records = [json.loads(line) for line in TRAIN.read_text("utf-8").splitlines()]
     documents = list(dict.fromkeys(record["content"] for record in records))
     spoken = list(dict.fromkeys(part for document in documents for part in sentences(document)))
@@ -149,7 +166,8 @@ def write_unlabelled(minilm: Path, to: Path, seed: int) -> int:
     queries |= dict.fromkeys(filter(None, shorter), SHORTENED)
     queries |= dict.fromkeys(asked, ASKED)
     pairs = [(record["query"], record["content"]) for record in records]
-    pairs = dict.fromkeys(pairs + mined(minilm, queries, documents + spoken, dice))
+    pairs += mined(minilm, queries, documents + spoken, dice) + general(minilm, directory, dice)
+    pairs = dict.fromkeys(pairs)
     with to.open("w", encoding="utf-8") as out:
         for query, content in pairs:
             out.write(json.dumps({"query": query, "content": content}, ensure_ascii=False) + "\n")
@@ -179,11 +197,14 @@ def main() -> None:
     """Parses the arguments, trains both, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minilm", type=Path, required=True)
+    parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"))
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--seed", type=int, default=666)
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--result", type=Path)
     arguments = parser.parse_args()
+    if not (arguments.wordnet / "data.noun").is_file():
+        sys.exit(f"no WordNet in {arguments.wordnet}: apt install wordnet-base, or name another copy")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as name:
@@ -212,7 +233,7 @@ def distil(arguments: argparse.Namespace, work: Path) -> dict:
     shutil.rmtree(student, ignore_errors=True)
     first_layers(arguments.minilm, arguments.layers, student)
     data = work / "unlabelled.jsonl"
-    pairs = write_unlabelled(arguments.minilm, data, arguments.seed)
+    pairs = write_unlabelled(arguments.minilm, arguments.wordnet, data, arguments.seed)
     config = work / "distilling.yaml"
     settings = STUDENT | {"model_name_or_path": student, "train_dataset": data}
     settings |= {"output_dir": work / "student", "seed": arguments.seed}
