@@ -82,7 +82,8 @@ class Launch:
             names = [name for name in os.listdir(self.folder) if name.isdigit()]
             if len(names) == self.workers:
                 return {int(name): int((self.folder / name).read_text()) for name in names}
-            time.sleep(0.001)
+            # The times are the workers': to look more often would only take a core from them.
+            time.sleep(0.02)
         self.fail("its workers did not begin")
 
     def own_processes(self) -> list[int]:
