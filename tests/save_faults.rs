@@ -106,12 +106,15 @@ const FAULTS: [Fault; 6] = [
     Fault::new("/.step-6.", 0, "open", EROFS),
 ];
 
+/// Beside training and with training that waits, in turns.
+const WAYS: [&str; 2] = ["async_save=true", "async_save=false"];
+
 #[test]
 fn a_failing_disk_ends_the_run_and_the_earlier_checkpoints_stay() {
-    for fault in FAULTS {
+    for (fault, way) in FAULTS.into_iter().zip(WAYS.into_iter().cycle()) {
         let file = fault.path;
         let bench = Bench::new(0.1);
-        let output = fault.run(&bench, &[]);
+        let output = fault.run(&bench, &[way]);
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(CANNOT_SAVE), "{file}: {said}");
         assert!(said.contains("cannot save a checkpoint: "), "{file}: {said}");
@@ -127,10 +130,10 @@ fn a_failing_disk_ends_the_run_and_the_earlier_checkpoints_stay() {
 
 #[test]
 fn a_run_may_go_on_without_a_checkpoint() {
-    for fault in FAULTS {
+    for (fault, way) in FAULTS.into_iter().zip(WAYS.into_iter().cycle().skip(1)) {
         let file = fault.path;
         let bench = Bench::new(0.1);
-        let output = fault.run(&bench, &["save_failure=continue"]);
+        let output = fault.run(&bench, &["save_failure=continue", way]);
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(output.status.success(), "{file}: {said}");
         assert!(
