@@ -84,7 +84,7 @@ pub fn use_deterministic_algorithms() -> std::result::Result<(), String> {
     }
     // SAFETY: sets two flags of the process.
     let result = unsafe { ffi::rr_deterministic_algorithms() };
-    check(result).map_err(|error| error.to_string())
+    check(result)
 }
 
 /// Calls every function of MKL's vector library that libtorch uses once, on one number and so on one
