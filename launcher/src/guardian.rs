@@ -3,8 +3,8 @@
 //!
 //! The kernel kills the workers themselves when the launcher dies (`PR_SET_PDEATHSIG`), but not
 //! what they have started: data workers, side processes. The guardian sees every worker's process
-//! group in memory that it shares with the launcher, holds one end of a socket whose other end only the launcher has, and kills the groups
-//! when that end closes without a farewell. What has left its group (`setsid`, a daemon) is known
+//! group in memory that it shares with the launcher, holds one end of a socket whose other end only the
+//! launcher has, and kills the groups when that end closes without a farewell. What has left its group (`setsid`, a daemon) is known
 //! by the launcher's identifier in its environment, and what has cleared that (`env -i`) by a mark that
 //! the kernel hands down. The guardian sleeps in one system call for the whole run. If it is itself
 //! killed, the launcher starts another.
@@ -118,8 +118,10 @@ impl Guardian {
 
     /// Nothing is left to guard.
     pub fn dismiss(&self) {
-        // One that was itself killed needs no farewell.
-        let _ = self.socket.as_ref().map(|socket| sys::send_number(socket.as_raw_fd(), FAREWELL));
+        if let Some(socket) = &self.socket {
+            // One that was itself killed needs no farewell.
+            let _ = sys::send_number(socket.as_raw_fd(), FAREWELL);
+        }
     }
 }
 

@@ -34,7 +34,7 @@ const WEIGHTS: &str = "base weights (sum of bits)";
 const DATA: &str = "training data (CRC-32)";
 
 /// Settings whose change makes no other run: where and when things are written or shown, how the
-/// work is spread, and what is counted in items per step instead.
+/// work is spread and computed, and what is counted in items per step instead.
 const FREE: [&str; 7] = [
     "batch_size",
     "cache_dir",
