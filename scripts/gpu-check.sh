@@ -2,12 +2,14 @@
 # Checks the built programs on a machine with NVIDIA GPUs: parity with the CPU, every strategy on all
 # GPUs, a resumed run, NCCL, throughput and memory. One line a check (ok, FAIL or skip; name; figures), then a count.
 #
-# usage: scripts/gpu-check.sh [--cpu] [--bin DIR]
-#   --cpu      what can be checked without a GPU, over Gloo
-#   --bin DIR  where reranker, rr-launch and examples/parity are (default target/release)
+# usage: scripts/gpu-check.sh [--stand-in] [--bin DIR]
+#   --stand-in  without a GPU: on stand-ins for CUDA, NVML and NCCL that compute on the host
+#               (tests/fake_cuda), with four devices
+#   --bin DIR   where reranker, rr-launch and examples/parity are (default target/release)
 #
 # Needs this checkout, the three binaries (cargo build --release --workspace --examples, on any
-# machine with the same processor family) and python3 with PyTorch 2.11; no Rust, no network.
+# machine with the same processor family) and python3 with PyTorch 2.11; no Rust, no network. The
+# stand-ins are built first, by cc and c++.
 #
 # environment: PYTHON        the interpreter that has PyTorch (default python3)
 #              NCCL_LIBRARY  a libnccl.so.2 to use instead of PyTorch's, for two ranks on one GPU
@@ -24,7 +26,7 @@ readonly CLOSE=1e-4
 readonly END_WITHIN=20
 
 bin=${CARGO_TARGET_DIR:-target}/release
-cpu=false
+stand_in=false
 passed=0 failed=0 skipped=0
 gpus=0
 port=0
@@ -33,7 +35,7 @@ usage() { sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
 
 while (($#)); do
     case $1 in
-    --cpu) cpu=true ;;
+    --stand-in) stand_in=true ;;
     --bin)
         bin=${2:?--bin needs a directory}
         shift
@@ -89,26 +91,21 @@ write_config() { # file, model, lines...
         "train_dataset_type: pointwise" "max_label: 2" "epochs: 1" "log_interval: 1" "$@" >"$file"
 }
 
-# Trains into $work/RUN through the launcher, with one worker for each GPU or `workers` on the CPU.
+# Trains into $work/RUN through the launcher, with a worker on each of the first GPUs.
 launch() { # run, workers, arguments...
-    local run=$1 workers=$2 devices
+    local run=$1 gpus
+    gpus=$(seq -s, 0 $(($2 - 1)))
     shift 2
-    if $cpu; then
-        devices=(--cpu --nproc "$workers")
-    else
-        devices=(--gpus "$(seq -s, 0 $((workers - 1)))")
-    fi
-    "$bin/rr-launch" "${devices[@]}" --set "output_dir=$work/$run" "$@" >"$work/$run.log" 2>&1
+    "$bin/rr-launch" --gpus "$gpus" --set "output_dir=$work/$run" "$@" >"$work/$run.log" 2>&1
 }
 
 # Starts one worker by hand, in the background.
 worker() { # run, rank, world size, workers of a machine, arguments...
-    local run=$1 rank=$2 world=$3 local_size=$4 device=cuda
+    local run=$1 rank=$2 world=$3 local_size=$4
     shift 4
-    $cpu && device=cpu
     RANK=$rank WORLD_SIZE=$world LOCAL_RANK=0 LOCAL_WORLD_SIZE=$local_size \
         GROUP_RANK=$((rank / local_size)) MASTER_ADDR=127.0.0.1 MASTER_PORT=$port \
-        OMP_NUM_THREADS=1 "$bin/reranker" train --device "$device" --set "output_dir=$work/$run" \
+        OMP_NUM_THREADS=1 "$bin/reranker" train --device cuda --set "output_dir=$work/$run" \
         "$@" >"$work/$run.$rank.log" 2>&1 &
 }
 
@@ -136,10 +133,6 @@ judge_loss() { # name, run, log, tolerance
 }
 
 check_libraries() {
-    if $cpu; then
-        report skip "PyTorch's libraries" "--cpu: the binaries' own libtorch"
-        return 0
-    fi
     local found root libraries
     found=$("$PYTHON" -c 'import torch; print(torch.__version__, torch.__path__[0])' 2>/dev/null)
     root=${found#* }
@@ -159,12 +152,11 @@ for i in range(torch.cuda.device_count()): print(torch.cuda.get_device_name(i))'
 
 # Loads libtorch's CUDA half into our own process first of all.
 check_parity() {
-    local device=cuda line verdict rest before=$((passed + failed))
-    $cpu && device=cpu
+    local line verdict rest before=$((passed + failed))
     while read -r verdict rest; do
         line=${rest%%  *}
         report "$verdict" "$line" "${rest#*  }"
-    done < <("$bin/examples/parity" $device tests/golden/bert_tiny tests/golden/bert_odd \
+    done < <("$bin/examples/parity" cuda tests/golden/bert_tiny tests/golden/bert_odd \
         2>"$work/parity.log")
     ((passed + failed > before)) || report FAIL "parity" "$(last_line "$work/parity.log")"
 }
@@ -202,18 +194,15 @@ check_strategies() {
 
 # Workers by hand, as if half of them were on another machine.
 check_hybrid() { # workers, config
-    local workers=$1 rank pids=() batch=2
-    # Two on each, so that something is divided.
-    if $cpu; then workers=4 batch=1; fi
+    local workers=$1 rank pids=()
     if ((workers < 2 || workers % 2)); then
         report skip "fsdp/hybrid.yaml" "needs an even number of GPUs, here $workers"
         return
     fi
     next_port
     for ((rank = 0; rank < workers; rank++)); do
-        CUDA_VISIBLE_DEVICES=$($cpu || echo "$rank") worker hybrid "$rank" "$workers" \
-            $((workers / 2)) --config "$2" --parallel config/fsdp/hybrid.yaml \
-            --set batch_size=$batch
+        CUDA_VISIBLE_DEVICES=$rank worker hybrid "$rank" "$workers" $((workers / 2)) --config "$2" \
+            --parallel config/fsdp/hybrid.yaml
         pids+=($!)
     done
     wait_for_all "${pids[@]}"
@@ -223,10 +212,6 @@ check_hybrid() { # workers, config
 # Two ranks on the first GPU, which NCCL takes from 2.30.3 on.
 check_shared_gpu() {
     local name="two ranks on one GPU" version stage pids
-    if $cpu; then
-        report skip "$name" "--cpu"
-        return
-    fi
     version=$("$PYTHON" -c 'import ctypes, sys
 number = ctypes.c_int()
 ctypes.CDLL(sys.argv[1]).ncclGetVersion(ctypes.byref(number))
@@ -246,14 +231,14 @@ print(number.value)' "${NCCL_LIBRARY:-libnccl.so.2}" 2>/dev/null)
     check_death "two ranks on one GPU"
 }
 
-# Two workers by hand into `pids`, on the first GPU where there is one.
+# Two workers by hand into `pids`, on the first GPU.
 start_pair() { # run, arguments...
     local rank
     next_port
     pids=()
     for rank in 0 1; do
-        CUDA_VISIBLE_DEVICES=$($cpu || echo 0) NCCL_MULTI_RANK_GPU_ENABLE=1 \
-            LD_PRELOAD=${NCCL_LIBRARY:-} worker "$1" "$rank" 2 2 "${@:2}"
+        CUDA_VISIBLE_DEVICES=0 NCCL_MULTI_RANK_GPU_ENABLE=1 \
+            LD_PRELOAD=${NCCL_LIBRARY:-}${LD_PRELOAD:+:$LD_PRELOAD} worker "$1" "$rank" 2 2 "${@:2}"
         pids+=($!)
     done
 }
@@ -315,7 +300,7 @@ judge_resume() { # name, run, workers, arguments...
 # A model of MiniLM's shape: throughput, and memory against the forecast and the formulas.
 check_size() {
     local workers=$1 shape=() pairs=2048 batch=64 max_len=256 parameters
-    if $cpu; then
+    if $stand_in; then
         shape=(--layers 2 --hidden 64 --heads 4 --vocab 2000) pairs=64 batch=4 max_len=64
     fi
     parameters=$("$PYTHON" scripts/random_bert.py "$work/sized" "${shape[@]}" |
@@ -324,7 +309,7 @@ check_size() {
     write_config "$work/sized.yaml" "$work/sized" "train_dataset: $work/sized.jsonl" \
         "max_len: $max_len" "batch_size: $batch" "mixed_precision: bf16"
     check_throughput "throughput in bf16" throughput
-    $cpu || check_throughput "throughput in bf16, not deterministic" fast --set deterministic=false
+    check_throughput "throughput in bf16, not deterministic" fast --set deterministic=false
     local stage run
     for stage in 0 2 3; do
         run=sized-zero$stage
@@ -363,15 +348,23 @@ check_throughput() { # name, run, arguments...
     rate=$(awk -v a="$first" -v b="$last" \
         'BEGIN { split(a, f); split(b, l); printf "%.1f", (l[2] - f[2]) / (l[1] - f[1]) }')
     judge "$name" "$rate pairs/s, one worker" "a > 0" "$rate"
-    $cpu && return
     forecast=$(sed -n 's/.*; \([0-9]*\) MB in all.*/\1/p' "$work/$run.log")
     peak=$(calculate %.0f "$(metric "$run" memory peak_gpu) / 1e6")
     judge "peak GPU memory, $run" "$peak MB, forecast up to ${forecast:-none} MB" \
         "a > 0 && a <= 1.1 * b" "$peak" "${forecast:-0}"
 }
 
+# Has every program from here on find four devices that are none.
+use_stand_ins() {
+    local built=${CARGO_TARGET_DIR:-target}/fake_cuda
+    tests/fake_cuda/build.sh "$built" || exit 2
+    built=$(realpath "$built")
+    export LD_PRELOAD=$built/libcudart.so.13:$built/libfake_cuda.so LD_LIBRARY_PATH=$built
+    export FAKE_CUDA_DEVICES=4 NCCL_LIBRARY=$built/libfake_nccl.so OMP_NUM_THREADS=1
+}
+
 main() {
-    local program workers
+    local program
     for program in reranker rr-launch examples/parity; do
         if [[ ! -x $bin/$program ]]; then
             echo "$bin/$program is missing: run cargo build --release --workspace --examples" >&2
@@ -380,16 +373,13 @@ main() {
     done
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
-    $cpu && export OMP_NUM_THREADS=1
+    if $stand_in; then use_stand_ins; fi
     if check_libraries; then
-        workers=$gpus
-        $cpu && workers=2
         check_parity
-        check_strategies "$workers"
-        check_resume "$workers"
+        check_strategies "$gpus"
+        check_resume "$gpus"
         check_shared_gpu
-        if $cpu; then check_death "over Gloo"; fi
-        check_size "$workers"
+        check_size "$gpus"
     fi
     printf '%d passed, %d failed, %d skipped\n' $passed $failed $skipped
     ((failed == 0 && passed > 0))

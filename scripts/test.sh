@@ -38,7 +38,7 @@ describe() {
     quickstart) echo "the quick start in short form" ;;
     trackers) echo "TensorBoard and wandb read back what a run logged" ;;
     report) echo "the report page in a real browser" ;;
-    gpu) echo "what the GPU check can do without one" ;;
+    gpu) echo "the GPU check, on a stand-in for CUDA that computes on the host" ;;
     nodes) echo "three machines under rr-launch, where network namespaces can be made" ;;
     torchrun) echo "two machines under torchrun, where network namespaces can be made" ;;
     clusters) echo "Slurm, Open MPI and the pods of Kubernetes, where they can be had" ;;
@@ -159,7 +159,7 @@ step_report() {
 
 step_gpu() {
     cargo build --release --workspace --examples
-    scripts/gpu-check.sh --cpu
+    PYTHON=$python scripts/gpu-check.sh --stand-in
 }
 
 step_nodes() {

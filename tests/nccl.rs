@@ -1,4 +1,4 @@
-//! The NCCL backend's own logic, over a stand-in for the library whose device is the host's memory:
+//! The NCCL backend's own logic, over a stand-in for the library, its ranks threads and its device the host:
 //! joining, every collective, training, and what happens when a peer fails or does not come. That
 //! the real library does what the stand-in does is checked on a GPU by `scripts/gpu-check.sh`.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
@@ -227,5 +227,5 @@ fn a_missing_library_is_said() {
     let message = nccl::Nccl::load("libno_such_nccl.so.2").unwrap_err();
     assert!(message.contains("libno_such_nccl.so.2"), "{message}");
     let version = nccl::Nccl::load(library()).unwrap().version().unwrap();
-    assert_eq!(version, (2, 28, 9));
+    assert_eq!(version, (2, 30, 7));
 }

@@ -13,7 +13,7 @@ use crate::engine::MemoryForecast;
 use crate::error::Result;
 use crate::model::foreign_layer_classes;
 use crate::text::LengthReport;
-use crate::torch_ext::runtime;
+use crate::torch_ext::{NEED_LESS, runtime};
 
 /// Pairs whose token lengths are measured where the data holds texts.
 const LENGTH_SAMPLE: usize = 512;
@@ -308,8 +308,7 @@ fn shortfall(place: &str, needed: usize, available: Option<usize>) -> Option<Str
     let available = available.filter(|&available| needed > available)?;
     let gb = |bytes: usize| bytes as f64 / 1e9;
     Some(format!(
-        "this does not fit: {place} has to hold {:.1} GB and has {:.1} GB left; lower batch_size or \
-         max_len, set gradient_checkpointing: true, or divide more",
+        "this does not fit: {place} has to hold {:.1} GB and has {:.1} GB left; {NEED_LESS}",
         gb(needed),
         gb(available)
     ))

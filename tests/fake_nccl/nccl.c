@@ -1,17 +1,25 @@
-// A stand-in for NCCL whose ranks are threads of one process and whose device is the host's memory:
-// what the NCCL backend calls, with NCCL's nonblocking behaviour, and failures on request. It lets
-// the backend's own logic run where there is no GPU. Types and constants are nccl.h's.
+// A stand-in for NCCL on the host, its ranks threads or processes: what the NCCL backend calls, with
+// NCCL's nonblocking behaviour, and failures on request. It lets the backend's own logic run where
+// there is no GPU. Tensors are the host's memory, or that of the stand-in for CUDA where it is loaded.
+// Types and constants are nccl.h's.
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/uio.h>
+#include <unistd.h>
 
 enum { SUCCESS = 0, INTERNAL_ERROR = 3, INVALID_ARGUMENT = 4, REMOTE_ERROR = 6, IN_PROGRESS = 7 };
 enum { INT8, UINT8, INT32, UINT32, INT64, UINT64, FLOAT16, FLOAT32, FLOAT64, BFLOAT16 };
 enum { SUM = 0, MAX = 2, MIN = 3 };
 enum { ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, BROADCAST };
-enum { MAX_RANKS = 8, MAX_GROUPS = 4096 };
+enum { MAX_RANKS = 8 };
 
 typedef struct { char internal[128]; } UniqueId;
 
@@ -21,18 +29,23 @@ typedef struct {
   int blocking;
 } ConfigHead;
 
+// Addresses are those of the process that calls.
 typedef struct {
-  int kind, dtype, op, root;
+  int kind, dtype, op, root, pid;
   size_t count;
-  const char *from;
-  char *to;
+  char *from, *to;
 } Call;
 
+// What the ranks share, in memory that all of their processes have mapped.
 typedef struct {
-  long number;
+  pthread_mutex_t lock;
   int ranks, joined, posted, dead;
+  long round;  // collectives done
   Call calls[MAX_RANKS];
 } Group;
+
+// A group's identity: its memory as its maker has it open.
+typedef struct { int pid, descriptor; } Identity;
 
 typedef struct {
   Group *group;
@@ -41,9 +54,22 @@ typedef struct {
   const char *note;
 } Comm;
 
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static Group groups[MAX_GROUPS];
-static long rounds[MAX_GROUPS], next_number = 1;
+// Of the stand-in for CUDA: where the bytes behind an address of its device are.
+__attribute__((weak)) void *fake_cuda_host(const void *pointer);
+
+static char *on_host(const void *pointer) {
+  return fake_cuda_host ? fake_cuda_host(pointer) : (char *)pointer;
+}
+
+// Peers read and write this process's memory, which some kernels allow parents alone.
+__attribute__((constructor)) static void admit_peers(void) { prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY); }
+
+// The holder may have been killed.
+static void enter(Group *group) {
+  if (pthread_mutex_lock(&group->lock) == EOWNERDEAD) pthread_mutex_consistent(&group->lock);
+}
+
+static void leave(Group *group) { pthread_mutex_unlock(&group->lock); }
 
 static size_t width(int dtype) {
   static const size_t widths[] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2};
@@ -96,124 +122,156 @@ static void write_at(char *p, int dtype, size_t i, double value) {
   }
 }
 
-// Reduces element `from` of every rank's input into element `to` of `out`.
-static void reduce(const Group *group, size_t from, char *out, size_t to) {
-  const Call *first = &group->calls[0];
-  double value = read_at(first->from, first->dtype, from);
-  for (int rank = 1; rank < group->ranks; rank++) {
-    double other = read_at(group->calls[rank].from, first->dtype, from);
-    if (first->op == SUM) value += other;
-    if (first->op == MAX && other > value) value = other;
-    if (first->op == MIN && other < value) value = other;
+// Reads from or writes to the memory of the process that made a call; false where it is gone.
+static int reach(const Call *call, char *own, char *other, size_t bytes, int write) {
+  if (call->pid == getpid()) {
+    memcpy(write ? other : own, write ? own : other, bytes);
+    return 1;
   }
-  write_at(out, first->dtype, to, value);
+  for (size_t done = 0; done < bytes;) {
+    const struct iovec here = {own + done, bytes - done}, there = {other + done, bytes - done};
+    const ssize_t moved = write ? process_vm_writev(call->pid, &here, 1, &there, 1, 0)
+                                : process_vm_readv(call->pid, &here, 1, &there, 1, 0);
+    if (moved <= 0) return 0;
+    done += (size_t)moved;
+  }
+  return 1;
 }
 
-// Does the collective that all ranks have posted. Results are computed aside first: buffers are
-// read and written in place.
-static void perform(Group *group) {
+// Reduces `count` elements of every rank's input, which lie one after the other, into `out`.
+static void reduce(const Group *group, const char *inputs, size_t count, char *out) {
   const Call *first = &group->calls[0];
-  const size_t bytes = first->count * width(first->dtype), ranks = (size_t)group->ranks;
-  char *aside = calloc(ranks, bytes + 1);
-  switch (first->kind) {
-    case ALL_REDUCE:
-      for (size_t i = 0; i < first->count; i++) reduce(group, i, aside, i);
-      for (size_t r = 0; r < ranks; r++) memcpy(group->calls[r].to, aside, bytes);
-      break;
-    case REDUCE_SCATTER:
-      for (size_t i = 0; i < ranks * first->count; i++) reduce(group, i, aside, i);
-      for (size_t r = 0; r < ranks; r++) memcpy(group->calls[r].to, aside + r * bytes, bytes);
-      break;
-    case ALL_GATHER:
-      for (size_t r = 0; r < ranks; r++) memcpy(aside + r * bytes, group->calls[r].from, bytes);
-      for (size_t r = 0; r < ranks; r++) memcpy(group->calls[r].to, aside, ranks * bytes);
-      break;
-    default:
-      memcpy(aside, group->calls[first->root].from, bytes);
-      for (size_t r = 0; r < ranks; r++) memcpy(group->calls[r].to, aside, bytes);
+  for (size_t i = 0; i < count; i++) {
+    double value = read_at(inputs, first->dtype, i);
+    for (size_t rank = 1; rank < (size_t)group->ranks; rank++) {
+      const double other = read_at(inputs, first->dtype, rank * count + i);
+      if (first->op == SUM) value += other;
+      if (first->op == MAX && other > value) value = other;
+      if (first->op == MIN && other < value) value = other;
+    }
+    write_at(out, first->dtype, i, value);
   }
-  free(aside);
+}
+
+// Does the collective that all ranks have posted; false where a rank is gone. Everything is read before
+// anything is written: buffers are read and written in place.
+static int perform(Group *group) {
+  const Call *first = &group->calls[0];
+  const size_t ranks = (size_t)group->ranks, part = first->count * width(first->dtype);
+  const int scatters = first->kind == REDUCE_SCATTER, gathers = first->kind == ALL_GATHER;
+  const size_t input = scatters ? ranks * part : part, output = gathers ? ranks * part : part;
+  char *inputs = calloc(ranks, input + 1), *reduced = calloc(1, input + 1);
+  int reached = inputs != NULL && reduced != NULL;
+  for (size_t r = 0; r < ranks && reached; r++)
+    reached = reach(&group->calls[r], inputs + r * input, group->calls[r].from, input, 0);
+  if (reached && (first->kind == ALL_REDUCE || scatters))
+    reduce(group, inputs, input / width(first->dtype), reduced);
+  for (size_t r = 0; r < ranks && reached; r++) {
+    char *result = gathers ? inputs : scatters ? reduced + r * part : reduced;
+    if (first->kind == BROADCAST) result = inputs + (size_t)first->root * part;
+    reached = reach(&group->calls[r], result, group->calls[r].to, output, 1);
+  }
+  free(inputs);
+  free(reduced);
+  return reached;
 }
 
 static int post(Comm *comm, Call call) {
   int result = IN_PROGRESS;
-  pthread_mutex_lock(&lock);
   Group *group = comm->group;
+  enter(group);
   if (comm->waiting) {
     comm->note = "a call while another is in progress";
     result = INVALID_ARGUMENT;
   } else {
+    call.pid = getpid();
     group->calls[comm->rank] = call;
     comm->waiting = 1;
-    comm->round = rounds[group - groups];
+    comm->round = group->round;
     if (++group->posted == group->ranks) {
-      perform(group);
+      group->dead |= !perform(group);
       group->posted = 0;
-      rounds[group - groups]++;
+      group->round++;
     }
   }
-  pthread_mutex_unlock(&lock);
+  leave(group);
   return result;
 }
 
 int ncclGetVersion(int *version) {
-  *version = 22809;
+  *version = 23007;
   return SUCCESS;
 }
 
 int ncclGetUniqueId(UniqueId *id) {
   if (getenv("FAKE_NCCL_NO_ID")) return INTERNAL_ERROR;
-  pthread_mutex_lock(&lock);
+  const Identity identity = {getpid(), memfd_create("fake_nccl", MFD_CLOEXEC)};
+  if (identity.descriptor < 0 || ftruncate(identity.descriptor, sizeof(Group)) != 0) return INTERNAL_ERROR;
+  Group *group =
+      mmap(NULL, sizeof *group, PROT_READ | PROT_WRITE, MAP_SHARED, identity.descriptor, 0);
+  if (group == MAP_FAILED) return INTERNAL_ERROR;
+  pthread_mutexattr_t shared;
+  pthread_mutexattr_init(&shared);
+  pthread_mutexattr_setpshared(&shared, PTHREAD_PROCESS_SHARED);
+  pthread_mutexattr_setrobust(&shared, PTHREAD_MUTEX_ROBUST);
+  pthread_mutex_init(&group->lock, &shared);
   memset(id, 0, sizeof *id);
-  memcpy(id->internal, &next_number, sizeof next_number);
-  next_number++;
-  pthread_mutex_unlock(&lock);
+  memcpy(id->internal, &identity, sizeof identity);
   return SUCCESS;
+}
+
+static Group *open_group(const UniqueId *id) {
+  Identity identity;
+  char path[64];
+  memcpy(&identity, id->internal, sizeof identity);
+  snprintf(path, sizeof path, "/proc/%d/fd/%d", identity.pid, identity.descriptor);
+  const int descriptor = open(path, O_RDWR | O_CLOEXEC);
+  if (descriptor < 0) return NULL;
+  Group *group = mmap(NULL, sizeof *group, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, 0);
+  close(descriptor);
+  return group == MAP_FAILED ? NULL : group;
 }
 
 int ncclCommInitRankConfig(Comm **out, int ranks, UniqueId id, int rank, const ConfigHead *config) {
   if (config->magic != 0xcafebeef || config->blocking != 0 || config->size < sizeof *config)
     return INVALID_ARGUMENT;
-  long number;
-  memcpy(&number, id.internal, sizeof number);
-  if (number < 1 || number >= MAX_GROUPS || ranks > MAX_RANKS) return INVALID_ARGUMENT;
-  pthread_mutex_lock(&lock);
-  Group *group = &groups[number];
-  group->number = number;
+  Group *group = ranks <= MAX_RANKS ? open_group(&id) : NULL;
+  Comm *comm = calloc(1, sizeof *comm);
+  if (group == NULL || comm == NULL) return INVALID_ARGUMENT;
+  enter(group);
   group->ranks = ranks;
   group->joined++;
-  Comm *comm = calloc(1, sizeof *comm);
+  leave(group);
   comm->group = group;
   comm->rank = rank;
   *out = comm;
-  pthread_mutex_unlock(&lock);
   return IN_PROGRESS;
 }
 
 int ncclCommGetAsyncError(Comm *comm, int *state) {
-  pthread_mutex_lock(&lock);
   Group *group = comm->group;
+  enter(group);
   *state = SUCCESS;
   if (group->dead) {
     comm->note = "a rank has aborted\nplace.cc:1";
     *state = REMOTE_ERROR;
   } else if (group->joined < group->ranks) {
     *state = IN_PROGRESS;
-  } else if (comm->waiting && rounds[group - groups] == comm->round) {
+  } else if (comm->waiting && group->round == comm->round) {
     *state = IN_PROGRESS;
   } else {
     comm->waiting = 0;
   }
-  pthread_mutex_unlock(&lock);
+  leave(group);
   return SUCCESS;
 }
 
 // The group's peers learn of it, as over NVLink or a network.
 int ncclCommAbort(Comm *comm) {
-  pthread_mutex_lock(&lock);
+  enter(comm->group);
   comm->group->dead = 1;
+  leave(comm->group);
   free(comm);
-  pthread_mutex_unlock(&lock);
   return SUCCESS;
 }
 
@@ -241,22 +299,22 @@ const char *ncclGetLastError(Comm *comm) { return comm != NULL && comm->note ? c
 int ncclAllReduce(const void *from, void *to, size_t count, int dtype, int op, Comm *comm,
                   void *stream) {
   (void)stream;
-  return post(comm, (Call){ALL_REDUCE, dtype, op, 0, count, from, to});
+  return post(comm, (Call){ALL_REDUCE, dtype, op, 0, 0, count, on_host(from), on_host(to)});
 }
 
 int ncclReduceScatter(const void *from, void *to, size_t count, int dtype, int op, Comm *comm,
                       void *stream) {
   (void)stream;
-  return post(comm, (Call){REDUCE_SCATTER, dtype, op, 0, count, from, to});
+  return post(comm, (Call){REDUCE_SCATTER, dtype, op, 0, 0, count, on_host(from), on_host(to)});
 }
 
 int ncclAllGather(const void *from, void *to, size_t count, int dtype, Comm *comm, void *stream) {
   (void)stream;
-  return post(comm, (Call){ALL_GATHER, dtype, SUM, 0, count, from, to});
+  return post(comm, (Call){ALL_GATHER, dtype, SUM, 0, 0, count, on_host(from), on_host(to)});
 }
 
 int ncclBroadcast(const void *from, void *to, size_t count, int dtype, int root, Comm *comm,
                   void *stream) {
   (void)stream;
-  return post(comm, (Call){BROADCAST, dtype, SUM, root, count, from, to});
+  return post(comm, (Call){BROADCAST, dtype, SUM, root, 0, count, on_host(from), on_host(to)});
 }

@@ -1,0 +1,28 @@
+// The devices of the stand-in for CUDA, as its runtime and its NVML tell of them.
+//
+// environment: FAKE_CUDA_DEVICES  how many (default 1)
+//              FAKE_CUDA_MB       memory of each (default 16384)
+//              FAKE_CUDA_MIG      into how many MIG slices each is divided (default 0: it is not)
+//              FAKE_CUDA_BUSY     INDEX:PID, a process that computes on one
+#pragma once
+
+#include <stdio.h>
+#include <stdlib.h>
+
+enum { MAX_DEVICES = 8, UUID_SIZE = 48 };
+
+static inline long setting(const char *name, long otherwise) {
+  const char *text = getenv(name);
+  return text ? atol(text) : otherwise;
+}
+
+static inline int device_count(void) {
+  const long count = setting("FAKE_CUDA_DEVICES", 1);
+  return count < MAX_DEVICES ? (int)count : MAX_DEVICES;
+}
+
+// The name of a device, or of one of its slices.
+static inline void device_uuid(char out[UUID_SIZE], int device, int slice) {
+  const char *kind = slice < 0 ? "GPU" : "MIG";
+  snprintf(out, UUID_SIZE, "%s-fa4e0000-0000-0000-%04d-%012d", kind, slice + 1, device);
+}

@@ -1,0 +1,231 @@
+//! Runs on GPUs that are none: the real programs and libtorch's own CUDA half over a stand-in for CUDA
+//! whose kernels are computed on the host (`tests/fake_cuda`, docs/gpu-check.md). `scripts/gpu-check.sh
+//! --stand-in` has every strategy, resumed runs and memory; here is what else there is.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::OnceLock;
+
+use common::training::Bench;
+use common::{floats, golden_dir, relative};
+use serde_json::Value;
+use tch::Tensor;
+
+/// Encoders and decoders without dropout, of which each has something of its own: absolute and rotary
+/// positions, windows, shared key heads, `RMSNorm` with an offset.
+const FAMILIES: [&str; 7] = [
+    "bert_tiny",
+    "roberta_tiny",
+    "modernbert_tiny",
+    "qwen2_tiny",
+    "llama_odd",
+    "mistral_tiny",
+    "gemma_tiny",
+];
+
+/// The folder of the stand-in, built once; `None`, with a line that says why, where it cannot be.
+fn stand_in() -> Option<&'static Path> {
+    static FOLDER: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let make = || {
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("fake_cuda");
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fake_cuda/build.sh");
+        let built = Command::new(script).arg(&folder).output().unwrap();
+        let stderr = String::from_utf8_lossy(&built.stderr);
+        match built.status.code() {
+            Some(0) => Some(folder),
+            Some(2) => {
+                eprintln!("skipped: {stderr}");
+                None
+            }
+            _ => panic!("the stand-in does not build: {stderr}"),
+        }
+    };
+    FOLDER.get_or_init(make).as_deref()
+}
+
+/// Has a command find `gpus` devices.
+fn with_gpus(command: &mut Command, folder: &Path, gpus: usize) {
+    let library = |name: &str| folder.join(name).display().to_string();
+    command
+        .env("LD_PRELOAD", [library("libcudart.so.13"), library("libfake_cuda.so")].join(":"))
+        .env("LD_LIBRARY_PATH", folder)
+        .env("FAKE_CUDA_DEVICES", gpus.to_string())
+        .env("OMP_NUM_THREADS", "1")
+        .env_remove("CUDA_VISIBLE_DEVICES");
+}
+
+/// The command that trains on `gpus` devices into `name`, or with one worker on the CPU.
+fn command(bench: &Bench, name: &str, gpus: usize, settings: &[&str]) -> Command {
+    let mut command = bench.command(name, 1, settings);
+    if gpus > 0 {
+        let launcher = command.get_program().to_owned();
+        let arguments: Vec<_> = command.get_args().skip(3).map(ToOwned::to_owned).collect();
+        command = Command::new(launcher);
+        command.current_dir(bench.root.path()).env_remove("RUST_LOG");
+        command.args(["--gpus", "all"]).args(arguments);
+        with_gpus(&mut command, stand_in().unwrap(), gpus);
+    }
+    command
+}
+
+fn train(bench: &Bench, name: &str, gpus: usize, settings: &[&str]) -> PathBuf {
+    succeed(&mut command(bench, name, gpus, settings));
+    bench.root.path().join(name)
+}
+
+fn succeed(command: &mut Command) -> Output {
+    let output = command.output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {}\n{stderr}", output.status);
+    output
+}
+
+/// The settings that train a golden model.
+fn family(case: &str) -> Vec<String> {
+    let dir = golden_dir(case);
+    let mut settings = vec![format!("model_name_or_path={}", dir.display())];
+    let config: Value =
+        serde_json::from_slice(&std::fs::read(dir.join("config.json")).unwrap()).unwrap();
+    if !config["model_type"].as_str().unwrap().contains("bert") {
+        settings.extend(
+            ["model_type=llm_decoder", "seq=\" : \"", "special_token=\"[SEP]\""].map(Into::into),
+        );
+    }
+    settings
+}
+
+fn assert_same_weights(what: &str, ours: &Path, theirs: &Path, bound: f64) {
+    let read = |run: &Path, file: &str| {
+        let mut all = Tensor::read_safetensors(run.join("model").join(file)).unwrap();
+        all.sort_by(|a, b| a.0.cmp(&b.0));
+        all
+    };
+    let adapters = ours.join("model/adapter_model.safetensors").exists();
+    let file = if adapters { "adapter_model.safetensors" } else { "model.safetensors" };
+    let (ours, theirs) = (read(ours, file), read(theirs, file));
+    assert_eq!(ours.len(), theirs.len(), "{what}");
+    for ((name, ours), (_, theirs)) in ours.iter().zip(&theirs) {
+        // Softmax does not see it: its gradient is what rounding leaves, which Adam makes large.
+        if name.ends_with("key.bias") {
+            continue;
+        }
+        let difference = relative(&floats(ours), &floats(theirs));
+        assert!(difference <= bound, "{what}: {name} differs by {difference:.1e}");
+    }
+}
+
+fn last_loss(run: &Path) -> f64 {
+    let metrics = std::fs::read_to_string(run.join("runs/metrics.jsonl")).unwrap();
+    let lines = metrics.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    lines.filter_map(|line| line["loss"].as_f64()).next_back().unwrap()
+}
+
+#[test]
+fn every_family_ends_with_the_weights_of_the_cpu() {
+    if stand_in().is_none() {
+        return;
+    }
+    let bench = Bench::new(0.0);
+    for case in FAMILIES {
+        let settings = family(case);
+        let mut settings: Vec<&str> = settings.iter().map(String::as_str).collect();
+        // The learning rate of a new head would hide differences of the trunk.
+        settings.extend(["batch_size=8", "epochs=1", "special_lr_groups=[]"]);
+        let cpu = train(&bench, &format!("{case}-cpu"), 0, &settings);
+        let gpu = train(&bench, &format!("{case}-gpu"), 1, &settings);
+        assert_same_weights(case, &gpu, &cpu, 1e-4);
+        for low in ["mixed_precision=bf16", "mixed_precision=fp16"] {
+            let run = train(&bench, &format!("{case}-{low}"), 1, &[&settings[..], &[low]].concat());
+            let difference = (last_loss(&run) - last_loss(&cpu)).abs();
+            assert!(difference <= 3e-2, "{case}, {low}: the loss is off by {difference}");
+        }
+    }
+}
+
+#[test]
+fn adapters_and_recomputed_layers_over_two_gpus() {
+    if stand_in().is_none() {
+        return;
+    }
+    let bench = Bench::new(0.0);
+    let settings = family("qwen2_tiny");
+    let mut settings: Vec<&str> = settings.iter().map(String::as_str).collect();
+    settings.extend(["lora.r=4", "lora.target_modules=all-linear", "lora.dropout=0", "epochs=1"]);
+    settings.extend(["mixed_precision=no", "gradient_accumulation_steps=2", "lr=1e-2"]);
+    let cpu = train(&bench, "cpu", 0, &[&settings[..], &["batch_size=8"]].concat());
+    settings.extend(["batch_size=4", "gradient_checkpointing=true"]);
+    let mut two = command(&bench, "gpus", 2, &settings);
+    succeed(two.args(["--parallel", "zero3.yaml"]));
+    assert_same_weights("LoRA", &bench.root.path().join("gpus"), &cpu, 1e-4);
+}
+
+#[test]
+fn a_run_goes_on_on_other_devices() {
+    if stand_in().is_none() {
+        return;
+    }
+    let bench = Bench::new(0.0);
+    let settings = ["mixed_precision=no", "gradient_accumulation_steps=2", "save_steps=2"];
+    let whole = train(&bench, "whole", 0, &[&settings[..], &["batch_size=8"]].concat());
+    for (name, gpus, batch) in [("on-one", 1, "batch_size=8"), ("on-cpu", 0, "batch_size=8")] {
+        let begin = [&settings[..], &["batch_size=4"]].concat();
+        let mut killed = command(&bench, name, 2, &begin);
+        killed.args(["--parallel", "zero3.yaml"]).env("RR_FAIL_POINT", "before_manifest:2@0");
+        assert!(!killed.output().unwrap().status.success(), "{name} was not killed");
+        let again = succeed(&mut command(&bench, name, gpus, &[&settings[..], &[batch]].concat()));
+        let stderr = String::from_utf8_lossy(&again.stderr);
+        assert!(stderr.contains("step-2:"), "{name} did not go on from step 2: {stderr}");
+        assert_same_weights(name, &bench.root.path().join(name), &whole, 1e-4);
+    }
+}
+
+#[test]
+fn two_gpus_score_as_the_cpu_does() {
+    let Some(folder) = stand_in() else { return };
+    let bench = Bench::new(0.0);
+    let reranker = env!("CARGO_BIN_EXE_reranker");
+    let score = |command: &mut Command, output: &str| -> Vec<f64> {
+        command.current_dir(bench.root.path()).args(["score", "--input", "pairs.jsonl"]);
+        command.args(["--model", "base", "--output", output]).env_remove("RUST_LOG");
+        succeed(command);
+        let text = std::fs::read_to_string(bench.root.path().join(output)).unwrap();
+        let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        lines.map(|line| line["logit"].as_f64().unwrap()).collect()
+    };
+    let cpu = score(Command::new(reranker).env("OMP_NUM_THREADS", "1"), "cpu.jsonl");
+    let mut launched = Command::new(Path::new(reranker).with_file_name("rr-launch"));
+    launched.args(["--gpus", "0,1", "--", reranker]);
+    with_gpus(&mut launched, folder, 2);
+    let gpus = score(&mut launched, "gpus.jsonl");
+    assert_eq!((cpu.len(), gpus.len()), (53, 53));
+    assert!(common::worst(&gpus, &cpu) <= 1e-5);
+}
+
+#[test]
+fn what_a_gpu_lacks_is_one_line() {
+    if stand_in().is_none() {
+        return;
+    }
+    let bench = Bench::new(0.0);
+    let mut full = command(&bench, "full", 1, &["batch_size=8"]);
+    let output = full.env("FAKE_CUDA_MB", "2").output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    let line = stderr.lines().find(|line| line.contains("CUDA out of memory")).unwrap();
+    assert!(line.contains("Tried to allocate") && line.contains("is free; lower batch_size"));
+    assert!(line.ends_with("divide more"), "{line}");
+    assert!(!bench.root.path().join("full/model").exists());
+
+    let mut absent = Command::new(env!("CARGO_BIN_EXE_reranker"));
+    absent.current_dir(bench.root.path()).args(["train", "--device", "cuda", "--config", "t.yaml"]);
+    absent.args(["--set", "output_dir=absent"]);
+    with_gpus(&mut absent, stand_in().unwrap(), 0);
+    let output = absent.output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{stderr}");
+    assert!(stderr.contains("libtorch sees no CUDA device"), "{stderr}");
+    assert!(!bench.root.path().join("absent").exists());
+}
