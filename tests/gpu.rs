@@ -182,6 +182,30 @@ fn a_run_goes_on_on_other_devices() {
     }
 }
 
+/// Streams of a GPU run beside each other unless told to wait, and the stand-in notices where they may not:
+/// the other tests say that nothing is missing, and this one that it would be noticed.
+#[test]
+fn a_stream_that_does_not_wait_is_noticed() {
+    if stand_in().is_none() {
+        return;
+    }
+    let bench = Bench::new(0.0);
+    let settings = ["mixed_precision=no", "epochs=1", "gradient_accumulation_steps=2"];
+    for strategy in ["zero1", "zero2", "zero3"] {
+        for (waits, expected) in
+            [("1", "what a collective writes on"), ("2", "a collective reads what")]
+        {
+            let mut run = command(&bench, &format!("{strategy}-{waits}"), 2, &settings);
+            run.args(["--parallel", &format!("{strategy}.yaml")]);
+            let output = run.env("FAKE_CUDA_LOSE_WAITS", waits).output().unwrap();
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.code(), Some(1), "{strategy} {waits}: {stderr}");
+            assert!(stderr.contains("nothing makes it wait"), "{strategy} {waits}: {stderr}");
+            assert!(stderr.contains(expected), "{strategy} {waits}: {stderr}");
+        }
+    }
+}
+
 #[test]
 fn two_gpus_score_as_the_cpu_does() {
     let Some(folder) = stand_in() else { return };

@@ -13,7 +13,10 @@
 #include <iostream>
 #include <set>
 
+#include <c10/core/impl/VirtualGuardImpl.h>
+
 #include "kernels.h"
+#include "races.h"
 
 extern "C" void* fake_cuda_host(const void* pointer);
 
@@ -34,6 +37,9 @@ const std::set<std::string> kKept = {
     "aten::set_", "aten::set_.source_Storage", "aten::set_.source_Storage_storage_offset",
     "aten::set_.source_Tensor", "aten::_efficientzerotensor", "aten::_has_same_storage_numel",
 };
+
+// The operation that this thread computes.
+thread_local std::string running = "an operation";
 
 bool is_view(const c10::FunctionSchema& schema) {
   for (const auto& result : schema.returns())
@@ -97,6 +103,8 @@ class Call {
   }
 
   c10::IValue to_host(const c10::IValue& value, const c10::Argument& argument) {
+    const bool written = argument.alias_info() != nullptr && argument.alias_info()->isWrite();
+    const Use use = written ? Use::kWrite : Use::kRead;
     if (value.isTensor()) {
       const at::Tensor tensor = value.toTensor();
       // Its shape may have to change, which a view cannot.
@@ -105,11 +113,11 @@ class Call {
         resized_.emplace_back(tensor, fresh);
         return fresh;
       }
-      return host_view(tensor);
+      return host_view(tensor, use);
     }
     if (value.isTensorList()) {
       c10::List<at::Tensor> list;
-      for (const at::Tensor& tensor : value.toTensorList()) list.push_back(host_view(tensor));
+      for (const at::Tensor& tensor : value.toTensorList()) list.push_back(host_view(tensor, use));
       return list;
     }
     if (value.isOptionalTensorList()) {
@@ -142,7 +150,7 @@ class Call {
 
   static void write_back(const at::Tensor& device, const at::Tensor& host) {
     if (device.sizes() != host.sizes()) device.resize_(host.sizes());
-    host_view(device).copy_(host);
+    host_view(device, Use::kWrite).copy_(host);
   }
 
   const c10::OperatorHandle& op_;
@@ -153,8 +161,19 @@ class Call {
 };
 
 void compute(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
-  if (std::getenv("FAKE_CUDA_TRACE") != nullptr) std::cerr << "fake CUDA: " << op.operator_name() << "\n";
+  running = c10::toString(op.operator_name());
+  if (std::getenv("FAKE_CUDA_TRACE") != nullptr) std::cerr << "fake CUDA: " << running << "\n";
   Call(op, *stack).run();
+}
+
+// Copies that need no kernel are libtorch's own.
+void copy(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  const auto arguments = torch::jit::last(*stack, 3);
+  const at::Tensor to = arguments[0].toTensor(), from = arguments[1].toTensor();
+  const bool plain = to.scalar_type() == from.scalar_type() && to.sizes() == from.sizes() &&
+                     to.is_contiguous() && from.is_contiguous();
+  if (plain) return op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
+  compute(op, keys, stack);
 }
 
 // Products of integers have no kernel on CUDA.
@@ -168,8 +187,15 @@ void check_product(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torc
 
 }  // namespace
 
-at::Tensor host_view(const at::Tensor& tensor) {
+at::Tensor host_view(const at::Tensor& tensor, Use use) {
   if (!tensor.defined() || !tensor.is_cuda()) return tensor;
+  int64_t last = 0;
+  for (int64_t i = 0; i < tensor.dim(); i++) last += (tensor.size(i) - 1) * tensor.stride(i);
+  const size_t bytes = tensor.numel() == 0 ? 0 : static_cast<size_t>(last + 1) * tensor.element_size();
+  const FakeCudaRange range{tensor.const_data_ptr(), bytes, use == Use::kWrite};
+  const c10::Stream stream = c10::impl::VirtualGuardImpl(c10::kCUDA).getStream(tensor.device());
+  const char* race = fake_cuda_work(stream.native_handle(), running.c_str(), &range, 1);
+  TORCH_CHECK(race == nullptr, "fake CUDA: race: ", race);
   return at::from_blob(fake_cuda_host(tensor.const_data_ptr()), tensor.sizes(), tensor.strides(),
                        tensor.options().device(c10::kCPU).requires_grad(false));
 }
@@ -178,7 +204,7 @@ at::Tensor device_copy(const at::Tensor& tensor, c10::Device device) {
   if (!tensor.defined()) return tensor;
   at::Tensor out =
       at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options().device(device));
-  host_view(out).copy_(tensor);
+  host_view(out, Use::kWrite).copy_(tensor);
   return out;
 }
 
@@ -247,9 +273,10 @@ void replace() {
     if (full == "aten::native_dropout") continue;
     // Those that the host lacks are made of others, or launch a kernel and fail.
     if (!op->hasComputedKernelForDispatchKey(c10::DispatchKey::CPU)) continue;
-    const bool product = products.contains(full);
-    library.impl(full.c_str() + 6, product ? CppFunction::makeFromBoxedFunction<&fake_cuda::check_product>()
-                                           : CppFunction::makeFromBoxedFunction<&fake_cuda::compute>());
+    library.impl(full.c_str() + 6,
+                 full == "aten::copy_"      ? CppFunction::makeFromBoxedFunction<&fake_cuda::copy>()
+                 : products.contains(full) ? CppFunction::makeFromBoxedFunction<&fake_cuda::check_product>()
+                                            : CppFunction::makeFromBoxedFunction<&fake_cuda::compute>());
   }
   library.impl("native_dropout", dropout);
   library.impl("_fused_rms_norm_backward", rms_norm_backward);

@@ -7,8 +7,11 @@
 
 namespace fake_cuda {
 
-// The same bytes as a tensor of the CPU; a tensor of the CPU itself as it is.
-at::Tensor host_view(const at::Tensor& tensor);
+enum class Use { kRead, kWrite };
+
+// The same bytes as a tensor of the CPU; a tensor of the CPU itself as it is. On its device that is work
+// on the current stream, and an error where other work on the same bytes may go on beside it.
+at::Tensor host_view(const at::Tensor& tensor, Use use = Use::kRead);
 
 // The same values in new memory of `device`.
 at::Tensor device_copy(const at::Tensor& tensor, c10::Device device);

@@ -20,6 +20,7 @@
 #include <sys/mman.h>
 
 #include "devices.h"
+#include "races.h"
 
 enum { GRAIN = 2 << 20, MAX_BLOCKS = 1 << 16, MAX_HOST = 1 << 14 };
 static const size_t SPAN = (size_t)64 << 30;  // of addresses, a device
@@ -218,6 +219,7 @@ cudaError_t cudaDeviceGetPCIBusId(char *out, int length, int device) {
 }
 
 cudaError_t cudaDeviceSynchronize(void) {
+  fake_cuda_saw_device();
   LOCKED(arrive(NULL, UINT64_MAX, true));
   return cudaSuccess;
 }
@@ -282,6 +284,7 @@ cudaError_t cudaFree(void *pointer) {
   if (pointer == NULL) return cudaSuccess;
   const int device = owner(pointer);
   if (device < 0) return fail(cudaErrorInvalidValue);
+  cudaDeviceSynchronize();
   const size_t at = (size_t)((char *)pointer - device_base) - (size_t)device * SPAN;
   cudaError_t result = cudaErrorInvalidValue;
   pthread_mutex_lock(&lock);
@@ -291,6 +294,7 @@ cudaError_t cudaFree(void *pointer) {
       block->taken = false;
       taken[device] -= block->size;
       madvise(fake_cuda_host(pointer), block->size, MADV_DONTNEED);
+      fake_cuda_forget_memory(pointer, block->size);
       result = cudaSuccess;
     }
   }
@@ -340,9 +344,18 @@ cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *out, const vo
   return cudaSuccess;
 }
 
+// Whether work may go before or after other work on the same bytes.
+static bool is_race(cudaStream_t stream, const char *name, const FakeCudaRange *ranges, size_t count) {
+  const char *race = fake_cuda_work(stream, name, ranges, count);
+  if (race != NULL) fprintf(stderr, "fake CUDA: race: %s\n", race);
+  return race != NULL;
+}
+
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMemcpyKind kind,
                             cudaStream_t stream) {
   (void)kind;
+  const FakeCudaRange used[] = {{from, owner(from) >= 0 ? size : 0, false}, {to, owner(to) >= 0 ? size : 0, true}};
+  if (is_race(stream, "a copy", used, 2)) return fail(cudaErrorNotSupported);
   const void *source = fake_cuda_host(from);
   pthread_mutex_lock(&lock);
   if (owner(from) >= 0 && owner(to) < 0 && is_pinned(to)) {
@@ -372,7 +385,8 @@ cudaError_t cudaMemcpyPeerAsync(void *to, int to_device, const void *from, int f
 }
 
 cudaError_t cudaMemsetAsync(void *to, int value, size_t size, cudaStream_t stream) {
-  (void)stream;
+  const FakeCudaRange used = {to, size, true};
+  if (is_race(stream, "a fill", &used, 1)) return fail(cudaErrorNotSupported);
   memset(fake_cuda_host(to), value, size);
   return cudaSuccess;
 }
@@ -403,6 +417,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  fake_cuda_saw_stream(stream);
   LOCKED(arrive(stream, UINT64_MAX, false));
   return cudaSuccess;
 }
@@ -410,7 +425,8 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
 cudaError_t cudaStreamQuery(cudaStream_t stream) { return cudaStreamSynchronize(stream); }
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
-  (void)stream, (void)event, (void)flags;
+  (void)flags;
+  if (setting("FAKE_CUDA_LOSE_WAITS", 0) != (stream == NULL ? 1 : 2)) fake_cuda_wait(stream, event);
   return cudaSuccess;
 }
 
@@ -444,12 +460,14 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned flags) {
 cudaError_t cudaEventCreate(cudaEvent_t *out) { return cudaEventCreateWithFlags(out, 0); }
 
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  fake_cuda_forget_event(event);
   free(event);
   return cudaSuccess;
 }
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   LOCKED(event->stream = stream; event->order = order);
+  fake_cuda_record(event, stream);
   return cudaSuccess;
 }
 
@@ -459,6 +477,7 @@ cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, uns
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  fake_cuda_saw_event(event);
   LOCKED(arrive(event->stream, event->order, false));
   return cudaSuccess;
 }

@@ -57,6 +57,12 @@ typedef struct {
 // Of the stand-in for CUDA: where the bytes behind an address of its device are.
 __attribute__((weak)) void *fake_cuda_host(const void *pointer);
 
+typedef struct { const void *from; size_t size; _Bool write; } Range;
+
+// Of the same: work of a stream on some bytes; what races with it, or null.
+__attribute__((weak)) const char *fake_cuda_work(const void *stream, const char *name, const Range *ranges,
+                                                 size_t count);
+
 static char *on_host(const void *pointer) {
   return fake_cuda_host ? fake_cuda_host(pointer) : (char *)pointer;
 }
@@ -176,9 +182,18 @@ static int perform(Group *group) {
   return reached;
 }
 
-static int post(Comm *comm, Call call) {
+static int post(Comm *comm, Call call, const void *from, const void *to, const void *stream) {
   int result = IN_PROGRESS;
   Group *group = comm->group;
+  if (fake_cuda_work) {
+    const size_t bytes = call.count * width(call.dtype), all = bytes * (size_t)group->ranks;
+    const Range ranges[] = {{from, call.kind == REDUCE_SCATTER ? all : bytes, 0},
+                            {to, call.kind == ALL_GATHER ? all : bytes, 1}};
+    comm->note = fake_cuda_work(stream, "a collective", ranges, 2);
+    if (comm->note) return INTERNAL_ERROR;
+  }
+  call.from = on_host(from);
+  call.to = on_host(to);
   enter(group);
   if (comm->waiting) {
     comm->note = "a call while another is in progress";
@@ -298,23 +313,19 @@ const char *ncclGetLastError(Comm *comm) { return comm != NULL && comm->note ? c
 
 int ncclAllReduce(const void *from, void *to, size_t count, int dtype, int op, Comm *comm,
                   void *stream) {
-  (void)stream;
-  return post(comm, (Call){ALL_REDUCE, dtype, op, 0, 0, count, on_host(from), on_host(to)});
+  return post(comm, (Call){ALL_REDUCE, dtype, op, 0, 0, count, NULL, NULL}, from, to, stream);
 }
 
 int ncclReduceScatter(const void *from, void *to, size_t count, int dtype, int op, Comm *comm,
                       void *stream) {
-  (void)stream;
-  return post(comm, (Call){REDUCE_SCATTER, dtype, op, 0, 0, count, on_host(from), on_host(to)});
+  return post(comm, (Call){REDUCE_SCATTER, dtype, op, 0, 0, count, NULL, NULL}, from, to, stream);
 }
 
 int ncclAllGather(const void *from, void *to, size_t count, int dtype, Comm *comm, void *stream) {
-  (void)stream;
-  return post(comm, (Call){ALL_GATHER, dtype, SUM, 0, 0, count, on_host(from), on_host(to)});
+  return post(comm, (Call){ALL_GATHER, dtype, SUM, 0, 0, count, NULL, NULL}, from, to, stream);
 }
 
 int ncclBroadcast(const void *from, void *to, size_t count, int dtype, int root, Comm *comm,
                   void *stream) {
-  (void)stream;
-  return post(comm, (Call){BROADCAST, dtype, SUM, root, 0, count, on_host(from), on_host(to)});
+  return post(comm, (Call){BROADCAST, dtype, SUM, root, 0, count, NULL, NULL}, from, to, stream);
 }
