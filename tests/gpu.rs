@@ -8,6 +8,7 @@ mod common;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use common::training::Bench;
 use common::{floats, golden_dir, relative};
@@ -204,6 +205,77 @@ fn a_stream_that_does_not_wait_is_noticed() {
             assert!(stderr.contains(expected), "{strategy} {waits}: {stderr}");
         }
     }
+}
+
+/// Starts two workers on GPUs, stops rank 1 in the middle of training, and returns how the launch went.
+fn stop_a_rank(bench: &Bench, name: &str, launcher: &[&str], worker: &[&str]) -> Output {
+    let reranker = env!("CARGO_BIN_EXE_reranker");
+    let mut command = Command::new(Path::new(reranker).with_file_name("rr-launch"));
+    command.current_dir(bench.root.path()).env_remove("RUST_LOG").args(["--gpus", "0,1"]);
+    command.args(launcher).args(["--", reranker, "train", "--config", "t.yaml"]);
+    command.args([
+        "--parallel",
+        "zero3.yaml",
+        "--set",
+        "mixed_precision=no",
+        "--set",
+        "epochs=4000",
+    ]);
+    command.args(["--set", "gradient_accumulation_steps=2", "--set", "val_dataset=null"]);
+    command.args(["--set", &format!("output_dir={name}")]).args(worker);
+    with_gpus(&mut command, stand_in().unwrap(), 2);
+    let errors = bench.root.path().join(format!("{name}.log"));
+    command.stderr(std::fs::File::create(&errors).unwrap());
+    let mut launch = command.spawn().unwrap();
+    let metrics = bench.root.path().join(name).join("runs/metrics.jsonl");
+    while std::fs::read_to_string(&metrics).map_or(0, |text| text.lines().count()) < 3 {
+        assert!(
+            launch.try_wait().unwrap().is_none(),
+            "{}",
+            std::fs::read_to_string(errors).unwrap()
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let pid = worker_of_rank(launch.id(), "1");
+    assert!(Command::new("kill").args(["-STOP", &pid]).status().unwrap().success());
+    let status = launch.wait().unwrap();
+    Output { status, stdout: Vec::new(), stderr: std::fs::read(errors).unwrap() }
+}
+
+/// The process below a launcher that has this rank.
+fn worker_of_rank(launcher: u32, rank: &str) -> String {
+    let wanted = format!("RANK={rank}");
+    let processes = std::fs::read_dir("/proc").unwrap().flatten();
+    let mut pids = processes.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    let is_it = |pid: &String| {
+        let environ = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        let status = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let parent = status.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(1));
+        parent == Some(&launcher.to_string())
+            && environ.split(|&byte| byte == 0).any(|word| word == wanted.as_bytes())
+    };
+    pids.find(is_it).expect("the worker runs")
+}
+
+#[test]
+fn a_rank_that_stops_is_noticed_by_the_others_and_by_the_launcher() {
+    if stand_in().is_none() {
+        return;
+    }
+    let bench = Bench::new(0.0);
+    let output = stop_a_rank(&bench, "late", &[], &["--timeout", "3"]);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("timed out after 3 s; a peer is stuck, gone or slow"), "{stderr}");
+
+    let flags = ["--hang-timeout", "4", "--stack-timeout", "0"];
+    let output = stop_a_rank(&bench, "hung", &flags, &[]);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(40), "{stderr}");
+    assert!(stderr.contains("the others wait for rank 1"), "{stderr}");
+    let waiting = stderr.lines().find(|line| line.contains("rr-launch: rank 0 (pid")).unwrap();
+    let collectives = ["all_gather of ", "reduce_scatter of ", "all_reduce"];
+    assert!(collectives.iter().any(|name| waiting.contains(name)), "{waiting}");
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use rr_launch::contract::{WorkerEnv, heartbeat, vars};
 use tch::{Device, Tensor};
 
-use super::{Communicator, Pending, Place, Reduction, operation, tell_waiting};
+use super::{Communicator, Pending, Place, Reduction, late, operation, tell_waiting};
 use crate::error::{Error, Result};
 use crate::torch_ext::gloo::{Group, Join, Via, Work};
 
@@ -92,8 +92,9 @@ impl Gloo {
         move |message| {
             // Gloo begins with the place in its own source, which tells a user nothing.
             let place = message.strip_prefix('[').and_then(|rest| rest.split_once("] "));
-            let plain = place.map_or(message.as_str(), |(_, plain)| plain).to_owned();
-            Error::Comm { rank, operation: operation.clone(), message: plain }
+            let plain = place.map_or(message.as_str(), |(_, plain)| plain);
+            let message = waited(plain).map_or_else(|| plain.to_owned(), late);
+            Error::Comm { rank, operation: operation.clone(), message }
         }
     }
 
@@ -210,4 +211,26 @@ fn own_address(host: &str, port: u16) -> std::io::Result<String> {
     let socket = UdpSocket::bind(bind)?;
     socket.connect((host, port))?;
     Ok(socket.local_addr()?.ip().to_string())
+}
+
+/// How long Gloo has waited in vain, by its message "Timed out waiting 3000ms for …"; `None` where it
+/// says something else.
+fn waited(message: &str) -> Option<Duration> {
+    let (milliseconds, _) = message.strip_prefix("Timed out waiting ")?.split_once("ms ")?;
+    milliseconds.parse().ok().map(Duration::from_millis)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn how_long_gloo_waited_is_read_from_its_message() {
+        let waited = |message| waited(message).map(late);
+        assert_eq!(
+            waited("Timed out waiting 3500ms for recv operation to complete").as_deref(),
+            Some("timed out after 3.5 s; a peer is stuck, gone or slow (--timeout)")
+        );
+        assert_eq!(waited("Connection closed by peer [127.0.0.1]:41"), None);
+    }
 }

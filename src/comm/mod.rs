@@ -120,6 +120,14 @@ fn tell_waiting(name: &str, stage: Option<&str>) {
     }
 }
 
+/// What is said of a collective that a peer did not come to within `timeout`.
+fn late(timeout: Duration) -> String {
+    format!(
+        "timed out after {} s; a peer is stuck, gone or slow (--timeout)",
+        timeout.as_secs_f64()
+    )
+}
+
 /// `name`, and what it is for where that is known.
 fn operation(name: &str, place: Option<&Place>) -> String {
     place.map_or_else(|| name.to_owned(), |place| format!("{name} of {place}"))

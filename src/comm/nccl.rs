@@ -12,10 +12,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use rr_launch::contract::heartbeat;
 use tch::{Device, Tensor};
 
 use super::liveness::Liveness;
-use super::{Communicator, Gloo, Pending, Place, Reduction, operation, tell_waiting};
+use super::{Communicator, Gloo, Pending, Place, Reduction, late, operation, tell_waiting};
 use crate::error::{Error, Result};
 use crate::torch_ext::nccl::{self, Comm, State, UNIQUE_ID_BYTES, UniqueId};
 use crate::torch_ext::stream::{Event, Stream, set_current};
@@ -233,6 +234,11 @@ fn agree_on_id(host: &Gloo, library: &nccl::Nccl) -> Result<UniqueId> {
     Ok(id)
 }
 
+/// Tells the launcher that this rank waits in `operation`; the step it knows.
+fn tell_waiting_in(operation: &str) {
+    tell_waiting(operation.split(", step ").next().unwrap_or_default(), None);
+}
+
 fn comm_error(rank: usize, operation: &str, message: String) -> Error {
     Error::Comm { rank, operation: operation.into(), message }
 }
@@ -280,30 +286,35 @@ impl Shared {
         error
     }
 
-    fn late(&self) -> String {
-        let seconds = self.timeout.as_secs_f64();
-        format!("timed out after {seconds} s; a peer is stuck, gone or slow (--timeout)")
-    }
-
     /// Waits until the library has queued what was started.
     fn settle<'a>(
         &'a self,
         mut inner: MutexGuard<'a, Inner>,
         operation: &str,
     ) -> Result<MutexGuard<'a, Inner>> {
-        let deadline = Instant::now() + self.timeout;
-        let mut looks = 0;
+        let begun = Instant::now();
+        let deadline = begun + self.timeout;
+        let (mut looks, mut told) = (0, false);
         inner.queueing = Some(operation.to_owned());
         loop {
             self.check(&inner)?;
             match inner.comm.as_ref().map_or(Ok(State::Queued), Comm::state) {
                 Ok(State::Queued) => {
                     inner.queueing = None;
+                    if told {
+                        heartbeat::working(format_args!("computing"));
+                    }
                     return Ok(inner);
                 }
-                Ok(State::InProgress) if Instant::now() < deadline => {}
+                Ok(State::InProgress) if Instant::now() < deadline => {
+                    // The first collective connects the ranks, and waits for each of them.
+                    if !told && begun.elapsed() >= SLOW {
+                        tell_waiting_in(operation);
+                        told = true;
+                    }
+                }
                 Ok(State::InProgress) => {
-                    return Err(self.fail(&mut inner, operation.into(), self.late()));
+                    return Err(self.fail(&mut inner, operation.into(), late(self.timeout)));
                 }
                 Err(message) => {
                     inner = self.hear_more(inner);
@@ -364,10 +375,9 @@ impl Shared {
             }
             // The host does not wait in a collective, so that nobody else can tell.
             if flight.tell_at.take_if(|at| Instant::now() >= *at).is_some() {
-                let name = flight.operation.split(", step ").next().unwrap_or_default();
-                tell_waiting(name, None);
+                tell_waiting_in(&flight.operation);
             }
-            return if Instant::now() < flight.deadline { Ok(()) } else { Err(self.late()) };
+            return if Instant::now() < flight.deadline { Ok(()) } else { Err(late(self.timeout)) };
         }
         Ok(())
     }

@@ -33,7 +33,7 @@ library() { # name, options...
     cc -std=gnu11 -O1 -shared -fPIC -pthread -Wall -Wextra -Werror -Wl,-soname,"$1" -o "$out/$1" "${@:2}"
 }
 c++ -std=c++20 -O1 -fPIC -Wall -Wextra -Werror -c races.cpp -o "$out/races.o"
-library libcudart.so.13 runtime.c "$out/races.o" -I. -isystem "$headers" \
+library libcudart.so.13 runtime.c launch.c "$out/races.o" -I. -isystem "$headers" \
     -Wl,--version-script="$out/map" -lstdc++
 library libcuda.so.1 driver.c
 library libnvidia-ml.so.1 nvml.c

@@ -1,16 +1,15 @@
 // A stand-in for CUDA's runtime (libcudart.so.13), to preload: devices of which only the memory exists.
 // libtorch's own CUDA half runs over it: its allocator, streams, events, copies and guards. What it cannot
-// do is launch kernels; kernels.cpp computes those on the host.
+// do is launch kernels (launch.c); kernels.cpp computes those on the host.
 //
 // Device memory lies at addresses that nobody can touch: a pointer of the device that the host follows
 // ends the process, as it does with a real one. The bytes are `fake_cuda_host(pointer)`. A copy into
 // pinned memory arrives when the host waits for it, not before.
+//
 // CUDA_VISIBLE_DEVICES chooses among the devices of devices.h.
 #define _GNU_SOURCE
 #include <cuda_runtime_api.h>
-#include <dlfcn.h>
 #include <limits.h>
-#include <link.h>
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -18,11 +17,12 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "devices.h"
 #include "races.h"
 
-enum { GRAIN = 2 << 20, MAX_BLOCKS = 1 << 16, MAX_HOST = 1 << 14 };
+enum { GRAIN = 2 << 20, MAX_BLOCKS = 1 << 16, MAX_HOST = 1 << 14, MAX_STREAMS = 4096 };
 static const size_t SPAN = (size_t)64 << 30;  // of addresses, a device
 
 typedef struct { size_t at, size; bool taken; } Block;
@@ -38,8 +38,18 @@ typedef struct Arrival {
   char bytes[];
 } Arrival;
 
-struct CUstream_st { int device; };
-struct CUevent_st { cudaStream_t stream; uint64_t order; };
+// Work that ends when others do their part of it: the collectives of NCCL.
+typedef struct {
+  bool (*is_done)(const void *with, long number);  // null: none
+  const void *with;
+  long number;
+} Joint;
+
+struct CUstream_st { int device; Joint joint; };
+struct CUevent_st { cudaStream_t stream; uint64_t order; Joint joint; };
+static struct CUstream_st default_stream;
+static struct CUstream_st *streams[MAX_STREAMS];  // never freed
+static int stream_count;
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static char *device_base, *host_base;
@@ -54,7 +64,8 @@ static uint64_t order;
 static _Thread_local int current;
 static _Thread_local cudaError_t last;
 
-static cudaError_t fail(cudaError_t error) { return last = error; }
+cudaError_t fake_cuda_fail(cudaError_t error) { return last = error; }
+#define fail fake_cuda_fail
 
 // Whether a machine of `count` devices has the one that an entry of CUDA_VISIBLE_DEVICES names, by its
 // number, its UUID or a slice's.
@@ -134,6 +145,20 @@ static void arrive(cudaStream_t stream, uint64_t until, bool all) {
       place = &one->next;
     }
   }
+}
+
+static Joint *last_joint(cudaStream_t stream) { return stream ? &stream->joint : &default_stream.joint; }
+
+// What is queued on `stream` from now on comes after joint work.
+void fake_cuda_join(cudaStream_t stream, bool (*is_done)(const void *, long), const void *with, long number) {
+  *last_joint(stream) = (Joint){is_done, with, number};
+}
+
+static bool is_over(Joint joint) { return joint.is_done == NULL || joint.is_done(joint.with, joint.number); }
+
+// The host waits where the device would.
+static void outlast(Joint joint) {
+  while (!is_over(joint)) usleep(50);
 }
 
 #define LOCKED(body) \
@@ -219,6 +244,7 @@ cudaError_t cudaDeviceGetPCIBusId(char *out, int length, int device) {
 }
 
 cudaError_t cudaDeviceSynchronize(void) {
+  for (int i = 0; i < stream_count; i++) outlast(streams[i]->joint);
   fake_cuda_saw_device();
   LOCKED(arrive(NULL, UINT64_MAX, true));
   return cudaSuccess;
@@ -397,8 +423,10 @@ cudaError_t cudaMemset(void *to, int value, size_t size) { return cudaMemsetAsyn
 
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t *out, unsigned flags, int priority) {
   (void)flags, (void)priority;
-  *out = malloc(sizeof **out);
+  if (stream_count == MAX_STREAMS) return fail(cudaErrorMemoryAllocation);
+  *out = calloc(1, sizeof **out);
   (*out)->device = current;
+  LOCKED(streams[stream_count++] = *out);
   return cudaSuccess;
 }
 
@@ -411,21 +439,23 @@ cudaError_t cudaStreamGetPriority(cudaStream_t stream, int *priority) {
 }
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-  LOCKED(arrive(stream, UINT64_MAX, false));
-  free(stream);
-  return cudaSuccess;
+  return cudaStreamSynchronize(stream);
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  outlast(*last_joint(stream));
   fake_cuda_saw_stream(stream);
   LOCKED(arrive(stream, UINT64_MAX, false));
   return cudaSuccess;
 }
 
-cudaError_t cudaStreamQuery(cudaStream_t stream) { return cudaStreamSynchronize(stream); }
+cudaError_t cudaStreamQuery(cudaStream_t stream) {
+  return is_over(*last_joint(stream)) ? cudaStreamSynchronize(stream) : fail(cudaErrorNotReady);
+}
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
   (void)flags;
+  outlast(event->joint);
   if (setting("FAKE_CUDA_LOSE_WAITS", 0) != (stream == NULL ? 1 : 2)) fake_cuda_wait(stream, event);
   return cudaSuccess;
 }
@@ -466,7 +496,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 }
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-  LOCKED(event->stream = stream; event->order = order);
+  LOCKED(event->stream = stream; event->order = order; event->joint = *last_joint(stream));
   fake_cuda_record(event, stream);
   return cudaSuccess;
 }
@@ -477,105 +507,18 @@ cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, uns
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  outlast(event->joint);
   fake_cuda_saw_event(event);
   LOCKED(arrive(event->stream, event->order, false));
   return cudaSuccess;
 }
 
-cudaError_t cudaEventQuery(cudaEvent_t event) { return cudaEventSynchronize(event); }
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+  return is_over(event->joint) ? cudaEventSynchronize(event) : fail(cudaErrorNotReady);
+}
 
 cudaError_t cudaEventElapsedTime(float *out, cudaEvent_t from, cudaEvent_t to) {
   (void)from, (void)to;
   *out = 0;
-  return cudaSuccess;
-}
-
-// --- kernels: their names, to say which one nobody computes
-
-typedef struct { const void *function; const char *name; } Kernel;
-static Kernel *kernels;
-static size_t kernel_count, kernel_room;
-
-void **__cudaRegisterFatBinary(void *binary) {
-  (void)binary;
-  static void *handle;
-  return &handle;
-}
-
-void __cudaRegisterFatBinaryEnd(void **handle) { (void)handle; }
-char __cudaInitModule(void **handle) { return (void)handle, 1; }
-void __cudaUnregisterFatBinary(void **handle) { (void)handle; }
-
-void __cudaRegisterFunction(void **handle, const char *function, char *device_function, const char *name,
-                            int limit, void *tid, void *bid, void *block, void *grid, int *warp) {
-  (void)handle, (void)device_function, (void)limit, (void)tid, (void)bid, (void)block, (void)grid;
-  (void)warp;
-  if (kernel_count == kernel_room) {
-    kernel_room = kernel_room ? 2 * kernel_room : 1024;
-    kernels = realloc(kernels, kernel_room * sizeof *kernels);
-    if (kernels == NULL) abort();
-  }
-  kernels[kernel_count++] = (Kernel){function, name};
-}
-
-void __cudaRegisterVar(void **handle, char *host, char *device, const char *name, int external,
-                       size_t size, int constant, int global) {
-  (void)handle, (void)host, (void)device, (void)name, (void)external, (void)size, (void)constant;
-  (void)global;
-}
-
-unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, struct CUstream_st *stream) {
-  (void)grid, (void)block, (void)shared, (void)stream;
-  return 0;
-}
-
-cudaError_t __cudaPopCallConfiguration(dim3 *grid, dim3 *block, size_t *shared, void *stream) {
-  (void)grid, (void)block, (void)shared, (void)stream;
-  return cudaSuccess;
-}
-
-static cudaError_t refuse(const void *function) {
-  const char *name = "unknown";
-  for (size_t i = 0; i < kernel_count; i++)
-    if (kernels[i].function == function) name = kernels[i].name;
-  fprintf(stderr, "fake CUDA: nothing computes the kernel %s\n", name);
-  return fail(cudaErrorNotSupported);
-}
-
-cudaError_t __cudaGetKernel(cudaKernel_t *out, const void *function) {
-  *out = (cudaKernel_t)function;
-  return cudaSuccess;
-}
-
-cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void **arguments, size_t shared,
-                               cudaStream_t stream) {
-  (void)grid, (void)block, (void)arguments, (void)shared, (void)stream;
-  return refuse((const void *)kernel);
-}
-
-cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *function, void **arguments) {
-  (void)config, (void)arguments;
-  return refuse(function);
-}
-
-cudaError_t cudaLaunchKernel(const void *function, dim3 grid, dim3 block, void **arguments, size_t shared,
-                             cudaStream_t stream) {
-  return __cudaLaunchKernel((cudaKernel_t)function, grid, block, arguments, shared, stream);
-}
-
-cudaError_t cudaLaunchCooperativeKernel(const void *function, dim3 grid, dim3 block, void **arguments,
-                                        size_t shared, cudaStream_t stream) {
-  return cudaLaunchKernel(function, grid, block, arguments, shared, stream);
-}
-
-static int refuse_driver_call(void) { return cudaErrorNotSupported; }
-
-// The driver's functions are there, and refuse.
-cudaError_t cudaGetDriverEntryPointByVersion(const char *symbol, void **out, unsigned version,
-                                             unsigned long long flags,
-                                             enum cudaDriverEntryPointQueryResult *found) {
-  (void)symbol, (void)version, (void)flags;
-  *out = (void *)refuse_driver_call;
-  if (found != NULL) *found = cudaDriverEntryPointSuccess;
   return cudaSuccess;
 }

@@ -19,7 +19,7 @@ enum { SUCCESS = 0, INTERNAL_ERROR = 3, INVALID_ARGUMENT = 4, REMOTE_ERROR = 6, 
 enum { INT8, UINT8, INT32, UINT32, INT64, UINT64, FLOAT16, FLOAT32, FLOAT64, BFLOAT16 };
 enum { SUM = 0, MAX = 2, MIN = 3 };
 enum { ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, BROADCAST };
-enum { MAX_RANKS = 8 };
+enum { MAX_RANKS = 8, MAX_QUEUED = 256 };
 
 typedef struct { char internal[128]; } UniqueId;
 
@@ -39,9 +39,9 @@ typedef struct {
 // What the ranks share, in memory that all of their processes have mapped.
 typedef struct {
   pthread_mutex_t lock;
-  int ranks, joined, posted, dead;
-  long round;  // collectives done
-  Call calls[MAX_RANKS];
+  int ranks, joined, dead;
+  long done, posted[MAX_RANKS];  // collectives
+  Call calls[MAX_RANKS][MAX_QUEUED];
 } Group;
 
 // A group's identity: its memory as its maker has it open.
@@ -49,8 +49,7 @@ typedef struct { int pid, descriptor; } Identity;
 
 typedef struct {
   Group *group;
-  int rank, waiting;  // waiting: for the others, in a call or to join
-  long round;
+  int rank;
   const char *note;
 } Comm;
 
@@ -62,6 +61,10 @@ typedef struct { const void *from; size_t size; _Bool write; } Range;
 // Of the same: work of a stream on some bytes; what races with it, or null.
 __attribute__((weak)) const char *fake_cuda_work(const void *stream, const char *name, const Range *ranges,
                                                  size_t count);
+
+// Of the same: what comes on a stream waits until the others have done their part.
+__attribute__((weak)) void fake_cuda_join(const void *stream, _Bool (*is_done)(const void *, long),
+                                          const void *group, long number);
 
 static char *on_host(const void *pointer) {
   return fake_cuda_host ? fake_cuda_host(pointer) : (char *)pointer;
@@ -145,11 +148,10 @@ static int reach(const Call *call, char *own, char *other, size_t bytes, int wri
 }
 
 // Reduces `count` elements of every rank's input, which lie one after the other, into `out`.
-static void reduce(const Group *group, const char *inputs, size_t count, char *out) {
-  const Call *first = &group->calls[0];
+static void reduce(const Call *first, size_t ranks, const char *inputs, size_t count, char *out) {
   for (size_t i = 0; i < count; i++) {
     double value = read_at(inputs, first->dtype, i);
-    for (size_t rank = 1; rank < (size_t)group->ranks; rank++) {
+    for (size_t rank = 1; rank < ranks; rank++) {
       const double other = read_at(inputs, first->dtype, rank * count + i);
       if (first->op == SUM) value += other;
       if (first->op == MAX && other > value) value = other;
@@ -159,31 +161,42 @@ static void reduce(const Group *group, const char *inputs, size_t count, char *o
   }
 }
 
-// Does the collective that all ranks have posted; false where a rank is gone. Everything is read before
+// Does the next collective, which all ranks have posted; false where a rank is gone. Everything is read before
 // anything is written: buffers are read and written in place.
 static int perform(Group *group) {
-  const Call *first = &group->calls[0];
-  const size_t ranks = (size_t)group->ranks, part = first->count * width(first->dtype);
+  const size_t at = (size_t)group->done % MAX_QUEUED, ranks = (size_t)group->ranks;
+  const Call *first = &group->calls[0][at];
+  const size_t part = first->count * width(first->dtype);
   const int scatters = first->kind == REDUCE_SCATTER, gathers = first->kind == ALL_GATHER;
   const size_t input = scatters ? ranks * part : part, output = gathers ? ranks * part : part;
   char *inputs = calloc(ranks, input + 1), *reduced = calloc(1, input + 1);
   int reached = inputs != NULL && reduced != NULL;
   for (size_t r = 0; r < ranks && reached; r++)
-    reached = reach(&group->calls[r], inputs + r * input, group->calls[r].from, input, 0);
+    reached = reach(&group->calls[r][at], inputs + r * input, group->calls[r][at].from, input, 0);
   if (reached && (first->kind == ALL_REDUCE || scatters))
-    reduce(group, inputs, input / width(first->dtype), reduced);
+    reduce(first, ranks, inputs, input / width(first->dtype), reduced);
   for (size_t r = 0; r < ranks && reached; r++) {
     char *result = gathers ? inputs : scatters ? reduced + r * part : reduced;
     if (first->kind == BROADCAST) result = inputs + (size_t)first->root * part;
-    reached = reach(&group->calls[r], result, group->calls[r].to, output, 1);
+    reached = reach(&group->calls[r][at], result, group->calls[r][at].to, output, 1);
   }
   free(inputs);
   free(reduced);
   return reached;
 }
 
+static _Bool all_posted(const Group *group) {
+  for (int rank = 0; rank < group->ranks; rank++)
+    if (group->posted[rank] <= group->done) return 0;
+  return group->joined == group->ranks;
+}
+
+static _Bool is_done(const void *with, long number) {
+  const Group *group = with;
+  return __atomic_load_n(&group->done, __ATOMIC_ACQUIRE) >= number || group->dead;
+}
+
 static int post(Comm *comm, Call call, const void *from, const void *to, const void *stream) {
-  int result = IN_PROGRESS;
   Group *group = comm->group;
   if (fake_cuda_work) {
     const size_t bytes = call.count * width(call.dtype), all = bytes * (size_t)group->ranks;
@@ -192,25 +205,26 @@ static int post(Comm *comm, Call call, const void *from, const void *to, const v
     comm->note = fake_cuda_work(stream, "a collective", ranges, 2);
     if (comm->note) return INTERNAL_ERROR;
   }
+  call.pid = getpid();
   call.from = on_host(from);
   call.to = on_host(to);
   enter(group);
-  if (comm->waiting) {
+  long *posted = &group->posted[comm->rank];
+  // Without streams nothing can be queued behind a call.
+  const int full = *posted - group->done >= (fake_cuda_join ? MAX_QUEUED : 1);
+  if (full) {
     comm->note = "a call while another is in progress";
-    result = INVALID_ARGUMENT;
   } else {
-    call.pid = getpid();
-    group->calls[comm->rank] = call;
-    comm->waiting = 1;
-    comm->round = group->round;
-    if (++group->posted == group->ranks) {
+    group->calls[comm->rank][*posted % MAX_QUEUED] = call;
+    ++*posted;
+    if (fake_cuda_join) fake_cuda_join(stream, is_done, group, *posted);
+    while (!group->dead && all_posted(group)) {
       group->dead |= !perform(group);
-      group->posted = 0;
-      group->round++;
+      __atomic_add_fetch(&group->done, 1, __ATOMIC_RELEASE);
     }
   }
   leave(group);
-  return result;
+  return full ? INVALID_ARGUMENT : IN_PROGRESS;
 }
 
 int ncclGetVersion(int *version) {
@@ -272,10 +286,8 @@ int ncclCommGetAsyncError(Comm *comm, int *state) {
     *state = REMOTE_ERROR;
   } else if (group->joined < group->ranks) {
     *state = IN_PROGRESS;
-  } else if (comm->waiting && group->round == comm->round) {
+  } else if (!fake_cuda_join && group->posted[comm->rank] > group->done) {
     *state = IN_PROGRESS;
-  } else {
-    comm->waiting = 0;
   }
   leave(group);
   return SUCCESS;
