@@ -7,7 +7,7 @@
 #               (tests/fake_cuda), with four devices
 #   --bin DIR   where reranker, rr-launch and examples/parity are (default target/release)
 #
-# Needs this checkout, the three binaries (cargo build --release --workspace --examples, on any
+# Needs this checkout, the three binaries (cargo build --release --workspace --bins --examples, on any
 # machine with the same processor family) and python3 with PyTorch 2.11; no Rust, no network. The
 # stand-ins are built first, by cc and c++.
 #
@@ -367,7 +367,7 @@ main() {
     local program
     for program in reranker rr-launch examples/parity; do
         if [[ ! -x $bin/$program ]]; then
-            echo "$bin/$program is missing: run cargo build --release --workspace --examples" >&2
+            echo "$bin/$program is missing: run cargo build --release --workspace --bins --examples" >&2
             exit 2
         fi
     done

@@ -158,7 +158,7 @@ step_report() {
 }
 
 step_gpu() {
-    cargo build --release --workspace --examples
+    cargo build --release --workspace --bins --examples
     PYTHON=$python scripts/gpu-check.sh --stand-in
 }
 

@@ -310,10 +310,11 @@ fn cuda_kernel(
     } else {
         // This kernel knows no groups of heads.
         let groups = options.heads / options.kv_heads;
-        let [key, value] = [
-            key.f_repeat_interleave_self_int(groups, 1, None)?,
-            value.f_repeat_interleave_self_int(groups, 1, None)?,
-        ];
+        let each = |heads: &Tensor| match groups {
+            1 => Ok(heads.shallow_clone()),
+            _ => heads.f_repeat_interleave_self_int(groups, 1, None),
+        };
+        let [key, value] = [each(key)?, each(value)?];
         raw.kv_heads = raw.heads;
         let [q, k, v] = [query, &key, &value].map(Tensor::as_ptr);
         // SAFETY: live tensors and options, borrowed for the call.

@@ -4,6 +4,7 @@
 //              FAKE_CUDA_MB          memory of each (default 16384)
 //              FAKE_CUDA_MIG         into how many MIG slices each is divided (default 0: it is not)
 //              FAKE_CUDA_BUSY        INDEX:PID, a process that computes on one
+//              FAKE_CUDA_TRACE       prints each operation with the bytes that tensors hold
 //              FAKE_CUDA_LOSE_WAITS  1: the default stream waits for no event; 2: the others do not. To see
 //                                    that it is noticed
 #pragma once

@@ -13,6 +13,7 @@
 #include <iostream>
 #include <set>
 
+#include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include "kernels.h"
@@ -160,9 +161,16 @@ class Call {
   std::vector<std::pair<at::Tensor, at::Tensor>> resized_;
 };
 
+// Prints the operation that begins, and the bytes that tensors hold on the first device.
+void trace() {
+  const auto stats = c10::getDeviceAllocator(c10::kCUDA)->getDeviceStats(0);
+  std::cerr << "fake CUDA: " << running << " " << stats.allocated_bytes[0].current << "\n";
+}
+
 void compute(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
   running = c10::toString(op.operator_name());
-  if (std::getenv("FAKE_CUDA_TRACE") != nullptr) std::cerr << "fake CUDA: " << running << "\n";
+  static const bool traced = std::getenv("FAKE_CUDA_TRACE") != nullptr;
+  if (traced) trace();
   Call(op, *stack).run();
 }
 
