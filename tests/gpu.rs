@@ -12,8 +12,9 @@ use std::time::Duration;
 
 use common::training::Bench;
 use common::{floats, golden_dir, relative};
+use reranker::model::ModelConfig;
 use serde_json::Value;
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 /// Encoders and decoders without dropout, of which each has something of its own: absolute and rotary
 /// positions, windows, shared key heads, `RMSNorm` with an offset.
@@ -298,6 +299,73 @@ fn two_gpus_score_as_the_cpu_does() {
     let gpus = score(&mut launched, "gpus.jsonl");
     assert_eq!((cpu.len(), gpus.len()), (53, 53));
     assert!(common::worst(&gpus, &cpu) <= 1e-5);
+}
+
+/// A model and texts large enough that what the allocator rounds does not count: the golden one's
+/// tokenizer, wider layers, a vocabulary whose gradient is the largest tensor of all or is not.
+fn write_wide_model(bench: &Bench, vocabulary: i64) {
+    let dir = bench.root.path().join(format!("wide-{vocabulary}"));
+    std::fs::create_dir(&dir).unwrap();
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(golden_dir("bert_tiny").join(name), dir.join(name)).unwrap();
+    }
+    let config = std::fs::read(golden_dir("bert_tiny").join("config.json")).unwrap();
+    let mut config: Value = serde_json::from_slice(&config).unwrap();
+    for (key, value) in [
+        ("vocab_size", vocabulary),
+        ("hidden_size", 256),
+        ("intermediate_size", 1024),
+        ("num_hidden_layers", 3),
+        ("max_position_embeddings", 128),
+    ] {
+        config[key] = value.into();
+    }
+    std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
+    let stages = reranker::model::stages(&ModelConfig::from_dir(&dir).unwrap());
+    let parts = stages.iter().flat_map(|stage| stage.parameters()).flat_map(|each| each.parts);
+    let weights: Vec<_> = parts
+        .map(|part| (part.name, Tensor::randn(&part.shape, (Kind::Float, Device::Cpu)) * 0.02))
+        .collect();
+    Tensor::write_safetensors(&weights, dir.join("model.safetensors")).unwrap();
+    let record = serde_json::json!({"query": "tea", "content": "water ".repeat(200), "label": 1});
+    std::fs::write(bench.root.path().join("long.jsonl"), format!("{record}\n").repeat(32)).unwrap();
+}
+
+/// The allocator is libtorch's own, so that the peak is that of a GPU, but for what kernels themselves
+/// ask for.
+#[test]
+fn a_run_needs_what_was_forecast() {
+    if stand_in().is_none() {
+        return;
+    }
+    let bench = Bench::new(0.0);
+    for (vocabulary, batch) in [(2_000, "batch_size=32"), (80_000, "batch_size=8")] {
+        write_wide_model(&bench, vocabulary);
+        let model = format!("model_name_or_path=wide-{vocabulary}");
+        for precision in ["mixed_precision=no", "mixed_precision=bf16"] {
+            for recompute in ["gradient_checkpointing=false", "gradient_checkpointing=true"] {
+                let name = format!("{vocabulary}-{precision}-{recompute}");
+                let data =
+                    ["train_dataset=long.jsonl", "val_dataset=null", "max_len=128", "epochs=1"];
+                let settings = [&data[..], &[&model, batch, precision, recompute]].concat();
+                let output = succeed(&mut command(&bench, &name, 1, &settings));
+                let stderr = String::from_utf8_lossy(&output.stderr);
+                let forecast =
+                    stderr.split(" MB in all").next().unwrap().rsplit(' ').next().unwrap();
+                let forecast = forecast.parse::<f64>().unwrap() * 1e6;
+                let metrics = bench.root.path().join(&name).join("runs/metrics.jsonl");
+                let metrics = std::fs::read_to_string(metrics).unwrap();
+                let memory =
+                    metrics.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+                let memory = memory.filter(|line| line["type"] == "memory").next_back().unwrap();
+                let peak = memory["peak_gpu"].as_f64().unwrap();
+                assert!(
+                    peak <= 1.01 * forecast && peak >= 0.75 * forecast,
+                    "{name}: {peak} bytes at most, forecast {forecast}"
+                );
+            }
+        }
+    }
 }
 
 #[test]

@@ -6,7 +6,8 @@ use serde::Serialize;
 use tch::{Device, Kind};
 
 use super::EngineOptions;
-use crate::model::{ModelConfig, Parameter, Stage};
+use crate::model::{ModelConfig, Parameter, Stage, Width};
+use crate::optim;
 use crate::shard::{HeldBytes, ParameterGroups, Share, UnitLayout};
 
 /// Bytes that one rank needs.
@@ -17,7 +18,8 @@ pub struct MemoryForecast {
     pub held: HeldBytes,
     /// What is whole around its use only: two stages' divided parameters and gradients.
     pub working: usize,
-    /// Activations of a micro-batch of the longest sequences, kept for the backward pass.
+    /// The most that a step needs beside these: activations of a micro-batch of the longest sequences,
+    /// kept for the backward pass, and gradients on their way.
     pub activations: usize,
 }
 
@@ -31,27 +33,20 @@ impl MemoryForecast {
         let stages = crate::model::stages(config);
         let lengths: Vec<Lengths> =
             stages.iter().map(|stage| Lengths::of(stage.as_ref(), options)).collect();
-        let largest = |of: fn(&Lengths) -> usize| lengths.iter().map(of).max().unwrap_or(0);
-        let gathered = if sharding.parameters { largest(|l| l.trained + l.frozen) } else { 0 };
-        let reduced = if sharding.gradients { largest(|l| l.trained) } else { 0 };
+        let gathered = |l: &Lengths| if sharding.parameters { l.trained + l.frozen } else { 0 };
+        let reduced = |l: &Lengths| if sharding.gradients { l.trained } else { 0 };
         // Below the lowest stage that learns, nothing is kept.
         let lowest = lengths.iter().position(|l| l.trained > 0).unwrap_or(0);
-        let kept = &stages[lowest..];
-        // The fp32 copies that `model::linear` multiplies are what its graph keeps.
-        let on_host = kind == Kind::Half && options.device == Device::Cpu;
-        let copied = if on_host { size_of::<f32>() } else { width };
-        let saved = kept.iter().map(|stage| stage.saved_bytes_per_token(copied));
-        let per_token = if options.recompute {
-            // Every stage's input, and one stage in full.
-            let inputs = config.hidden() * width * kept.len();
-            inputs + saved.max().unwrap_or(0)
-        } else {
-            saved.sum()
-        };
+        let backward = backward_bytes(config, &stages[lowest..], options, tokens);
+        let largest = lengths.iter().map(|l| l.trained).max().unwrap_or(0);
+        // In fp32: gradients of an update, a piece at a time; a stage's weights while they are saved.
+        let update = if kind == Kind::Float { 0 } else { largest.min(optim::PIECE) };
+        let saved = if sharding.states { largest } else { 0 };
+        let between = update.max(saved) * size_of::<f32>();
         Self {
             held: held(&lengths, options),
-            working: 2 * (gathered + reduced) * width,
-            activations: per_token * tokens,
+            working: (of_two_stages(&lengths, gathered) + of_two_stages(&lengths, reduced)) * width,
+            activations: backward.max(between),
         }
     }
 
@@ -61,6 +56,51 @@ impl MemoryForecast {
         let HeldBytes { parameters, gradients, states, .. } = self.held;
         parameters + gradients + states + self.working + self.activations
     }
+}
+
+/// The most that two stages in a row hold: one that computes, and one that is on its way.
+fn of_two_stages(lengths: &[Lengths], of: impl Fn(&Lengths) -> usize) -> usize {
+    let pairs = lengths.windows(2).map(|pair| of(&pair[0]) + of(&pair[1]));
+    pairs.max().unwrap_or_else(|| lengths.first().map_or(0, of))
+}
+
+/// The most bytes of activations and of gradients on their way while `tokens` tokens go back through
+/// `stages`.
+fn backward_bytes(
+    config: &ModelConfig,
+    stages: &[Box<dyn Stage>],
+    options: &EngineOptions,
+    tokens: usize,
+) -> usize {
+    let fp32 = size_of::<f32>();
+    let width = options.kind.elt_size_in_bytes();
+    let on_host = options.device == Device::Cpu;
+    let kept = Width {
+        // The fp32 copies that `model::linear` multiplies are what its graph keeps.
+        value: if on_host && options.kind == Kind::Half { fp32 } else { width },
+        attention: if on_host { fp32 } else { width },
+    };
+    // Gradients of a parameter come in a tensor of their own before they are added to the others.
+    let largest = |stage: &dyn Stage| {
+        let parameters = stage.parameters().into_iter().filter(|parameter| parameter.trained);
+        let lengths = parameters.map(|p| p.shape().iter().product::<i64>() as usize);
+        lengths.max().unwrap_or(0) * width
+    };
+    let going_back =
+        |stage: &dyn Stage| stage.backward_bytes_per_token(kept) * tokens + largest(stage);
+    let saved = |stage: &dyn Stage| stage.saved_bytes_per_token(kept) * tokens;
+    let mut below = 0;
+    let with_those_below = stages.iter().map(|stage| {
+        below += saved(stage.as_ref());
+        below + going_back(stage.as_ref())
+    });
+    if !options.recompute {
+        return with_those_below.max().unwrap_or(0);
+    }
+    // Every stage's input, and one stage in full.
+    let inputs = config.hidden() * width * stages.len() * tokens;
+    let alone = stages.iter().map(|stage| saved(stage.as_ref()) + going_back(stage.as_ref()));
+    inputs + alone.max().unwrap_or(0)
 }
 
 /// Elements of a stage's buffers, padding included.

@@ -5,7 +5,7 @@ use tch::Tensor;
 
 use super::config::{DecoderConfig, ScoreHead};
 use super::stage::{
-    ForwardContext, Init, Parameter, Stage, TensorSpec, embedding, inner, rms_norm, to_fp32,
+    ForwardContext, Init, Parameter, Stage, TensorSpec, Width, embedding, inner, rms_norm, to_fp32,
 };
 use super::views::Views;
 use crate::error::Result;
@@ -46,8 +46,12 @@ impl Stage for Embeddings {
         vec![Parameter::one(TensorSpec::new(EMBEDDINGS, &[c.vocab_size, c.hidden]), true)]
     }
 
-    fn saved_bytes_per_token(&self, width: usize) -> usize {
-        self.0.hidden as usize * width + size_of::<i64>()
+    fn saved_bytes_per_token(&self, width: Width) -> usize {
+        self.0.hidden as usize * width.value + size_of::<i64>()
+    }
+
+    fn backward_bytes_per_token(&self, width: Width) -> usize {
+        self.0.hidden as usize * width.value
     }
 
     fn forward(
@@ -148,26 +152,38 @@ impl Stage for Layer {
         all
     }
 
-    fn saved_bytes_per_token(&self, width: usize) -> usize {
+    fn saved_bytes_per_token(&self, width: Width) -> usize {
         let c = &self.config;
         let [hidden, inner, heads, kv_heads, dim] =
             [c.hidden, c.intermediate, c.heads, c.kv_heads, c.head_dim].map(|size| size as usize);
         // Normalisation keeps its input in fp32 where that is not the input itself, the result
         // before the weight, and the one after.
         let normed = |size: usize| {
-            2 * size * width + if width == size_of::<f32>() { 0 } else { size * size_of::<f32>() }
+            let wide = if width.value == size_of::<f32>() { 0 } else { size_of::<f32>() };
+            size * (2 * width.value + wide)
         };
         let rotated = (heads + kv_heads) * dim;
         let qk_norm = if c.qk_norm { normed(rotated) } else { 0 };
-        // Projections, and what attention keeps in fp32: rotated ones, values and its own output.
-        let attention = (rotated + kv_heads * dim) * width
-            + (rotated + (heads + kv_heads) * dim) * size_of::<f32>();
+        // Projections, and what attention keeps: rotated ones, values and its own output.
+        let attention = (rotated + kv_heads * dim) * width.value
+            + (rotated + (heads + kv_heads) * dim) * width.attention;
         let all_rows = normed(hidden) + qk_norm + attention;
         if self.is_last() {
             return all_rows;
         }
         // Two sums; gate and up, the gate's activation, and their product.
-        all_rows + normed(hidden) + (2 * hidden + 4 * inner) * width
+        all_rows + normed(hidden) + (2 * hidden + 4 * inner) * width.value
+    }
+
+    fn backward_bytes_per_token(&self, width: Width) -> usize {
+        let c = &self.config;
+        let [hidden, inner, heads, kv_heads, dim] =
+            [c.hidden, c.intermediate, c.heads, c.kv_heads, c.head_dim].map(|size| size as usize);
+        let projections = (heads + 2 * kv_heads) * dim;
+        // Attention's output and input, its projections, and those before rotation in one piece.
+        let attention = 2 * hidden * width.value + 3 * projections * width.attention;
+        // Two sums; gate and up, the gate's activation, and their product.
+        if self.is_last() { attention } else { (2 * hidden + 4 * inner) * width.value }
     }
 
     fn forward(
@@ -219,8 +235,12 @@ impl Stage for Head {
         vec![norm("model.norm.weight".into(), c.hidden), Parameter::linear(vec![score])]
     }
 
-    fn saved_bytes_per_token(&self, _width: usize) -> usize {
+    fn saved_bytes_per_token(&self, _width: Width) -> usize {
         // It sees one row of each sequence.
+        0
+    }
+
+    fn backward_bytes_per_token(&self, _width: Width) -> usize {
         0
     }
 

@@ -6,7 +6,7 @@ use tch::{Kind, Tensor};
 
 use super::config::{EncoderConfig, PositionIds};
 use super::stage::{
-    ForwardContext, Init, NO_PADDING, PackedBatch, Parameter, Stage, TensorSpec, dropout,
+    ForwardContext, Init, NO_PADDING, PackedBatch, Parameter, Stage, TensorSpec, Width, dropout,
     embedding, inner, layer_norm, to_fp32,
 };
 use super::views::Views;
@@ -62,10 +62,15 @@ impl Stage for Embeddings {
         all
     }
 
-    fn saved_bytes_per_token(&self, width: usize) -> usize {
+    fn saved_bytes_per_token(&self, width: Width) -> usize {
         let hidden = self.0.hidden as usize;
         // The sum before and after normalisation, the output, a mask of bytes, three ids.
-        3 * hidden * width + hidden + 3 * size_of::<i64>()
+        3 * hidden * width.value + hidden + 3 * size_of::<i64>()
+    }
+
+    fn backward_bytes_per_token(&self, width: Width) -> usize {
+        // Before and after normalisation.
+        2 * self.0.hidden as usize * width.value
     }
 
     fn forward(
@@ -138,16 +143,24 @@ impl Stage for Layer {
         all
     }
 
-    fn saved_bytes_per_token(&self, width: usize) -> usize {
+    fn saved_bytes_per_token(&self, width: Width) -> usize {
         let (hidden, inner) = (self.config.hidden as usize, self.config.intermediate as usize);
-        // Attention keeps projections and its own output in fp32.
-        let attention = 4 * hidden * size_of::<f32>();
+        // Attention keeps projections and its own output.
+        let attention = 4 * hidden * width.attention;
         if self.is_last() {
             return attention;
         }
         // Two sums before normalisation and two outputs of it; the feed-forward layer before and
         // after its activation; two masks of bytes.
-        attention + (4 * hidden + 2 * inner) * width + 2 * hidden
+        attention + (4 * hidden + 2 * inner) * width.value + 2 * hidden
+    }
+
+    fn backward_bytes_per_token(&self, width: Width) -> usize {
+        let (hidden, inner) = (self.config.hidden as usize, self.config.intermediate as usize);
+        // Attention's output and input, its projections, and those once more in one piece.
+        let attention = 2 * hidden * width.value + 6 * hidden * width.attention;
+        // Two sums; the feed-forward layer before and after its activation.
+        if self.is_last() { attention } else { (2 * hidden + 2 * inner) * width.value }
     }
 
     fn forward(
@@ -210,8 +223,12 @@ impl Stage for Head {
         [dense(c.head.dense, c.hidden), dense(c.head.projection, 1)].concat()
     }
 
-    fn saved_bytes_per_token(&self, _width: usize) -> usize {
+    fn saved_bytes_per_token(&self, _width: Width) -> usize {
         // It sees one row of each sequence.
+        0
+    }
+
+    fn backward_bytes_per_token(&self, _width: Width) -> usize {
         0
     }
 

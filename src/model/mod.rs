@@ -16,7 +16,7 @@ pub use config::{ModelConfig, Trunk};
 pub use layer_class::foreign_layer_classes;
 pub use lora::Lora;
 pub use pretrained::Pretrained;
-pub use stage::{ForwardContext, PackedBatch, Parameter, Stage};
+pub use stage::{ForwardContext, PackedBatch, Parameter, Stage, Width};
 pub use views::Views;
 
 /// The stages of the model that `config` describes, with its adapters where it has any.

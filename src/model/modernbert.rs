@@ -6,7 +6,7 @@ use tch::{Kind, Tensor};
 
 use super::config::{ModernBertConfig, Pooling};
 use super::stage::{
-    ForwardContext, Init, NO_PADDING, PackedBatch, Parameter, Stage, TensorSpec, dropout,
+    ForwardContext, Init, NO_PADDING, PackedBatch, Parameter, Stage, TensorSpec, Width, dropout,
     embedding, inner, to_fp32,
 };
 use super::views::Views;
@@ -71,10 +71,14 @@ impl Stage for Embeddings {
         all
     }
 
-    fn saved_bytes_per_token(&self, width: usize) -> usize {
+    fn saved_bytes_per_token(&self, width: Width) -> usize {
         let hidden = self.0.hidden as usize;
         // The embedding before and after normalisation, a mask of bytes, an id.
-        2 * hidden * width + hidden + size_of::<i64>()
+        2 * hidden * width.value + hidden + size_of::<i64>()
+    }
+
+    fn backward_bytes_per_token(&self, width: Width) -> usize {
+        2 * self.0.hidden as usize * width.value
     }
 
     fn forward(
@@ -158,16 +162,24 @@ impl Stage for Layer {
         all
     }
 
-    fn saved_bytes_per_token(&self, width: usize) -> usize {
+    fn saved_bytes_per_token(&self, width: Width) -> usize {
         let (hidden, inner) = (self.config.hidden as usize, self.config.intermediate as usize);
-        // Attention keeps queries, keys, values and its own output in fp32; before it stand the
-        // norm's output and the rotary halves.
-        let attention = 4 * hidden * size_of::<f32>() + 3 * hidden * width;
+        // Attention keeps queries, keys, values and its own output; before it stand the norm's
+        // output and the rotary halves.
+        let attention = 4 * hidden * width.attention + 3 * hidden * width.value;
         if self.is_cut() {
             return attention;
         }
         // Two sums, two norms' outputs; the gate's halves, the activation, their product; masks.
-        attention + (4 * hidden + 4 * inner) * width + hidden + inner
+        attention + (4 * hidden + 4 * inner) * width.value + hidden + inner
+    }
+
+    fn backward_bytes_per_token(&self, width: Width) -> usize {
+        let (hidden, inner) = (self.config.hidden as usize, self.config.intermediate as usize);
+        // Attention's output and input, its projections, and those before rotation in one piece.
+        let attention = 2 * hidden * width.value + 9 * hidden * width.attention;
+        // Two sums; the gate's halves, also in one piece, and the product.
+        if self.is_cut() { attention } else { (2 * hidden + 5 * inner) * width.value }
     }
 
     fn forward(
@@ -242,12 +254,16 @@ impl Stage for Head {
         .concat()
     }
 
-    fn saved_bytes_per_token(&self, width: usize) -> usize {
+    fn saved_bytes_per_token(&self, width: Width) -> usize {
         match self.0.pooling {
             // It sees one row of each sequence.
             Pooling::Cls => 0,
-            Pooling::Mean => self.0.hidden as usize * width,
+            Pooling::Mean => self.0.hidden as usize * width.value,
         }
+    }
+
+    fn backward_bytes_per_token(&self, width: Width) -> usize {
+        self.saved_bytes_per_token(width)
     }
 
     fn forward(

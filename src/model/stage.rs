@@ -204,6 +204,15 @@ pub struct ForwardContext<'a> {
     pub dropout_seed: Option<i64>,
 }
 
+/// Bytes of an element of what a graph keeps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Width {
+    /// Of an activation.
+    pub value: usize,
+    /// Of what attention keeps: fp32 where it is this crate's own kernel.
+    pub attention: usize,
+}
+
 /// One link of the chain that is a model.
 pub trait Stage: std::fmt::Debug {
     /// A short name for reports: `embeddings`, `layer 3`, `head`.
@@ -213,8 +222,12 @@ pub trait Stage: std::fmt::Debug {
     fn parameters(&self) -> Vec<Parameter>;
 
     /// Bytes for each token that the stage's graph keeps for its backward pass, its output
-    /// included, where an activation takes `width` bytes: an estimate for forecasts.
-    fn saved_bytes_per_token(&self, width: usize) -> usize;
+    /// included: an estimate for forecasts.
+    fn saved_bytes_per_token(&self, width: Width) -> usize;
+
+    /// Bytes for each token of the gradients that stand at once in the stage's backward pass, beside
+    /// what its graph keeps: an estimate for forecasts.
+    fn backward_bytes_per_token(&self, width: Width) -> usize;
 
     /// Computes the stage's output from `input`: `[T, H]` between layers, nothing for the first
     /// stage, `[B]` fp32 scores out of the last.

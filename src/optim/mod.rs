@@ -3,6 +3,8 @@
 mod loss_scale;
 pub mod schedule;
 
+use std::ops::Range;
+
 use tch::{Device, Kind, Tensor};
 
 pub use loss_scale::LossScale;
@@ -17,6 +19,15 @@ pub const BETA1: f64 = 0.9;
 pub const BETA2: f64 = 0.999;
 /// Added to the square root of the second moment.
 pub const EPS: f64 = 1e-8;
+
+/// Elements that an update takes at a time, so that what it converts or fetches for them needs little
+/// room: 64 MB in fp32.
+pub const PIECE: usize = 1 << 24;
+
+/// `start..end` in pieces of [`PIECE`] elements.
+pub fn pieces(start: usize, end: usize) -> impl Iterator<Item = Range<usize>> {
+    (start..end).step_by(PIECE).map(move |at| at..end.min(at + PIECE))
+}
 
 /// Moments of a flat slice of parameters, fp32, zero before the first step.
 #[derive(Debug)]
@@ -40,8 +51,8 @@ impl Moments {
 
 /// One AdamW step on part of a flat slice, in place.
 ///
-/// `values` and `grads` are 1-d fp32 of the length of the moments; `start..start + length` of each
-/// is updated with this `lr` and `weight_decay`. `step` counts from 1.
+/// `values` is 1-d fp32 of the length of the moments; `start..start + length` of each is updated by `grads`,
+/// fp32 `[length]`, with this `lr` and `weight_decay`. `step` counts from 1.
 ///
 /// # Errors
 /// [`crate::Error::Torch`] from libtorch.
@@ -55,7 +66,7 @@ pub fn adamw(
     let cut = |x: &Tensor| x.f_narrow(0, segment.start, segment.length);
     let slices = AdamWSlices {
         param: &cut(values)?,
-        grad: &cut(grads)?,
+        grad: grads,
         exp_avg: &cut(&moments.exp_avg)?,
         exp_avg_sq: &cut(&moments.exp_avg_sq)?,
         step,
@@ -81,4 +92,17 @@ pub struct Segment {
     pub lr: f64,
     /// Decoupled weight decay.
     pub weight_decay: f64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_cover_a_range_once() {
+        let all = |start, end| pieces(start, end).collect::<Vec<_>>();
+        assert!(all(3, 3).is_empty());
+        assert_eq!(all(3, 5), vec![3..5]);
+        assert_eq!(all(1, 2 * PIECE), vec![1..PIECE + 1, PIECE + 1..2 * PIECE]);
+    }
 }

@@ -11,7 +11,7 @@ use crate::comm::{Communicator, Pending, Reduction};
 use crate::error::Result;
 use crate::model::weights::WeightFiles;
 use crate::model::{Parameter, Stage};
-use crate::optim::{Moments, Segment, adamw};
+use crate::optim::{Moments, Segment, adamw, pieces};
 use crate::torch_ext::autograd::set_grad;
 use crate::torch_ext::storage;
 
@@ -341,8 +341,13 @@ impl FlatUnit {
     /// # Errors
     /// [`crate::Error::Torch`] from libtorch.
     pub fn squared_gradient_norm(&self) -> Result<Tensor> {
-        let grads = self.grads()?.f_to_kind(Kind::Float)?;
-        Ok(grads.f_dot(&grads)?.f_to_kind(Kind::Double)?)
+        let grads = self.grads()?;
+        let mut sum = Tensor::f_zeros([], (Kind::Double, grads.device()))?;
+        for piece in pieces(0, grads.size1()? as usize) {
+            let piece = cut(&grads, &piece)?.f_to_kind(Kind::Float)?;
+            let _ = sum.f_add_(&piece.f_dot(&piece)?.f_to_kind(Kind::Double)?)?;
+        }
+        Ok(sum)
     }
 
     /// Updates this rank's part of the parameters from its gradients times `grad_scale`, and clears
@@ -356,10 +361,7 @@ impl FlatUnit {
         let moments = &self.training().moments;
         // The update happens where the moments are.
         let place = moments.exp_avg.device();
-        let mut grads = self.grads()?.f_to_device(place)?.f_to_kind(Kind::Float)?;
-        if let Some(scale) = grad_scale {
-            let _ = grads.f_mul_scalar_(scale)?;
-        }
+        let grads = self.grads()?;
         let Values { layout, slice, flat, part: master, .. } = &self.trained;
         let values = match master {
             Some(master) => master.f_to_device(place)?,
@@ -372,13 +374,19 @@ impl FlatUnit {
             if start >= end {
                 continue;
             }
-            let segment = Segment {
-                start: (start - slice.start) as i64,
-                length: (end - start) as i64,
-                lr: run.lr * factor,
-                weight_decay: run.weight_decay,
-            };
-            adamw(&values, &grads, moments, segment, step)?;
+            for piece in pieces(start - slice.start, end - slice.start) {
+                let segment = Segment {
+                    start: piece.start as i64,
+                    length: piece.len() as i64,
+                    lr: run.lr * factor,
+                    weight_decay: run.weight_decay,
+                };
+                let mut grads = cut(&grads, &piece)?.f_to_device(place)?.f_to_kind(Kind::Float)?;
+                if let Some(scale) = grad_scale {
+                    let _ = grads.f_mul_scalar_(scale)?;
+                }
+                adamw(&values, &grads, moments, segment, step)?;
+            }
         }
         if let Some(master) = master.as_ref().filter(|master| master.device() != place) {
             master.shallow_clone().f_copy_(&values)?;

@@ -109,11 +109,14 @@ impl Values {
     /// The whole parameters in fp32 `[length]`, collected from all ranks, which all call it.
     pub(super) fn whole_fp32(&self, comm: &dyn Communicator) -> Result<Tensor> {
         let Some(part) = &self.part else { return Ok(self.flat.f_to_kind(Kind::Float)?) };
+        if !self.keeping.share.sharding.states {
+            return Ok(part.shallow_clone());
+        }
         let _no_grad = tch::no_grad_guard();
         let length = self.layout.length as i64;
         let whole = Tensor::f_zeros([length], (Kind::Float, self.keeping.device))?;
         cut(&whole, &self.slice)?.f_copy_(part)?;
-        if self.keeping.share.sharding.states && !self.is_empty() {
+        if !self.is_empty() {
             comm.all_gather(&whole)?.wait()?;
         }
         Ok(whole)

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use tch::Tensor;
 
-use super::stage::{ForwardContext, Init, Parameter, Stage, TensorSpec, dropout, linear};
+use super::stage::{ForwardContext, Init, Parameter, Stage, TensorSpec, Width, dropout, linear};
 use super::views::Views;
 use crate::config::TargetModules;
 use crate::error::Result;
@@ -139,16 +139,20 @@ impl Stage for Adapted {
         all
     }
 
-    fn saved_bytes_per_token(&self, width: usize) -> usize {
-        let dropped = if self.lora.dropout > 0.0 { width + 1 } else { 0 };
+    fn saved_bytes_per_token(&self, width: Width) -> usize {
+        let dropped = if self.lora.dropout > 0.0 { width.value + 1 } else { 0 };
         let of_adapter = |adapter: &Adapter| {
             let parts = adapter.parts.iter().filter(|(_, adapted)| *adapted).count();
             let input = adapter.sides[0].shape()[1] as usize;
             // The product with A before and after scaling; the input after dropout, and its mask.
-            parts * (2 * self.lora.r as usize * width + input * dropped)
+            parts * (2 * self.lora.r as usize * width.value + input * dropped)
         };
         let adapters: usize = self.adapters.iter().map(of_adapter).sum();
         self.stage.saved_bytes_per_token(width) + adapters
+    }
+
+    fn backward_bytes_per_token(&self, width: Width) -> usize {
+        self.stage.backward_bytes_per_token(width)
     }
 
     fn forward(
