@@ -357,7 +357,7 @@ fn a_run_needs_what_was_forecast() {
                 let metrics = std::fs::read_to_string(metrics).unwrap();
                 let memory =
                     metrics.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-                let memory = memory.filter(|line| line["type"] == "memory").next_back().unwrap();
+                let memory = memory.rev().find(|line| line["type"] == "memory").unwrap();
                 let peak = memory["peak_gpu"].as_f64().unwrap();
                 assert!(
                     peak <= 1.01 * forecast && peak >= 0.75 * forecast,
