@@ -374,8 +374,10 @@ fn what_a_gpu_lacks_is_one_line() {
         return;
     }
     let bench = Bench::new(0.0);
-    let mut full = command(&bench, "full", 1, &["batch_size=8"]);
-    let output = full.env("FAKE_CUDA_MB", "2").output().unwrap();
+    write_wide_model(&bench, 2_000);
+    let wide = ["model_name_or_path=wide-2000", "train_dataset=long.jsonl", "max_len=128"];
+    let mut full = command(&bench, "full", 1, &[&wide[..], &["batch_size=32"]].concat());
+    let output = full.env("FAKE_CUDA_MB", "128").output().unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(1), "{stderr}");
     let line = stderr.lines().find(|line| line.contains("CUDA out of memory")).unwrap();
