@@ -213,7 +213,9 @@ fn stop_a_rank(bench: &Bench, name: &str, launcher: &[&str], worker: &[&str]) ->
     let reranker = env!("CARGO_BIN_EXE_reranker");
     let mut command = Command::new(Path::new(reranker).with_file_name("rr-launch"));
     command.current_dir(bench.root.path()).env_remove("RUST_LOG").args(["--gpus", "0,1"]);
-    command.args(launcher).args(["--", reranker, "train", "--config", "t.yaml"]);
+    command
+        .args(launcher)
+        .args(["--", reranker, "train", "--device", "cuda", "--config", "t.yaml"]);
     command.args([
         "--parallel",
         "zero3.yaml",
@@ -284,19 +286,20 @@ fn two_gpus_score_as_the_cpu_does() {
     let Some(folder) = stand_in() else { return };
     let bench = Bench::new(0.0);
     let reranker = env!("CARGO_BIN_EXE_reranker");
-    let score = |command: &mut Command, output: &str| -> Vec<f64> {
-        command.current_dir(bench.root.path()).args(["score", "--input", "pairs.jsonl"]);
+    let score = |command: &mut Command, device: &str, output: &str| -> Vec<f64> {
+        command.current_dir(bench.root.path()).args(["score", "--device", device]);
+        command.args(["--input", "pairs.jsonl"]);
         command.args(["--model", "base", "--output", output]).env_remove("RUST_LOG");
         succeed(command);
         let text = std::fs::read_to_string(bench.root.path().join(output)).unwrap();
         let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
         lines.map(|line| line["logit"].as_f64().unwrap()).collect()
     };
-    let cpu = score(Command::new(reranker).env("OMP_NUM_THREADS", "1"), "cpu.jsonl");
+    let cpu = score(Command::new(reranker).env("OMP_NUM_THREADS", "1"), "cpu", "cpu.jsonl");
     let mut launched = Command::new(Path::new(reranker).with_file_name("rr-launch"));
     launched.args(["--gpus", "0,1", "--", reranker]);
     with_gpus(&mut launched, folder, 2);
-    let gpus = score(&mut launched, "gpus.jsonl");
+    let gpus = score(&mut launched, "cuda", "gpus.jsonl");
     assert_eq!((cpu.len(), gpus.len()), (53, 53));
     assert!(common::worst(&gpus, &cpu) <= 1e-5);
 }

@@ -35,9 +35,6 @@ void fake_cuda_saw_device(void);
 void fake_cuda_forget_event(const void *event);
 void fake_cuda_forget_memory(const void *from, size_t size);
 
-// How many races there were.
-size_t fake_cuda_races(void);
-
 #ifdef __cplusplus
 }
 #endif
