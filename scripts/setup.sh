@@ -193,7 +193,7 @@ check_libtorch() { # directory, what named it
 wanted_flavour() {
     if [[ -n $flavour ]]; then
         printf '%s\n' "$flavour"
-    elif [[ -e /proc/driver/nvidia/version ]]; then
+    elif [[ -e /proc/driver/nvidia/version || -e /usr/lib/wsl/lib/libcuda.so.1 ]]; then
         echo cuda
     else
         echo cpu

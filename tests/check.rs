@@ -60,7 +60,7 @@ fn under_a_launcher_one_rank_prints_the_plan_for_all() {
     let check = [env!("CARGO_BIN_EXE_reranker"), "check", "--config", "training.yaml"];
     let launch = [&["--cpu", "--nproc", "2", "--"][..], &check].concat();
     let text = output_of(&mut launcher(dir.path(), &launch));
-    assert_eq!(text.matches("pairs a step over 2 worker(s)").count(), 1, "{text}");
+    assert_eq!(text.matches("pairs a step over 2 worker(s) on the CPU").count(), 1, "{text}");
 }
 
 #[test]

@@ -252,6 +252,26 @@ fn visible_gpus() -> Result<Vec<Gpu>, String> {
     }
 }
 
+/// Whether this process may use a GPU, which is where work that names no device goes. The driver's
+/// files in `/proc` do not tell: WSL 2 has none of them, a container without GPUs shows its host's.
+#[must_use]
+pub fn gpu_is_visible() -> bool {
+    let limit = std::env::var(vars::CUDA_VISIBLE_DEVICES).ok();
+    let node = || std::path::Path::new("/dev/nvidiactl").exists();
+    usable(nvml::gpus().ok().as_deref(), limit.as_deref(), node)
+}
+
+/// Whether one of the GPUs that NVML lists may be used. Where NVML does not answer (containers with
+/// the driver's `compute` part alone lack it), a driver's device `node` counts as a GPU: trying it tells
+/// its user what is wrong with it, while a run on the CPU would pass unseen.
+fn usable(listed: Option<&[Gpu]>, limit: Option<&str>, node: impl FnOnce() -> bool) -> bool {
+    let hidden = |limit: &str| limit.trim().is_empty() || limit.trim().starts_with('-');
+    match listed {
+        Some(all) => !restrict(all, limit).is_empty(),
+        None => !limit.is_some_and(hidden) && node(),
+    }
+}
+
 /// Applies an inherited `CUDA_VISIBLE_DEVICES` to the machine's GPUs. As in CUDA itself the list
 /// renumbers what it names, and ends at the first entry that names nothing.
 fn restrict(all: &[Gpu], limit: Option<&str>) -> Vec<Gpu> {
@@ -303,6 +323,21 @@ mod tests {
         assert_eq!(ask("all", None).unwrap(), ["0", "1", "2", "3"]);
         assert_eq!(ask("2,0", None).unwrap(), ["2", "0"]);
         assert_eq!(ask("GPU-bb22,GPU-c", None).unwrap(), ["2", "3"]);
+    }
+
+    #[test]
+    fn a_gpu_counts_where_nvml_lists_it_or_a_driver_has_its_node() {
+        let seen = |listed: Option<&[Gpu]>, limit| usable(listed, limit, || true);
+        let machine = machine();
+        for (limit, expected) in
+            [(None, true), (Some("1"), true), (Some("GPU-cc"), true), (Some(""), false)]
+        {
+            assert_eq!(seen(Some(&machine), limit), expected, "{limit:?}");
+            assert_eq!(seen(None, limit), expected, "{limit:?}");
+        }
+        assert!(!seen(Some(&machine), Some("-1")) && !seen(None, Some("-1")));
+        assert!(!seen(Some(&machine), Some("7")) && !seen(Some(&[]), None));
+        assert!(!usable(None, None, || false) && !usable(None, Some("0"), || false));
     }
 
     #[test]

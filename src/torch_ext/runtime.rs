@@ -2,7 +2,7 @@
 
 use std::ffi::c_int;
 use std::os::unix::process::CommandExt as _;
-use std::sync::Once;
+use std::sync::{Once, OnceLock};
 
 use rr_launch::contract::{says_how_threads_wait, vars};
 use tch::{Kind, Tensor};
@@ -130,8 +130,7 @@ pub fn settle_vector_functions() {
 /// # Errors
 /// [`Error::Usage`] when a GPU is asked for or seen, but cannot be used.
 pub fn device(asked: Option<config::Device>, number: usize) -> Result<tch::Device> {
-    let found = || if sees_gpu() { config::Device::Cuda } else { config::Device::Cpu };
-    match asked.unwrap_or_else(found) {
+    match kind_of_device(asked) {
         config::Device::Cpu => Ok(tch::Device::Cpu),
         config::Device::Cuda => {
             load_cuda()?;
@@ -154,11 +153,15 @@ fn visible_number(number: usize, devices: usize, own: bool) -> Result<usize> {
     }
 }
 
-/// Whether a GPU driver runs on this host and no `CUDA_VISIBLE_DEVICES` hides all its devices.
+/// The kind of device of a process: `asked` for, else a GPU where it may use one. The driver is asked
+/// once.
 #[must_use]
-pub fn sees_gpu() -> bool {
-    let hidden = std::env::var_os("CUDA_VISIBLE_DEVICES").is_some_and(|list| list.is_empty());
-    !hidden && std::path::Path::new("/proc/driver/nvidia/version").exists()
+pub fn kind_of_device(asked: Option<config::Device>) -> config::Device {
+    static SEEN: OnceLock<bool> = OnceLock::new();
+    asked.unwrap_or_else(|| match SEEN.get_or_init(rr_launch::gpu_is_visible) {
+        true => config::Device::Cuda,
+        false => config::Device::Cpu,
+    })
 }
 
 /// Loads libtorch's CUDA half into the process, which registers the CUDA device with the CPU half

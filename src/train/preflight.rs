@@ -67,6 +67,8 @@ pub struct Steps {
     pub unit: &'static str,
     /// Workers.
     pub workers: usize,
+    /// What they compute on.
+    pub device: config::Device,
 }
 
 /// The model that is trained.
@@ -154,11 +156,15 @@ impl fmt::Display for Preflight {
 
 impl fmt::Display for Steps {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { total, per_epoch, epochs, items, unit, workers } = self;
+        let Self { total, per_epoch, epochs, items, unit, workers, device } = self;
+        let place = match device {
+            config::Device::Cpu => "on the CPU",
+            config::Device::Cuda => "with a GPU each",
+        };
         write!(
             out,
             "{total} optimizer steps: {per_epoch} an epoch, {epochs} epochs; {items} {unit} a step \
-             over {workers} worker(s)"
+             over {workers} worker(s) {place}"
         )
     }
 }
@@ -184,6 +190,7 @@ fn steps(inputs: &Inputs, plan: &Plan, world_size: usize) -> Steps {
         items: training.batch_size * training.accumulation * world_size,
         unit: if is_grouped { "groups" } else { "pairs" },
         workers: world_size,
+        device: runtime::kind_of_device(plan.parallel.device),
     }
 }
 
@@ -281,10 +288,7 @@ fn forecast(inputs: &Inputs, plan: &Plan, world_size: usize) -> (MemoryForecast,
         Strategy::Hybrid { .. } => on_a_machine,
         Strategy::Ddp | Strategy::Zero { .. } => world_size,
     };
-    let on_gpu = match plan.parallel.device {
-        Some(device) => device == config::Device::Cuda,
-        None => runtime::sees_gpu(),
-    };
+    let on_gpu = runtime::kind_of_device(plan.parallel.device) == config::Device::Cuda;
     let device = if on_gpu { tch::Device::Cuda(0) } else { tch::Device::Cpu };
     let options = engine_options(plan, device, 0, dividing);
     let group = match inputs.train.kind {
