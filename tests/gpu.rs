@@ -6,9 +6,9 @@
 mod common;
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output};
 use std::sync::OnceLock;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::training::Bench;
 use common::{floats, golden_dir, relative};
@@ -277,6 +277,68 @@ fn a_rank_that_stops_is_noticed_by_the_others_and_by_the_launcher() {
     let waiting = stderr.lines().find(|line| line.contains("rr-launch: rank 0 (pid")).unwrap();
     let collectives = ["all_gather of ", "reduce_scatter of ", "all_reduce"];
     assert!(collectives.iter().any(|name| waiting.contains(name)), "{waiting}");
+}
+
+/// Two workers of a hybrid run, each a machine by itself, which no launcher watches.
+fn hybrid_workers(bench: &Bench) -> [Child; 2] {
+    let port = common::ranks::free_port().to_string();
+    let worker = |rank: usize| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_reranker"));
+        command.current_dir(bench.root.path()).env_remove("RUST_LOG");
+        command.args([
+            "train",
+            "--config",
+            "t.yaml",
+            "--parallel",
+            "hybrid.yaml",
+            "--timeout",
+            "60",
+        ]);
+        for setting in ["output_dir=hybrid", "epochs=4000", "val_dataset=null"] {
+            command.args(["--set", setting]);
+        }
+        with_gpus(&mut command, stand_in().unwrap(), 2);
+        let rank = rank.to_string();
+        command.envs([("RANK", &*rank), ("GROUP_RANK", &*rank), ("CUDA_VISIBLE_DEVICES", &*rank)]);
+        command.envs([("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")]);
+        command.envs([("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", &*port)]);
+        let log = std::fs::File::create(bench.root.path().join(format!("{rank}.log"))).unwrap();
+        command.stderr(log).spawn().unwrap()
+    };
+    [worker(0), worker(1)]
+}
+
+/// The end of a communicator waits for the device, on which the collective of another may wait for the
+/// rank that is dead.
+#[test]
+fn all_communicators_of_a_rank_end_at_once_when_another_rank_dies() {
+    if stand_in().is_none() {
+        return;
+    }
+    let bench = Bench::new(0.0);
+    let [mut survivor, mut victim] = hybrid_workers(&bench);
+    let metrics = bench.root.path().join("hybrid/runs/metrics.jsonl");
+    let log = || std::fs::read_to_string(bench.root.path().join("0.log")).unwrap();
+    while std::fs::read_to_string(&metrics).map_or(0, |text| text.lines().count()) < 3 {
+        assert!(survivor.try_wait().unwrap().is_none(), "{}", log());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    victim.kill().unwrap();
+    victim.wait().unwrap();
+    // Far below --timeout, far above what it takes.
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let status = loop {
+        match survivor.try_wait().unwrap() {
+            Some(status) => break status,
+            None if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(20)),
+            None => {
+                survivor.kill().unwrap();
+                panic!("it waits still: {}", log());
+            }
+        }
+    };
+    assert_eq!(status.code(), Some(1), "{status}: {}", log());
+    assert!(log().contains("rank 1 has ended"), "{}", log());
 }
 
 #[test]

@@ -56,15 +56,22 @@ pub struct Nccl {
     place: RefCell<Option<Place>>,
 }
 
-/// The communicators that came from one world: a rank that is lost ends all of them.
+/// The communicators that came from one world: what ends one of them ends all.
 #[derive(Debug, Default)]
-struct Family(Mutex<Vec<Weak<Shared>>>);
+struct Family {
+    members: Mutex<Vec<Weak<Shared>>>,
+    /// How many threads are ending communicators.
+    ending: Mutex<usize>,
+    /// Rung when one of them is through.
+    ended: Condvar,
+}
 
 /// What the training thread and the watchdog share.
 #[derive(Debug)]
 struct Shared {
     rank: usize,
     timeout: Duration,
+    family: Arc<Family>,
     inner: Mutex<Inner>,
     /// Rung when there is something to watch, or nothing any more.
     bell: Condvar,
@@ -108,7 +115,7 @@ impl Nccl {
         let stream = Arc::new(Stream::new(device)?);
         let family = Arc::new(Family::default());
         let mut world = Self::over(host, library, device, stream, Arc::clone(&family), timeout)?;
-        let lost = move |rank: usize| family.fail(&format!("rank {rank} has ended"));
+        let lost = move |rank: usize| family.end(None, &format!("rank {rank} has ended"));
         world.liveness = Some(Liveness::start(&world.host, timeout, lost)?);
         Ok(world)
     }
@@ -132,11 +139,12 @@ impl Nccl {
         let shared = Arc::new(Shared {
             rank,
             timeout,
+            family: Arc::clone(&family),
             inner: Mutex::new(Inner { comm: Some(comm), ..Inner::default() }),
             bell: Condvar::new(),
         });
-        drop(shared.settle(shared.lock(), JOINING)?);
-        family.lock().push(Arc::downgrade(&shared));
+        lock(&family.members).push(Arc::downgrade(&shared));
+        shared.settled(|| shared.settle(shared.lock(), JOINING).map(drop))?;
         let watched = Arc::clone(&shared);
         let watchdog = std::thread::Builder::new()
             .name("nccl watchdog".into())
@@ -164,11 +172,29 @@ impl Nccl {
     ) -> Result<Pending> {
         let operation = operation(name, self.place.borrow().as_ref());
         self.stream.follow_computation()?;
-        let mut inner = self.shared.lock();
+        let done = self.shared.settled(|| self.queue(operation, queue))?;
+        let shared = Arc::clone(&self.shared);
+        // Its memory goes back to the computation's stream, whose later work waits for `done`.
+        let kept = tensor.shallow_clone();
+        Ok(Pending::new(move || {
+            shared.look_back()?;
+            done.hold_computation()?;
+            drop(kept);
+            Ok(())
+        }))
+    }
+
+    /// Queues what `queue` starts; returns what tells that it is done.
+    fn queue(
+        &self,
+        operation: String,
+        queue: impl FnOnce(&Comm) -> Result<(), String>,
+    ) -> Result<Arc<Event>> {
+        let inner = self.shared.lock();
         self.shared.check(&inner)?;
         let started = inner.comm.as_ref().map_or(Ok(()), queue);
         if let Err(message) = started {
-            return Err(self.shared.fail(&mut inner, operation, message));
+            return Err(self.shared.fail(inner, &operation, &message));
         }
         let mut inner = self.shared.settle(inner, &operation)?;
         let done = Arc::new(self.stream.mark()?);
@@ -180,27 +206,18 @@ impl Nccl {
             tell_at: Some(now + SLOW),
         });
         self.shared.bell.notify_all();
-        let shared = Arc::clone(&self.shared);
-        // Its memory goes back to the computation's stream, whose later work waits for `done`.
-        let kept = tensor.shallow_clone();
-        Ok(Pending::new(move || {
-            shared.check(&shared.lock())?;
-            done.hold_computation()?;
-            drop(kept);
-            Ok(())
-        }))
+        Ok(done)
     }
 
     /// Ends the communicator on this rank without waiting for the others, which learn of it.
     pub fn abort(&self) {
-        let failure = "ended on this rank".to_owned();
-        self.shared.fail(&mut self.shared.lock(), "abort".into(), failure);
+        self.shared.fail(self.shared.lock(), "abort", "ended on this rank");
     }
 
     /// What has ended the communicator, if anything has.
     #[must_use]
     pub fn failure(&self) -> Option<Error> {
-        self.shared.check(&self.shared.lock()).err()
+        self.shared.look_back().err()
     }
 
     fn is_ours(&self, tensor: &Tensor) -> bool {
@@ -243,27 +260,49 @@ fn comm_error(rank: usize, operation: &str, message: String) -> Error {
     Error::Comm { rank, operation: operation.into(), message }
 }
 
+/// A panic elsewhere leaves nothing half-done in any of these.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Family {
-    fn lock(&self) -> MutexGuard<'_, Vec<Weak<Shared>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Ends all communicators together, and returns when they have ended. `operation` is what failed;
+    /// where none did, each blames what it waits for. To be called without a lock.
+    fn end(&self, operation: Option<&str>, message: &str) {
+        *lock(&self.ending) += 1;
+        let members: Vec<_> = lock(&self.members).iter().filter_map(Weak::upgrade).collect();
+        let comms = members.iter().filter_map(|member| member.give_up(operation, message));
+        Comm::abort_all(comms.collect());
+        *lock(&self.ending) -= 1;
+        self.ended.notify_all();
+        self.wait();
     }
 
-    /// Ends all communicators.
-    fn fail(&self, message: &str) {
-        for shared in self.lock().iter().filter_map(Weak::upgrade) {
-            let mut inner = shared.lock();
-            let oldest = inner.flights.front().map(|flight| &flight.operation);
-            let operation = oldest.or(inner.queueing.as_ref()).cloned();
-            let operation = operation.unwrap_or_else(|| "watching over the ranks".into());
-            shared.fail(&mut inner, operation, message.to_owned());
-        }
+    /// Returns when no communicator is being ended.
+    fn wait(&self) {
+        let ended = self.ended.wait_while(lock(&self.ending), |ending| *ending > 0);
+        drop(ended.unwrap_or_else(PoisonError::into_inner));
     }
 }
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        // A panic elsewhere leaves nothing half-done here.
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.inner)
+    }
+
+    /// What `work` gives; an error only once the communicators have ended. This process may end on an
+    /// error, and not while NCCL is at work. To be called without a lock.
+    fn settled<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        let outcome = work();
+        if outcome.is_err() {
+            self.family.wait();
+        }
+        outcome
+    }
+
+    /// An earlier failure, once the communicators have ended. To be called without a lock.
+    fn look_back(&self) -> Result<()> {
+        self.settled(|| self.check(&self.lock()))
     }
 
     /// An earlier failure, if any.
@@ -274,16 +313,26 @@ impl Shared {
         }
     }
 
-    /// Ends the communicator because of a failure.
-    fn fail(&self, inner: &mut Inner, operation: String, message: String) -> Error {
-        let error = comm_error(self.rank, &operation, message.clone());
-        inner.failure.get_or_insert((operation, message));
+    /// Notes a failure of `operation`, or of what this communicator waits for, and hands the
+    /// communicator out to be ended.
+    fn give_up(&self, operation: Option<&str>, message: &str) -> Option<Comm> {
+        let mut inner = self.lock();
+        let oldest = inner.flights.front().map(|flight| &flight.operation);
+        let own = oldest.or(inner.queueing.as_ref()).map(String::as_str);
+        let operation = operation.or(own).unwrap_or("watching over the ranks").to_owned();
+        inner.failure.get_or_insert((operation, message.to_owned()));
         inner.flights.clear();
         self.bell.notify_all();
-        if let Some(comm) = inner.comm.take() {
-            comm.abort();
-        }
-        error
+        inner.comm.take()
+    }
+
+    /// Ends the communicator, and those of its family, because `operation` failed; returns the first
+    /// failure.
+    fn fail(&self, inner: MutexGuard<'_, Inner>, operation: &str, message: &str) -> Error {
+        drop(inner);
+        self.family.end(Some(operation), message);
+        let first = self.check(&self.lock()).err();
+        first.unwrap_or_else(|| comm_error(self.rank, operation, message.to_owned()))
     }
 
     /// Waits until the library has queued what was started.
@@ -314,12 +363,12 @@ impl Shared {
                     }
                 }
                 Ok(State::InProgress) => {
-                    return Err(self.fail(&mut inner, operation.into(), late(self.timeout)));
+                    return Err(self.fail(inner, operation, &late(self.timeout)));
                 }
                 Err(message) => {
                     inner = self.hear_more(inner);
                     self.check(&inner)?;
-                    return Err(self.fail(&mut inner, operation.into(), message));
+                    return Err(self.fail(inner, operation, &message));
                 }
             }
             drop(inner);
@@ -345,7 +394,8 @@ impl Shared {
     fn watch(&self, device: Device) {
         let mut inner = self.lock();
         if let Err(error) = set_current(device) {
-            self.fail(&mut inner, "watching NCCL".into(), error.to_string());
+            self.fail(inner, "watching NCCL", &error.to_string());
+            return;
         }
         while !inner.closing && inner.failure.is_none() {
             if inner.flights.is_empty() {
@@ -354,9 +404,9 @@ impl Shared {
             }
             if let Err(message) = self.look(&mut inner) {
                 inner = self.hear_more(inner);
-                let operation = inner.flights.front().map_or("", |flight| &flight.operation).into();
-                self.fail(&mut inner, operation, message);
-                break;
+                let oldest = inner.flights.front().map(|flight| flight.operation.clone());
+                self.fail(inner, &oldest.unwrap_or_default(), &message);
+                return;
             }
             let waited = self.bell.wait_timeout(inner, WATCH);
             inner = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -424,7 +474,7 @@ impl Communicator for Nccl {
 
     fn all_reduce(&self, tensor: &Tensor, op: Reduction) -> Result<Pending> {
         if !self.is_ours(tensor) {
-            self.shared.check(&self.shared.lock())?;
+            self.shared.look_back()?;
             return self.host.all_reduce(tensor, op);
         }
         self.start("all_reduce", tensor, |comm| comm.all_reduce(tensor, op, &self.stream))
@@ -465,7 +515,7 @@ impl Communicator for Nccl {
     }
 
     fn barrier(&self) -> Result<()> {
-        self.shared.check(&self.shared.lock())?;
+        self.shared.look_back()?;
         self.host.barrier()
     }
 

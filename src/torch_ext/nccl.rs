@@ -57,6 +57,8 @@ struct Functions {
     abort: unsafe extern "C" fn(ncclComm_t) -> Status,
     finalize: unsafe extern "C" fn(ncclComm_t) -> Status,
     destroy: unsafe extern "C" fn(ncclComm_t) -> Status,
+    group_start: unsafe extern "C" fn() -> Status,
+    group_end: unsafe extern "C" fn() -> Status,
     error_string: unsafe extern "C" fn(Status) -> *const c_char,
     last_error: unsafe extern "C" fn(ncclComm_t) -> *const c_char,
     all_reduce: Reduce,
@@ -141,6 +143,8 @@ impl Nccl {
             abort: function!(b"ncclCommAbort\0"),
             finalize: function!(b"ncclCommFinalize\0"),
             destroy: function!(b"ncclCommDestroy\0"),
+            group_start: function!(b"ncclGroupStart\0"),
+            group_end: function!(b"ncclGroupEnd\0"),
             error_string: function!(b"ncclGetErrorString\0"),
             last_error: function!(b"ncclGetLastError\0"),
             all_reduce: function!(b"ncclAllReduce\0"),
@@ -333,6 +337,18 @@ impl Comm {
             // SAFETY: a live communicator, not used afterwards. Its answer changes nothing.
             unsafe { (self.nccl.functions.abort)(raw) };
         }
+    }
+
+    /// Ends communicators of one device at once, as [`Comm::abort`] does one. The work of all of them is
+    /// told to stop before the first is freed: freeing waits for the device, where the work of another
+    /// would go on waiting for its peers (pytorch issue 119797).
+    pub fn abort_all(comms: Vec<Self>) {
+        let Some(nccl) = comms.first().map(|comm| Arc::clone(&comm.nccl)) else { return };
+        // SAFETY: begins a group of this thread's calls, which ends below. Its answer changes nothing.
+        unsafe { (nccl.functions.group_start)() };
+        comms.into_iter().for_each(Self::abort);
+        // SAFETY: ends that group. It returns once all of its communicators are freed.
+        unsafe { (nccl.functions.group_end)() };
     }
 
     /// Begins to end the communicator in order, together with its peers; [`Comm::free`] follows

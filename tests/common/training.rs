@@ -69,8 +69,13 @@ impl Bench {
              loss_type: pointwise_bce\nepochs: 2\nlr: 1e-3\nmax_grad_norm: 0.5\nlog_interval: 1\n\
              gradient_accumulation_steps: 2\n";
         std::fs::write(root.path().join("t.yaml"), config).unwrap();
-        for strategy in ["deepspeed/zero1", "deepspeed/zero2", "deepspeed/zero3", "fsdp/full_shard"]
-        {
+        for strategy in [
+            "deepspeed/zero1",
+            "deepspeed/zero2",
+            "deepspeed/zero3",
+            "fsdp/full_shard",
+            "fsdp/hybrid",
+        ] {
             let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("config").join(strategy);
             let name = strategy.split('/').next_back().unwrap();
             let to = root.path().join(name).with_extension("yaml");

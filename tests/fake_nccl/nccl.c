@@ -47,10 +47,11 @@ typedef struct {
 // A group's identity: its memory as its maker has it open.
 typedef struct { int pid, descriptor; } Identity;
 
-typedef struct {
+typedef struct Comm {
   Group *group;
   int rank;
   const char *note;
+  struct Comm *next_aborted;
 } Comm;
 
 // Of the stand-in for CUDA: where the bytes behind an address of its device are.
@@ -293,13 +294,42 @@ int ncclCommGetAsyncError(Comm *comm, int *state) {
   return SUCCESS;
 }
 
-// The group's peers learn of it, as over NVLink or a network.
+// The library's, where there is one.
+__attribute__((weak)) int cudaDeviceSynchronize(void);
+
+static __thread int group_depth;
+static __thread Comm *aborted;
+
+static int begin_group(void) {
+  group_depth++;
+  return SUCCESS;
+}
+
+static int end_group(void) {
+  if (--group_depth > 0 || aborted == NULL) return SUCCESS;
+  if (cudaDeviceSynchronize) cudaDeviceSynchronize();
+  while (aborted != NULL) {
+    Comm *comm = aborted;
+    aborted = comm->next_aborted;
+    free(comm);
+  }
+  return SUCCESS;
+}
+
+int ncclGroupStart(void) { return begin_group(); }
+
+int ncclGroupEnd(void) { return end_group(); }
+
+// The group's peers learn of it, as over NVLink or a network. The real one stops the work at once too,
+// and frees the communicator at the end of the group of calls; that waits for the whole device.
 int ncclCommAbort(Comm *comm) {
+  begin_group();
   enter(comm->group);
   comm->group->dead = 1;
   leave(comm->group);
-  free(comm);
-  return SUCCESS;
+  comm->next_aborted = aborted;
+  aborted = comm;
+  return end_group();
 }
 
 int ncclCommFinalize(Comm *comm) {
