@@ -8,6 +8,7 @@
 //! reductions start as soon as a stage's gradients are whole.
 
 mod forecast;
+mod reader;
 mod step;
 mod walk;
 
@@ -16,6 +17,7 @@ use std::sync::Arc;
 use tch::{Device, Kind};
 
 pub use forecast::MemoryForecast;
+pub use reader::Reader;
 pub use step::{StepOptions, StepReport, TrainBatch};
 
 use crate::error::Result;

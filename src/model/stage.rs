@@ -214,7 +214,7 @@ pub struct Width {
 }
 
 /// One link of the chain that is a model.
-pub trait Stage: std::fmt::Debug {
+pub trait Stage: std::fmt::Debug + Send {
     /// A short name for reports: `embeddings`, `layer 3`, `head`.
     fn name(&self) -> String;
 

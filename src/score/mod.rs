@@ -10,17 +10,20 @@
 //! # Ok(()) }
 //! ```
 
+mod batch;
+mod crew;
 mod file;
 mod form;
 mod pipeline;
 mod store;
 mod stream;
 
+use std::cell::OnceCell;
 use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
-use tch::{Device, Kind};
+use tch::{Device, Kind, Tensor};
 
 pub use file::{FileJob, Progress};
 pub use form::PairTexts;
@@ -36,6 +39,8 @@ use crate::model::weights::WeightFiles;
 use crate::model::{ModelConfig, PackedBatch, Pretrained};
 use crate::shard::{FlatUnit, ParameterGroups};
 use crate::text::{EncodedPair, PairTokenizer, TokenBatch, TokenPrompt};
+use batch::{BatchLimits, batches};
+use crew::{Crew, Starter, Work};
 use form::Form;
 
 /// The head that a checkpoint lacks is drawn from this seed when scoring without training.
@@ -75,11 +80,13 @@ impl Default for ScoreOptions {
 #[derive(Debug)]
 pub struct CrossEncoder {
     engine: Engine,
+    config: ModelConfig,
+    /// Started by the first work that is enough for it; `None` where threads cannot share work.
+    crew: OnceCell<Option<Arc<Crew>>>,
     groups: Groups,
     tokenizer: Arc<PairTokenizer>,
     max_len: usize,
     positions: usize,
-    config_crc: u32,
     initialised: Vec<String>,
     assumed: Option<&'static TokenPrompt>,
 }
@@ -127,8 +134,18 @@ impl CrossEncoder {
         let positions = config.max_positions();
         let max_len = max_len.unwrap_or(positions).min(positions);
         let groups = Groups::flat(Box::new(Solo));
-        let config_crc = crc32fast::hash(config.raw.to_string().as_bytes());
-        Ok(Self { engine, groups, tokenizer, max_len, positions, config_crc, initialised, assumed })
+        let crew = OnceCell::new();
+        Ok(Self {
+            engine,
+            config,
+            crew,
+            groups,
+            tokenizer,
+            max_len,
+            positions,
+            initialised,
+            assumed,
+        })
     }
 
     /// Checks all that can be wrong with a model and `max_len` without reading its weights; returns
@@ -184,7 +201,7 @@ impl CrossEncoder {
             .iter()
             .map(|(q, d)| self.tokenizer.encode_pair(q.as_ref(), d.as_ref(), max_len))
             .collect::<Result<Vec<_>>>()?;
-        let logits = self.score_encoded(&encoded, options.batch_size)?;
+        let logits = self.finish(self.starter(options.batch_size)?.start(encoded))?;
         Ok(if options.normalize { logits.into_iter().map(sigmoid).collect() } else { logits })
     }
 
@@ -199,7 +216,7 @@ impl CrossEncoder {
         let sample = self.tokenizer.encode_pair("a query", "a document", self.positions)?;
         Ok(json!({
             "weights": format!("{:016x}", weights.fold(0, i64::wrapping_add)),
-            "config": format!("{:08x}", self.config_crc),
+            "config": format!("{:08x}", crc32fast::hash(self.config.raw.to_string().as_bytes())),
             "tokenizer": format!("{:016x}", self.tokenizer.fingerprint()),
             "sample": sample.input_ids,
         }))
@@ -217,31 +234,61 @@ impl CrossEncoder {
         Ok(max_len)
     }
 
-    /// Logits of tokenized pairs, in their order; all are finite.
-    pub(crate) fn score_encoded(&self, pairs: &[EncodedPair], batch: usize) -> Result<Vec<f32>> {
+    /// What begins to score pairs, for any thread to use.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for a `batch` of no pairs; as [`Crew::new`].
+    fn starter(&self, batch: usize) -> Result<Starter> {
         if batch == 0 {
             return Err(Error::Usage("the batch size is 0, expected at least 1".into()));
         }
-        let mut order: Vec<usize> = (0..pairs.len()).collect();
-        // Longest first: a batch that does not fit fails at once, not after an hour.
-        order.sort_by_key(|&i| (std::cmp::Reverse(pairs[i].input_ids.len()), i));
-        let mut logits = vec![0.0; pairs.len()];
-        let mut rest = order.as_slice();
-        while !rest.is_empty() {
-            let (now, later) = rest.split_at(self.batch_len(rest, pairs, batch));
-            let mut tokens = TokenBatch::default();
-            for &i in now {
-                tokens.push(&pairs[i]);
-            }
-            for (&i, score) in now.iter().zip(score_tokens(&self.engine, &tokens, &self.groups)?) {
-                logits[i] = score;
-            }
-            rest = later;
+        if self.crew.get().is_none() {
+            let crew = self.make_crew()?;
+            self.crew.get_or_init(|| crew);
         }
+        let crew = self.crew.get().cloned().flatten();
+        Ok(Starter::new(crew, batch))
+    }
+
+    /// The threads that score batches side by side: on the CPU, where libtorch may use several.
+    fn make_crew(&self) -> Result<Option<Arc<Crew>>> {
+        let threads = tch::get_num_threads();
+        if threads < 2 || self.engine.device() != Device::Cpu {
+            return Ok(None);
+        }
+        let readers = (0..threads).map(|_| self.engine.reader(&self.config));
+        Ok(Some(Arc::new(Crew::new(readers.collect::<Result<_>>()?)?)))
+    }
+
+    /// Logits of the pairs of `work`, in their order; all are finite.
+    fn finish(&self, work: Work) -> Result<Vec<f32>> {
+        let (pairs, logits) = match work {
+            Work::Under(flight) => flight.wait()?,
+            Work::Ahead(pairs, batch) => {
+                let logits = self.score_encoded(&pairs, batch)?;
+                (pairs, logits)
+            }
+        };
         match logits.iter().position(|logit| !logit.is_finite()) {
             Some(at) => Err(self.not_finite(logits[at], &pairs[at])),
             None => Ok(logits),
         }
+    }
+
+    /// Logits of tokenized pairs, in their order.
+    fn score_encoded(&self, pairs: &[EncodedPair], batch: usize) -> Result<Vec<f32>> {
+        let tokens = match self.engine.device() {
+            Device::Cpu => BATCH_TOKENS_CPU,
+            _ => BATCH_TOKENS_GPU,
+        };
+        let mut logits = vec![0.0; pairs.len()];
+        for batch in batches(pairs, BatchLimits { pairs: batch, tokens }) {
+            let scores = score_tokens(&self.engine, &batch.tokens, &self.groups)?;
+            for (place, score) in batch.places.into_iter().zip(scores) {
+                logits[place] = score;
+            }
+        }
+        Ok(logits)
     }
 
     /// JSON has no NaN, and a ranking no place for it: better no scores than such.
@@ -253,20 +300,6 @@ impl CrossEncoder {
             "the model's score is {logit} for the {tokens} tokens that begin with {text:?}, expected a \
              finite number; look for such numbers in its weights, or score in a wider precision"
         ))
-    }
-
-    /// How many of the pairs that are left, in `order`, are the next batch: at least one.
-    fn batch_len(&self, order: &[usize], pairs: &[EncodedPair], batch: usize) -> usize {
-        let most = match self.engine.device() {
-            Device::Cpu => BATCH_TOKENS_CPU,
-            _ => BATCH_TOKENS_GPU,
-        };
-        let mut tokens = 0;
-        let fits = |&&i: &&usize| {
-            tokens += pairs[i].input_ids.len();
-            tokens <= most
-        };
-        order.iter().take(batch).take_while(fits).count().max(1)
     }
 }
 
@@ -343,9 +376,13 @@ pub fn check_model(
 /// # Errors
 /// [`Error::Torch`] when the batch does not fit, [`Error::Comm`] from the communicator.
 pub fn score_tokens(engine: &Engine, tokens: &TokenBatch, groups: &Groups) -> Result<Vec<f32>> {
-    let scores = engine.score(&pack(tokens, engine.device())?, groups)?;
-    let mut host = vec![0.0; tokens.len()];
-    scores.f_to_kind(Kind::Float)?.f_contiguous()?.f_copy_data(&mut host, tokens.len())?;
+    host_scores(&engine.score(&pack(tokens, engine.device())?, groups)?, tokens.len())
+}
+
+/// The `count` scores of a batch, on the host.
+fn host_scores(scores: &Tensor, count: usize) -> Result<Vec<f32>> {
+    let mut host = vec![0.0; count];
+    scores.f_to_kind(Kind::Float)?.f_contiguous()?.f_copy_data(&mut host, count)?;
     Ok(host)
 }
 

@@ -31,9 +31,11 @@ where
     C: Send + 'static,
     K: Send + 'static,
 {
-    for chunk in ordered_map(chunks, TOKENIZER_THREADS, CHUNKS_AHEAD, encode)? {
-        let (kept, encoded) = chunk?;
-        sink(kept, model.score_encoded(&encoded, batch_size)?)?;
+    let starter = model.starter(batch_size)?;
+    let start = move |chunk| encode(chunk).map(|(kept, pairs)| (kept, starter.start(pairs)));
+    for chunk in ordered_map(chunks, TOKENIZER_THREADS, CHUNKS_AHEAD, start)? {
+        let (kept, work) = chunk?;
+        sink(kept, model.finish(work)?)?;
     }
     Ok(())
 }
