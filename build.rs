@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 const SOURCES: [&str; 5] =
     ["autograd.cpp", "attention.cpp", "attention_cuda.cpp", "gloo.cpp", "stream.cpp"];
 
+const CHOICE: &str = ".libtorch.path";
+
 fn main() {
     let lib = PathBuf::from(
         std::env::var("DEP_TCH_LIBTORCH_LIB").expect("torch-sys tells where libtorch is"),
@@ -14,6 +16,10 @@ fn main() {
     let include = lib.parent().expect("libtorch's lib folder has a parent").join("include");
     let dir = Path::new("src/torch_ext/csrc");
     println!("cargo:rerun-if-changed={}", dir.display());
+    // scripts/setup.sh notes here which libtorch the link leads to; cargo does not see a link change.
+    if Path::new(CHOICE).exists() {
+        println!("cargo:rerun-if-changed={CHOICE}");
+    }
     cc::Build::new()
         .cpp(true)
         .std("c++20")

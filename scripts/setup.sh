@@ -230,12 +230,14 @@ provide_libtorch() {
         check_libtorch "$LIBTORCH" LIBTORCH
         target=$(readlink -f "$LIBTORCH")  # it may be the link itself
     elif [[ -z $flavour && -d $link && $(libtorch_version "$link") == "$TORCH_VERSION" ]]; then
-        return
+        target=$(readlink -f "$link")
     else
         target=$(fetch_libtorch)
         check_libtorch "$target" "the fetched libtorch"
     fi
     ln -sfnT "$target" "$link"
+    # Has cargo link anew where the choice is another (build.rs).
+    [[ -f $link.path && $(<"$link.path") == "$target" ]] || printf '%s\n' "$target" >"$link.path"
 }
 
 # The directory for a .pth file that makes `import torch` find a torch for this Python.

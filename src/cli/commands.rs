@@ -11,6 +11,7 @@ use super::output::print;
 use super::{CheckArgs, Cli, Command, DistillArgs, PlanArgs, check, convert, eval, score};
 use crate::config::Plan;
 use crate::error::{Error, Result};
+use crate::torch_ext::runtime;
 use crate::train;
 
 /// Does what the command line asks for; returns the process's exit code.
@@ -72,7 +73,11 @@ fn as_worker(args: &PlanArgs, job: impl FnOnce(&Plan, &WorkerEnv) -> Result<u8>)
     start_log(env.rank);
     // Every line of this worker carries its rank, also those of its libraries.
     let _rank = tracing::info_span!("worker", rank = env.rank).entered();
-    job(&args.plan(Some(env.world_size), args.device)?, &env)
+    let plan = args.plan(Some(env.world_size), args.device)?;
+    if plan.training.deterministic {
+        runtime::keep_switches_from_reducing();
+    }
+    job(&plan, &env)
 }
 
 /// Rank 0 tells what happens; the others only what is wrong. `RUST_LOG` decides otherwise.

@@ -160,19 +160,32 @@ enum Kernel {
     PerSequence,
 }
 
+/// The fused kernels that a GPU has for some heads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fused {
+    /// None.
+    None,
+    /// Memory-efficient attention.
+    Efficient,
+    /// Flash attention and memory-efficient attention.
+    Flash,
+}
+
 impl Kernel {
-    /// The fastest that computes what is asked for. `flash` says whether the device has flash
-    /// attention at all.
-    fn choose(device: Device, kind: Kind, dim: i64, window: Window, flash: bool) -> Self {
+    /// The fastest that computes what is asked for, of what the device has.
+    fn choose(device: Device, kind: Kind, dim: i64, window: Window, fused: Fused) -> Self {
         let half = matches!(kind, Kind::BFloat16 | Kind::Half);
         // Kernels load 16 bytes at a time.
         let aligned = dim % if half { 8 } else { 4 } == 0;
         match device {
             // libtorch's attention in low precision is slow on the CPU, and no more exact.
             Device::Cpu if half || kind == Kind::Float => Self::Cpu,
-            Device::Cuda(_) if half && flash && aligned && dim <= 256 => Self::Flash,
+            Device::Cuda(_) if half && fused == Fused::Flash && aligned && dim <= 256 => {
+                Self::Flash
+            }
             Device::Cuda(_)
                 if (half || kind == Kind::Float)
+                    && fused != Fused::None
                     && aligned
                     && matches!(window, Window::FULL | Window::CAUSAL) =>
             {
@@ -194,14 +207,17 @@ pub fn packed_attention(
 ) -> Result<Tensor> {
     let (device, kind) = (projections.query().device(), projections.query().f_kind()?);
     if let Device::Cpu = device
-        && Kernel::choose(device, kind, 0, options.window, false) == Kernel::Cpu
+        && Kernel::choose(device, kind, 0, options.window, Fused::None) == Kernel::Cpu
     {
         return cpu_kernel(projections, kind, &options);
     }
     let parts = projections.split(&options)?;
     let dim = parts[0].size3()?.2;
-    let flash = matches!(device, Device::Cuda(_)) && has_flash(&parts, &options)?;
-    match Kernel::choose(device, kind, dim, options.window, flash) {
+    let fused = match device {
+        Device::Cuda(_) => fused(&parts[0], &options)?,
+        _ => Fused::None,
+    };
+    match Kernel::choose(device, kind, dim, options.window, fused) {
         kernel @ (Kernel::Flash | Kernel::Efficient) if options.cu_seqlens.longest > 0 => {
             cuda_kernel(kernel, &parts, &options)
         }
@@ -259,25 +275,30 @@ fn window_mask(window: Window, length: i64, device: Device) -> Result<Tensor> {
     Ok(window.right.map_or_else(|| Ok(left.shallow_clone()), |right| left.f_tril(right))?)
 }
 
-/// Whether libtorch would take flash attention, or cuDNN's like it, for such tensors on their
-/// device: it needs compute capability 8.0.
-fn has_flash(parts: &[Tensor; 3], options: &AttentionOptions<'_>) -> Result<bool> {
+/// What the device has for heads like those of `query`, as libtorch chooses itself: by its build and by
+/// the generation of the GPU (before Ampere no kernel takes bf16). Of the query alone: a choice for
+/// shared key heads knows no memory-efficient attention, to which they are expanded here.
+fn fused(query: &Tensor, options: &AttentionOptions<'_>) -> Result<Fused> {
     // sdp::SDPBackend
-    const FLASH: i64 = 1;
-    const CUDNN: i64 = 3;
-    let [query, key, value] = parts;
-    let batched = |x: &Tensor| -> Result<Tensor> { Ok(x.f_transpose(0, 1)?.f_unsqueeze(0)?) };
+    const MATH: i64 = 0;
+    const EFFICIENT: i64 = 2;
+    let heads = query.f_transpose(0, 1)?.f_unsqueeze(0)?;
     let choice = Tensor::f_internal_fused_sdp_choice(
-        &batched(query)?,
-        &batched(key)?,
-        &batched(value)?,
+        &heads,
+        &heads,
+        &heads,
         None::<&Tensor>,
         options.dropout,
         options.window == Window::CAUSAL,
         options.scale,
-        options.kv_heads != options.heads,
+        false,
     )?;
-    Ok(matches!(choice, FLASH | CUDNN))
+    Ok(match choice {
+        MATH => Fused::None,
+        EFFICIENT => Fused::Efficient,
+        // cuDNN's, where it is preferred, comes with flash attention.
+        _ => Fused::Flash,
+    })
 }
 
 fn cuda_kernel(
@@ -386,25 +407,27 @@ mod tests {
     #[test]
     fn the_fastest_kernel_that_fits_is_chosen() {
         use Kernel::{Cpu, Efficient, Flash, PerSequence};
+        let [none, some, all] = [Fused::None, Fused::Efficient, Fused::Flash];
         let gpu = Device::Cuda(0);
         let sliding = Window::causal(4);
-        for (device, kind, dim, window, flash, expected) in [
-            (Device::Cpu, Kind::Float, 5, sliding, false, Cpu),
-            (Device::Cpu, Kind::BFloat16, 64, Window::FULL, false, Cpu),
-            (Device::Cpu, Kind::Double, 64, Window::FULL, false, PerSequence),
-            (gpu, Kind::BFloat16, 64, Window::FULL, true, Flash),
-            (gpu, Kind::Half, 256, sliding, true, Flash),
-            (gpu, Kind::BFloat16, 64, Window::CAUSAL, false, Efficient),
-            (gpu, Kind::BFloat16, 36, Window::CAUSAL, true, PerSequence),
-            (gpu, Kind::BFloat16, 264, Window::CAUSAL, true, Efficient),
-            (gpu, Kind::BFloat16, 264, sliding, true, PerSequence),
-            (gpu, Kind::Float, 64, Window::CAUSAL, true, Efficient),
-            (gpu, Kind::Float, 64, Window::local(8), true, PerSequence),
-            (gpu, Kind::Float, 6, Window::FULL, true, PerSequence),
-            (gpu, Kind::Double, 64, Window::FULL, true, PerSequence),
+        for (device, kind, dim, window, fused, expected) in [
+            (Device::Cpu, Kind::Float, 5, sliding, none, Cpu),
+            (Device::Cpu, Kind::BFloat16, 64, Window::FULL, none, Cpu),
+            (Device::Cpu, Kind::Double, 64, Window::FULL, none, PerSequence),
+            (gpu, Kind::BFloat16, 64, Window::FULL, all, Flash),
+            (gpu, Kind::Half, 256, sliding, all, Flash),
+            (gpu, Kind::BFloat16, 64, Window::CAUSAL, none, PerSequence),
+            (gpu, Kind::BFloat16, 64, Window::CAUSAL, some, Efficient),
+            (gpu, Kind::BFloat16, 36, Window::CAUSAL, all, PerSequence),
+            (gpu, Kind::BFloat16, 264, Window::CAUSAL, all, Efficient),
+            (gpu, Kind::BFloat16, 264, sliding, all, PerSequence),
+            (gpu, Kind::Float, 64, Window::CAUSAL, all, Efficient),
+            (gpu, Kind::Float, 64, Window::local(8), all, PerSequence),
+            (gpu, Kind::Float, 6, Window::FULL, all, PerSequence),
+            (gpu, Kind::Double, 64, Window::FULL, all, PerSequence),
         ] {
-            let chosen = Kernel::choose(device, kind, dim, window, flash);
-            assert_eq!(chosen, expected, "{device:?} {kind:?} {dim} {window:?} {flash}");
+            let chosen = Kernel::choose(device, kind, dim, window, fused);
+            assert_eq!(chosen, expected, "{device:?} {kind:?} {dim} {window:?} {fused:?}");
         }
     }
 

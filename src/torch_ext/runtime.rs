@@ -57,6 +57,20 @@ pub fn sleep_while_waiting() {
     let _failure = anew.arg0(name).args(words).env(vars::OMP_WAIT_POLICY, "passive").exec();
 }
 
+/// NCCL's in-switch reductions (NVLink SHARP), and the choice among its algorithms as a whole.
+const NCCL_NVLS: &str = "NCCL_NVLS_ENABLE";
+const NCCL_ALGORITHMS: &str = "NCCL_ALGO";
+
+/// Has NCCL reduce without the NVLink switches, which add up in another order every time (NVIDIA/nccl
+/// issue 1497), unless the environment says how it is to reduce. NCCL reads it when its first communicator
+/// is made. To be called while this process has one thread.
+pub fn keep_switches_from_reducing() {
+    if [NCCL_NVLS, NCCL_ALGORITHMS].iter().all(|name| std::env::var_os(name).is_none()) {
+        // SAFETY: no other thread could look at the environment meanwhile.
+        unsafe { std::env::set_var(NCCL_NVLS, "0") };
+    }
+}
+
 /// Gives cuBLAS workspaces of a fixed size, with which its results do not depend on what else runs, unless
 /// the environment says what it gets. To be called while this process has one thread.
 pub fn fix_cublas_workspace() {
@@ -184,8 +198,8 @@ pub fn load_cuda() -> Result<()> {
             }
         };
         return Err(Error::Usage(format!(
-            "cannot load libtorch's CUDA library: {reason}; run scripts/setup.sh --cuda, or \
-             choose the CPU (rr-launch --cpu, reranker --device cpu)"
+            "cannot load libtorch's CUDA library: {reason}; run scripts/setup.sh --cuda and build \
+             again, or choose the CPU (rr-launch --cpu, reranker --device cpu)"
         )));
     }
     if !tch::Cuda::is_available() {

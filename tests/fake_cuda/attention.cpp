@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 
+#include "devices.h"
 #include "kernels.h"
 
 namespace fake_cuda {
@@ -135,6 +136,7 @@ void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const 
 
 void check_flash(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Maybe& boundaries) {
   check(q, k, v, boundaries);
+  TORCH_CHECK(setting("FAKE_CUDA_MAJOR", 9) >= 8, "FlashAttention only supports Ampere GPUs or newer.");
   TORCH_CHECK(q.scalar_type() == at::kHalf || q.scalar_type() == at::kBFloat16,
               "FlashAttention only support fp16 and bf16 data type");
   TORCH_CHECK(q.size(-1) <= 256 && q.size(-1) % 8 == 0 && q.size(-2) % k.size(-2) == 0,
@@ -145,6 +147,8 @@ void check_flash(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, 
 void check_efficient(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Maybe& bias,
                      const Maybe& boundaries) {
   check(q, k, v, boundaries);
+  TORCH_CHECK(q.scalar_type() != at::kBFloat16 || setting("FAKE_CUDA_MAJOR", 9) >= 8,
+              "cutlassF: no kernel found to launch!");
   TORCH_CHECK(!bias || !bias->defined() || (q.size(0) == 1 && bias->size(0) == 1 && bias->device() == q.device()),
               "fake CUDA: efficient attention with a bias for one sequence only");
   TORCH_CHECK(q.dim() == 4 && q.size(2) == k.size(2), "efficient attention: wrong shapes");

@@ -2,6 +2,7 @@
 //
 // environment: FAKE_CUDA_DEVICES     how many (default 1)
 //              FAKE_CUDA_MB          memory of each (default 16384)
+//              FAKE_CUDA_MAJOR       the generation, their compute capability's first number (default 9)
 //              FAKE_CUDA_MIG         into how many MIG slices each is divided (default 0: it is not)
 //              FAKE_CUDA_BUSY        INDEX:PID, a process that computes on one
 //              FAKE_CUDA_TRACE       prints each operation with the bytes that tensors hold

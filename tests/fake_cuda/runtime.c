@@ -191,7 +191,7 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *out, int device) {
   memset(out, 0, sizeof *out);
   snprintf(out->name, sizeof out->name, "fake CUDA device");
   out->totalGlobalMem = memory;
-  out->major = 9;
+  out->major = (int)setting("FAKE_CUDA_MAJOR", 9);
   out->minor = 0;
   out->multiProcessorCount = 16;
   out->warpSize = 32;

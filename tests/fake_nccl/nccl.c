@@ -265,6 +265,8 @@ static Group *open_group(const UniqueId *id) {
 int ncclCommInitRankConfig(Comm **out, int ranks, UniqueId id, int rank, const ConfigHead *config) {
   if (config->magic != 0xcafebeef || config->blocking != 0 || config->size < sizeof *config)
     return INVALID_ARGUMENT;
+  const char *expected = getenv("FAKE_NCCL_NVLS"), *nvls = getenv("NCCL_NVLS_ENABLE");
+  if (expected && strcmp(expected, nvls ? nvls : "unset") != 0) return INVALID_ARGUMENT;
   Group *group = ranks <= MAX_RANKS ? open_group(&id) : NULL;
   Comm *comm = calloc(1, sizeof *comm);
   if (group == NULL || comm == NULL) return INVALID_ARGUMENT;
