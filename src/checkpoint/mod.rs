@@ -6,4 +6,4 @@ pub mod training;
 pub mod weight_writer;
 
 pub use model_dir::{SavedModel, save_model};
-pub use sidecar::Sidecar;
+pub use sidecar::{FILE_NAME as SIDECAR, Sidecar};

@@ -86,15 +86,18 @@ impl ModelFiles {
     }
 }
 
-/// Writes everything of a model directory but weights into `dir`.
+/// Writes everything of a model directory but weights into `dir`, with other `metrics` than those of its
+/// sidecar where they are given.
 ///
 /// # Errors
 /// [`Error::Io`] with the file.
-pub fn write_model_files(dir: &Path, model: &ModelFiles) -> Result<()> {
+pub fn write_model_files(dir: &Path, model: &ModelFiles, metrics: Option<&Value>) -> Result<()> {
     for (name, bytes) in &model.files {
         write_synced(&dir.join(name), bytes)?;
     }
-    model.sidecar.as_ref().map_or(Ok(()), |sidecar| sidecar.write(dir))
+    let Some(sidecar) = &model.sidecar else { return Ok(()) };
+    let metrics = metrics.unwrap_or(&sidecar.metrics).clone();
+    Sidecar { metrics, ..sidecar.clone() }.write(dir)
 }
 
 /// Writes the model directory `target` on rank 0, whole or not at all, replacing one that is there.
@@ -119,7 +122,7 @@ pub fn save_model(model: SavedModel<'_>, target: &Path, groups: &Groups) -> Resu
         }
     })?;
     let Building { staged, files, .. } = building?;
-    write_model_files(staged.path(), &files)?;
+    write_model_files(staged.path(), &files, None)?;
     fail_point("before_model_moves");
     staged.publish()?;
     fail_point("after_model_moves");

@@ -25,7 +25,7 @@ pub(super) fn run(args: &CheckArgs) -> Result<()> {
         runtime::device(plan.parallel.device, 0)?;
     }
     train::check_trackers(&plan)?;
-    let inputs = train::Inputs::load(&plan, workers)?;
+    let inputs = train::Inputs::load(&plan, workers, false)?;
     train::check_resume(&plan, &inputs, workers)?;
     train::teacher::check(&plan)?;
     if args.for_launch {

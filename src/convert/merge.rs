@@ -37,7 +37,7 @@ pub fn merge(name: &str, target: &Path) -> Result<String> {
         })?;
         writer.write(spec, &values)?;
     }
-    write_model_files(staged.path(), &files)?;
+    write_model_files(staged.path(), &files, None)?;
     staged.publish()?;
     Ok(base)
 }

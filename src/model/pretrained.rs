@@ -8,9 +8,7 @@ use super::weights::WeightFiles;
 use super::{ModelConfig, stages};
 use crate::error::{Error, Result};
 use crate::hub::{self, ModelDir};
-
-/// A tokenizer's file that every model directory of ours has.
-const TOKENIZER: &str = "tokenizer.json";
+use crate::text::tokenizer_file;
 
 /// A model that was found and opened; its weights are still on disk.
 #[derive(Debug)]
@@ -46,7 +44,7 @@ impl Pretrained {
             stages(&config).iter().flat_map(|stage| stage.parameters()).collect();
         let weights = WeightFiles::open(&base.path)?.with_adapter(&dir, &adapter, &parameters)?;
         // Adapters that peft saved have none of their own.
-        let dir = if dir.join(TOKENIZER).exists() { dir } else { base.path };
+        let dir = if tokenizer_file(&dir).is_some() { dir } else { base.path };
         Ok(Self { dir, revision, config, weights, base: Some(adapter.base) })
     }
 

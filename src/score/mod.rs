@@ -28,7 +28,7 @@ use tch::{Device, Kind, Tensor};
 pub use file::{FileJob, Progress};
 pub use form::PairTexts;
 pub use pipeline::score_pairs;
-pub use store::{Due, Earlier, ScoreStore};
+pub use store::{Due, Earlier, ScoreStore, Writer};
 pub use stream::{Scored, score_stream};
 
 use crate::comm::{Groups, Solo};

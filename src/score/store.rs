@@ -250,6 +250,15 @@ impl ScoreStore {
         }
     }
 
+    /// The writer of rank `rank`'s scores, for a rank that waits for it beyond its own part.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the log cannot be opened.
+    pub fn writer(&self, rank: usize) -> Result<Writer> {
+        let path = log_path(&self.dir, rank);
+        File::open(&path).map(Writer).map_err(io(&path, "open"))
+    }
+
     /// The scores of the first `chunks` chunks, a list for each, in order.
     pub fn scores(&self, chunks: u64) -> impl Iterator<Item = Result<Vec<f32>>> {
         (0..chunks).map(|chunk| {
@@ -397,14 +406,30 @@ impl Log {
         Ok(())
     }
 
-    /// Whether the process that wrote it has ended: nobody holds its lock.
     fn is_without_writer(&self) -> bool {
-        let free = self.file.try_lock_shared().is_ok();
-        if free {
-            // Whoever else asks at this moment sees it held, and asks again.
-            let _ = self.file.unlock();
-        }
-        free
+        is_without_writer(&self.file)
+    }
+}
+
+/// Whether the process that wrote a log has ended: nobody holds its lock.
+fn is_without_writer(log: &File) -> bool {
+    let free = log.try_lock_shared().is_ok();
+    if free {
+        // Whoever else asks at this moment sees it held, and asks again.
+        let _ = log.unlock();
+    }
+    free
+}
+
+/// The rank that writes a log of scores, as other ranks see it.
+#[derive(Debug)]
+pub struct Writer(File);
+
+impl Writer {
+    /// Whether it is done with its store, or its process has ended.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        is_without_writer(&self.0)
     }
 }
 

@@ -10,6 +10,8 @@ mod prompt;
 mod tokenizer;
 mod vocab;
 
+use std::path::{Path, PathBuf};
+
 pub use format::TextFormat;
 pub use lengths::LengthReport;
 pub use pipeline::{PipelineOptions, TokenBatch, WorkItem, token_batches};
@@ -17,6 +19,14 @@ pub use prompt::TokenPrompt;
 pub use tokenizer::{
     DecoderTemplate, EncodedPair, Ending, PairTokenizer, Truncation, pad_token_id,
 };
+
+/// The file that a model directory's tokenizer is read from, where it has one: `tokenizer.json`, or a BERT
+/// `vocab.txt`.
+#[must_use]
+pub fn tokenizer_file(dir: &Path) -> Option<PathBuf> {
+    let files = ["tokenizer.json", "vocab.txt"].map(|name| dir.join(name));
+    files.into_iter().find(|file| file.is_file())
+}
 
 /// Files that belong to the tokenizer of a model directory, as far as it has them.
 pub const TOKENIZER_FILES: [&str; 9] = [

@@ -9,6 +9,9 @@ use crate::error::{Error, Result};
 
 use super::validate::Validation;
 
+/// Where a checkpoint keeps, beside the best validation, the CRC-32 of what it was judged by.
+pub(super) const DATA: &str = "data";
+
 /// What follows from a validation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Verdict {

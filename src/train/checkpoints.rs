@@ -12,7 +12,7 @@ use tracing::warn;
 use super::inputs::Inputs;
 use super::report::METRICS;
 use super::start::{Start, bring_best, find, named};
-use super::{output, teacher};
+use super::{best, output, teacher};
 use crate::atomic::{StagedDir, create_dir_synced};
 use crate::checkpoint::Sidecar;
 use crate::checkpoint::model_dir::{MAX_SHARD_BYTES, ModelFiles};
@@ -23,6 +23,7 @@ use crate::comm::{Groups, Reduction, reduce_values};
 use crate::config::{Plan, Resume, SaveFailure};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
+use crate::text::tokenizer_file;
 
 /// The lock inside the directory of logs and metrics.
 const LOCK: &str = ".lock";
@@ -35,12 +36,14 @@ const DATA: &str = "training data (CRC-32)";
 
 /// Settings whose change makes no other run: where and when things are written or shown, how the
 /// work is spread and computed, and what is counted in items per step instead.
-const FREE: [&str; 7] = [
+const FREE: [&str; 8] = [
     "batch_size",
     "cache_dir",
     "deterministic",
     "gradient_accumulation_steps",
     "gradient_checkpointing",
+    // Its weights, its configuration and its tokenizer are compared themselves.
+    "model_name_or_path",
     "train_dataset",
     "val_dataset",
 ];
@@ -213,6 +216,11 @@ pub(super) fn compare(
     Err(plan.error("resume", message))
 }
 
+/// Whether the steps of a run that goes on from `manifest` may use up the data otherwise than before.
+pub(super) fn steps_differ(plan: &Plan, world_size: usize, manifest: &Manifest) -> bool {
+    manifest.items_per_step != items_per_step(plan, world_size) || plan.sources.resume_anyway
+}
+
 /// What is to be said before a run about an earlier one in its output directory.
 ///
 /// # Errors
@@ -266,13 +274,31 @@ fn identity(plan: &Plan, inputs: &Inputs, engine: Option<&Engine>) -> Result<Ide
         "model configuration (CRC-32)".into(),
         json!(format!("{:08x}", crc32fast::hash(config.as_bytes()))),
     );
-    let tokenizer = inputs.model_dir.join("tokenizer.json");
-    all.insert("tokenizer (CRC-32)".into(), contents(&tokenizer)?);
+    if let Some(file) = tokenizer_file(&inputs.model_dir) {
+        all.insert("tokenizer (CRC-32)".into(), contents(&file)?);
+    }
+    all.insert(
+        "tokenizer's settings (CRC-32)".into(),
+        json!(format!("{:08x}", tokenizer_settings(inputs)?)),
+    );
     if let Some(engine) = engine {
         let sums = engine.units().iter().map(crate::shard::FlatUnit::fingerprint);
         all.insert(WEIGHTS.into(), json!(sums.fold(0_i64, i64::wrapping_add)));
     }
     Ok(Identity(all))
+}
+
+/// What a tokenizer does beside what is in its first file: how it joins the texts of a pair, whether it
+/// tells them apart, and the padding.
+fn tokenizer_settings(inputs: &Inputs) -> Result<u32> {
+    let sample =
+        inputs.tokenizer.encode_pair("a query", "a document", inputs.config.max_positions())?;
+    let mut sum = crc32fast::Hasher::new();
+    for id in sample.input_ids.iter().copied().chain([inputs.padding.unwrap_or(u32::MAX)]) {
+        sum.update(&id.to_le_bytes());
+    }
+    sum.update(&sample.type_ids);
+    Ok(sum.finalize())
 }
 
 impl<'a> Checkpoints<'a> {
@@ -289,12 +315,17 @@ impl<'a> Checkpoints<'a> {
         let mut start = find(plan, &identity, groups)?;
         if let Some(start) = &mut start {
             let is_first = groups.world.rank() == 0;
-            let is_there =
-                agree(if is_first { bring_best(plan, start) } else { Ok(true) }, groups)?;
+            let is_there = if is_first {
+                is_comparable(plan, &start.manifest)
+                    .and_then(|same| Ok(same && bring_best(plan, start)?))
+            } else {
+                Ok(true)
+            };
+            let is_there = agree(is_there, groups)?;
             let mut missing = [f64::from(u8::from(!is_there))];
             reduce_values(groups.world.as_ref(), &mut missing, Reduction::Max)?;
             if missing[0] > 0.0 {
-                start.manifest.job["best"]["found"] = Value::Null;
+                start.manifest.job["best"] = Value::Null;
             }
         }
         if let Some(Start { path, manifest }) = &start {
@@ -305,7 +336,10 @@ impl<'a> Checkpoints<'a> {
         }
         let this = Self::new(plan, inputs, identity, groups, lock)?;
         if groups.world.rank() == 0 {
-            output::begin(plan)?;
+            output::begin(plan, start.is_none())?;
+            if let Some(Start { path, manifest }) = &start {
+                this.saver.trim(path, manifest.progress.step);
+            }
         }
         Ok((this, start.map(|start| start.manifest)))
     }
@@ -402,6 +436,19 @@ impl<'a> Checkpoints<'a> {
             outcome => outcome.map_err(cannot_save),
         }
     }
+}
+
+/// Whether validations of the checkpoint's run can be compared with those to come: over the same data.
+fn is_comparable(plan: &Plan, manifest: &Manifest) -> Result<bool> {
+    let best = &manifest.job["best"];
+    let (Some(path), Some(there)) = (&plan.data.validation, best[best::DATA].as_str()) else {
+        return Ok(true);
+    };
+    let is_same = plan.validation.metric.is_none() || format!("{:08x}", file_crc32(path)?) == there;
+    if !is_same {
+        warn!("val_dataset is another than before; the next validation is the best again");
+    }
+    Ok(is_same)
 }
 
 /// What a failed save is called, unless it failed for want of a peer.

@@ -47,11 +47,12 @@ pub struct Inputs {
 }
 
 impl Inputs {
-    /// Reads what `plan` names, for a world of `world_size` ranks.
+    /// Reads what `plan` names, for a world of `world_size` ranks. `taught` says that the scores of
+    /// its teacher are there.
     ///
     /// # Errors
     /// User errors that name the file, the line or the setting.
-    pub fn load(plan: &Plan, world_size: usize) -> Result<Self> {
+    pub fn load(plan: &Plan, world_size: usize, taught: bool) -> Result<Self> {
         check_data_files(plan)?;
         let pretrained = pretrained(plan)?;
         let Pretrained { dir: model_dir, revision, mut config, weights, .. } = pretrained;
@@ -76,7 +77,7 @@ impl Inputs {
             }
             None => (None, None),
         };
-        let (train, train_report) = load_train(plan, &tokenizer)?;
+        let (train, train_report) = load_train(plan, &tokenizer, taught)?;
         if plan.loss.needs_groups() && train.kind != DatasetKind::Grouped {
             let message = "compares the hits of a query, but train_dataset holds single pairs; \
                            give grouped records, or use pointwise_bce or pointwise_mse";
@@ -182,10 +183,14 @@ fn tokenizer(plan: &Plan, dir: &Path) -> Result<PairTokenizer> {
     Ok(tokenizer)
 }
 
-fn load_train(plan: &Plan, tokenizer: &Arc<PairTokenizer>) -> Result<(Dataset, LoadReport)> {
+fn load_train(
+    plan: &Plan,
+    tokenizer: &Arc<PairTokenizer>,
+    taught: bool,
+) -> Result<(Dataset, LoadReport)> {
     let data = &plan.data;
     let options = match &data.teacher {
-        Some(teacher) => teacher::load_options(plan, teacher)?,
+        Some(teacher) => teacher::load_options(plan, teacher, taught)?,
         None => LoadOptions {
             kind: data.train_kind,
             label_key: Some(data.train_label_key.clone()),

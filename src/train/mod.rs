@@ -31,7 +31,7 @@ pub use trackers::check as check_trackers;
 pub use validate::Validation;
 
 use crate::checkpoint::model_dir::MAX_SHARD_BYTES;
-use crate::checkpoint::training::{Progress, agree};
+use crate::checkpoint::training::{Progress, agree, file_crc32};
 use crate::checkpoint::{SavedModel, Sidecar, save_model};
 use crate::comm::{Communicator, Gloo, Groups, Nccl, Reduction, Solo, TIMEOUT, reduce_values};
 use crate::config::{self, Plan, Precision, SaveFailure, Strategy, ZeroStage};
@@ -39,6 +39,7 @@ use crate::data::{Augment, Dataset, StepPlan};
 use crate::engine::{Engine, EngineOptions, StepOptions, StepReport, TrainBatch};
 use crate::error::{Error, Result};
 use crate::loss;
+use crate::optim::Schedule;
 use crate::score::pack;
 use crate::shard::{FlatUnit, Offload, ParameterGroups, Sharding, Share};
 use crate::text::{PipelineOptions, TokenBatch, WorkItem, token_batches};
@@ -76,7 +77,7 @@ pub fn run(plan: &Plan, env: &WorkerEnv) -> Result<Ending> {
     // What is wrong with the data is known before the ranks meet; a teacher's scores are data that
     // they make together.
     let inputs = match plan.data.teacher {
-        None => Some(Inputs::load(plan, env.world_size)?),
+        None => Some(Inputs::load(plan, env.world_size, false)?),
         Some(_) => None,
     };
     let device = runtime::device(plan.parallel.device, env.local_rank)?;
@@ -105,6 +106,10 @@ fn train(
 ) -> Result<Ending> {
     heartbeat::working(format_args!("loading the model"));
     let lock = checkpoints::lock(plan, groups)?;
+    if env.rank == 0 {
+        // Before the lock was taken another run may have ended here.
+        output::check(plan)?;
+    }
     if is_complete(plan, groups)? {
         return Ok(Ending::Done);
     }
@@ -113,7 +118,7 @@ fn train(
     }
     let inputs = &match inputs {
         Some(inputs) => inputs,
-        None => Inputs::load(plan, env.world_size)?,
+        None => Inputs::load(plan, env.world_size, true)?,
     };
     let preflight = (env.rank == 0).then(|| tell(plan, inputs, env.world_size)).transpose()?;
     let rates = parameter_groups(plan);
@@ -125,17 +130,29 @@ fn train(
     engine.prepare_training()?;
     let (checkpoints, earlier) = Checkpoints::open(plan, inputs, &mut engine, groups, lock)?;
     let progress = earlier.as_ref().map_or_else(Progress::default, |manifest| manifest.progress);
+    let schedule = match &earlier {
+        Some(earlier) if checkpoints::steps_differ(plan, env.world_size, earlier) => {
+            inputs.schedule_from(progress, plan.training.epochs)
+        }
+        _ => inputs.schedule,
+    };
     let about = preflight.as_ref().map(|preflight| About { plan, env, preflight, device });
     let mut best = Best::new(&plan.validation);
     if let (Some(best), Some(manifest)) = (&mut best, &earlier) {
         best.take_up(&manifest.job["best"]);
     }
+    let validation_data = match (&best, &plan.data.validation) {
+        (Some(_), Some(path)) => Some(format!("{:08x}", file_crc32(path)?)),
+        _ => None,
+    };
     let mut job = Job {
         plan,
         inputs,
         groups,
-        reporter: Reporter::new(plan, inputs, about.as_ref(), progress.step)?,
+        reporter: Reporter::new(plan, inputs, about.as_ref(), (progress.step, schedule.total()))?,
+        schedule,
         best,
+        validation_data,
         checkpoints,
         progress,
         metrics: earlier.map_or(Value::Null, |manifest| manifest.job["metrics"].clone()),
@@ -147,10 +164,11 @@ fn train(
     }
     heartbeat::working(format_args!("saving the last checkpoint"));
     job.checkpoints.finish(groups)?;
+    let replaced = output::replaces_best(plan);
     let saving = job.save(output::MODEL)?;
     let memory = Memory::gather(&job.engine, saving, groups.world.as_ref())?;
     job.reporter.finish(&memory);
-    job.reporter.best(plan, job.best)?;
+    job.reporter.best(plan, job.best, replaced)?;
     groups.world.leave()?;
     Ok(Ending::Done)
 }
@@ -286,8 +304,11 @@ struct Job<'a> {
     inputs: &'a Inputs,
     groups: &'a Groups,
     reporter: Reporter,
+    schedule: Schedule,
     /// Where the plan keeps the best model.
     best: Option<Best>,
+    /// The CRC-32 of what it is judged by.
+    validation_data: Option<String>,
     checkpoints: Checkpoints<'a>,
     /// How far the run is.
     progress: Progress,
@@ -309,18 +330,21 @@ impl Job<'_> {
         for epoch in self.progress.epoch..self.plan.training.epochs {
             let steps = self.inputs.sampler.epoch_from(epoch, self.progress.items);
             let mut steps = steps.peekable();
+            // What is left of the first epoch may be nothing, where the data has become less.
+            if steps.peek().is_none() {
+                self.progress = Progress { epoch: epoch + 1, items: 0, ..self.progress };
+            }
             while let Some(step_plan) = steps.next() {
                 let step = self.progress.step;
                 self.reporter.order(step, &step_plan);
                 let report = self.step(step, &step_plan, &mut batches)?;
-                let lr = self.plan.training.lr * self.inputs.schedule.factor(step);
+                let lr = self.plan.training.lr * self.schedule.factor(step);
                 let ends_epoch = steps.peek().is_none();
                 self.progress.advance(step_plan.items(), ends_epoch);
                 let step = self.progress.step;
                 self.reporter.step(step, epoch, lr, step_plan.pairs(), &report);
                 let is_over = self.validate_where_due(epoch, ends_epoch)? == Verdict::Stop;
-                let kept =
-                    || json!({"best": self.best.map(Best::to_json), "metrics": self.metrics});
+                let kept = || kept(self.best, self.validation_data.as_ref(), &self.metrics);
                 let (progress, engine, groups) = (self.progress, &self.engine, self.groups);
                 self.checkpoints.after_step(progress, kept, engine, groups, report.stop)?;
                 if report.stop {
@@ -340,7 +364,7 @@ impl Job<'_> {
         let Some(data) = &self.inputs.validation else { return Ok(Verdict::Worse) };
         let step = self.progress.step;
         let is_due = match self.plan.validation.interval {
-            Some(interval) => step.is_multiple_of(interval) || step == self.inputs.schedule.total(),
+            Some(interval) => step.is_multiple_of(interval) || step == self.schedule.total(),
             None => ends_epoch,
         };
         if is_due { self.validate(data, step, epoch) } else { Ok(Verdict::Worse) }
@@ -417,7 +441,7 @@ impl Job<'_> {
             loss: self.plan.loss,
             weight: self.inputs.weight(self.plan.loss, step_plan),
             step,
-            lr_factor: self.inputs.schedule.factor(step),
+            lr_factor: self.schedule.factor(step),
             max_grad_norm: training.max_grad_norm,
             seed: training.seed,
             stop: preemption::is_requested(),
@@ -451,6 +475,8 @@ impl Job<'_> {
         let mut saved = save_model(model, &target, self.groups);
         if is_end {
             saved = saved.and_then(|held| output::end(self.plan).map(|()| held));
+        } else if self.groups.world.rank() == 0 {
+            saved = saved.and_then(|held| output::has_own_best(self.plan).map(|()| held));
         }
         let saved = agree(saved, self.groups);
         let most_held = saved.map_err(|error| match error {
@@ -463,6 +489,15 @@ impl Job<'_> {
         }
         Ok(most_held)
     }
+}
+
+/// What a checkpoint keeps beside states and progress.
+fn kept(best: Option<Best>, data: Option<&String>, metrics: &Value) -> Value {
+    let mut best = best.map_or(Value::Null, Best::to_json);
+    if let Some(data) = data {
+        best[best::DATA] = json!(data);
+    }
+    json!({"best": best, "metrics": metrics})
 }
 
 /// One thread keeps up with a CPU worker many times over; a GPU step needs two.
@@ -482,6 +517,19 @@ fn to_device(tokens: &TokenBatch, inputs: &Inputs, device: Device) -> Result<Tra
 }
 
 impl Inputs {
+    /// The schedule of a run that came so far in its data with steps of another size.
+    fn schedule_from(&self, progress: Progress, epochs: usize) -> Schedule {
+        let Progress { step, epoch, items } = progress;
+        let whole = self.sampler.steps_per_epoch();
+        let left = match epochs.checked_sub(epoch) {
+            Some(epochs @ 1..) if items > 0 => {
+                self.sampler.epoch_from(epoch, items).count().min(whole) + (epochs - 1) * whole
+            }
+            epochs => epochs.unwrap_or(0) * whole,
+        };
+        self.schedule.resumed(step, left)
+    }
+
     /// What a step's summed loss is divided by, over all ranks and micro-batches.
     fn weight(&self, loss: config::LossKind, step: &StepPlan) -> f64 {
         let mut weight = 0.0;

@@ -6,6 +6,7 @@ use rr_launch::contract::vars;
 use rustix::fs::{Access, access};
 
 use crate::atomic::{remove_file, sync_dir, write_synced};
+use crate::checkpoint::SIDECAR;
 use crate::config::Plan;
 use crate::error::Result;
 
@@ -34,17 +35,39 @@ pub(super) fn unfinished(plan: &Plan) -> bool {
     is_begun && (!dir.join(MODEL).exists() || has_begun(plan))
 }
 
-/// A run begins to train here, or goes on.
+/// A run begins to train here, `anew` or where an earlier one stopped.
 ///
 /// # Errors
 /// [`crate::Error::Io`] when that cannot be noted.
-pub(super) fn begin(plan: &Plan) -> Result<()> {
-    if !plan.saving.output_dir.join(MODEL).exists() {
-        return Ok(());
+pub(super) fn begin(plan: &Plan, anew: bool) -> Result<()> {
+    let is_there = |name| plan.saving.output_dir.join(name).exists();
+    match (anew, is_there(MODEL), is_there(BEST)) {
+        (true, _, true) => note_begun(plan, BEST),
+        (true, true, false) => note_begun(plan, ""),
+        (false, true, _) if !has_begun(plan) => note_begun(plan, ""),
+        _ => Ok(()),
     }
+}
+
+/// Notes that a run has begun whose `replaced` model is still an earlier run's, beside the final one.
+fn note_begun(plan: &Plan, replaced: &str) -> Result<()> {
     let dir = plan.saving.output_dir.join(RUNS);
-    write_synced(&dir.join(BEGUN), b"")?;
+    write_synced(&dir.join(BEGUN), replaced.as_bytes())?;
     sync_dir(&dir)
+}
+
+/// Whether what lies at [`BEST`] is an earlier run's.
+pub(super) fn replaces_best(plan: &Plan) -> bool {
+    let noted = std::fs::read_to_string(plan.saving.output_dir.join(RUNS).join(BEGUN));
+    noted.is_ok_and(|replaced| replaced == BEST)
+}
+
+/// What lies at [`BEST`] is this run's from now on.
+///
+/// # Errors
+/// [`crate::Error::Io`] when that cannot be noted.
+pub(super) fn has_own_best(plan: &Plan) -> Result<()> {
+    if replaces_best(plan) { note_begun(plan, "") } else { Ok(()) }
 }
 
 /// The run has saved its model.
@@ -85,6 +108,22 @@ pub fn check(plan: &Plan) -> Result<()> {
         return refuse(format!(
             "{} already holds a finished run; choose another directory or pass --overwrite",
             dir.display()
+        ));
+    }
+    // Somebody's own directory of that name is not for a run to replace.
+    let best = dir.join(BEST);
+    if best.exists() && !best.join(SIDECAR).exists() {
+        return refuse(format!(
+            "{} is no model of a run, but that is where a run's best model goes; move it away, or \
+             choose another output_dir",
+            best.display()
+        ));
+    }
+    let is_leftover = !dir.join(MODEL).exists() && !unfinished(plan);
+    if best.exists() && is_leftover && !plan.saving.overwrite && !is_restart() {
+        return refuse(format!(
+            "{} is an earlier run's best model; choose another directory or pass --overwrite",
+            best.display()
         ));
     }
     let absolute = std::path::absolute(dir).unwrap_or_else(|_| dir.clone());

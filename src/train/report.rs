@@ -147,13 +147,13 @@ impl Reporter {
         plan: &Plan,
         inputs: &Inputs,
         about: Option<&About<'_>>,
-        done: usize,
+        (done, total_steps): (usize, usize),
     ) -> Result<Self> {
         let sink = about.map(|about| Sink::create(inputs, about, done)).transpose()?;
         Ok(Self {
             sink,
             interval: plan.logging.log_interval,
-            total_steps: inputs.schedule.total(),
+            total_steps,
             done,
             started: Instant::now(),
             paused: Duration::ZERO,
@@ -297,9 +297,9 @@ impl Reporter {
         sink.page.finish(status);
     }
 
-    /// Names the best model, once the final one is saved; without one, what an earlier run that
-    /// this one replaces left in its place is removed.
-    pub(super) fn best(&self, plan: &Plan, best: Option<Best>) -> Result<()> {
+    /// Names the best model, once the final one is saved. Without one, what is in its place is removed
+    /// where it is `replaced`: an earlier run's.
+    pub(super) fn best(&self, plan: &Plan, best: Option<Best>, replaced: bool) -> Result<()> {
         if self.sink.is_none() {
             return Ok(());
         }
@@ -312,15 +312,15 @@ impl Reporter {
                 );
                 Ok(())
             }
-            // A run that went on may have lost sight of it, and keeps it.
-            None if self.done == 0 && dir.exists() => remove_dir(&dir),
+            None if replaced && dir.exists() => remove_dir(&dir),
             None => Ok(()),
         }
     }
 
     /// Seconds to the end at the rate so far, after `elapsed` of them.
     fn left(&self, elapsed: f64) -> f64 {
-        let (taken, left) = (self.last_step - self.done, self.total_steps - self.last_step);
+        let taken = self.last_step - self.done;
+        let left = self.total_steps.saturating_sub(self.last_step);
         elapsed / taken.max(1) as f64 * left as f64
     }
 

@@ -134,15 +134,20 @@ pub(super) fn bring_best(plan: &Plan, Start { path, manifest }: &Start) -> Resul
     let target = plan.saving.output_dir.join(output::BEST);
     StagedDir::clear_leftovers(&target)?;
     let best = &manifest.job["best"];
-    let (Some(value), false) = (best["found"][0].as_f64(), target.exists()) else {
+    let Some(value) = best["found"][0].as_f64() else { return Ok(true) };
+    let figure = best["metric"].as_str().unwrap_or_default();
+    let of = |dir: &Path| Sidecar::from_dir(dir).ok().flatten()?.metrics[figure].as_f64();
+    let found = of(&target);
+    // A run that went on after this checkpoint may have found a better one, and finds it again. One that
+    // was sent back to it leaves that past behind.
+    let is_sent = matches!(plan.saving.resume, Resume::Path(_)) && !goes_on(plan);
+    if found == Some(value) || (found.is_some() && !is_sent) {
         return Ok(true);
-    };
+    }
     // A checkpoint of another directory has its best model beside it.
     let output_dir = path.parent().and_then(Path::parent).unwrap_or(Path::new("."));
     let from = output_dir.join(output::BEST);
-    let sidecar = Sidecar::from_dir(&from).ok().flatten();
-    let figure = best["metric"].as_str().unwrap_or_default();
-    if sidecar.is_some_and(|sidecar| sidecar.metrics[figure].as_f64() == Some(value)) {
+    if of(&from) == Some(value) {
         info!("taking the best model so far over from {}", from.display());
         return copy_dir(&from, &target).map(|()| true);
     }

@@ -18,7 +18,7 @@ use crate::config::{Plan, TeacherPlan};
 use crate::data::{DatasetKind, InputFormat, LoadOptions};
 use crate::error::{Error, Result};
 use crate::model::Pretrained;
-use crate::score::{CrossEncoder, Earlier, FileJob, Progress, ScoreOptions};
+use crate::score::{CrossEncoder, Earlier, FileJob, Progress, ScoreOptions, Writer};
 use crate::torch_ext::runtime;
 
 /// The directory inside the output directory.
@@ -31,19 +31,26 @@ const LABEL: &str = "score";
 const SAY: Duration = Duration::from_secs(10);
 /// Between two looks for what rank 0 writes.
 const LOOK: Duration = Duration::from_millis(20);
+/// From rank 0's last look at its scores until the others see what it wrote of them, at most: over NFS
+/// a file shows up late.
+const LAST_WORDS: Duration = Duration::from_secs(60);
 
 fn place(plan: &Plan, name: &str) -> PathBuf {
     plan.saving.output_dir.join(DIR).join(name)
 }
 
 /// How the training data is read for a run with a teacher: with its scores once they are there,
-/// without any labels before.
+/// without any labels before. `taught` says that they are there.
 ///
 /// # Errors
 /// As [`identity`].
-pub(super) fn load_options(plan: &Plan, teacher: &TeacherPlan) -> Result<LoadOptions> {
+pub(super) fn load_options(
+    plan: &Plan,
+    teacher: &TeacherPlan,
+    taught: bool,
+) -> Result<LoadOptions> {
     let kind = Some(DatasetKind::Pointwise);
-    Ok(if is_done(plan, &identity(plan, teacher)?) {
+    Ok(if taught || is_done(plan, digest(&identity(plan, teacher)?)) {
         LoadOptions { kind, label_key: Some(LABEL.into()), ..LoadOptions::new(place(plan, SCORES)) }
     } else {
         LoadOptions { kind, label_key: None, ..LoadOptions::new(&plan.data.train) }
@@ -117,11 +124,19 @@ pub(super) fn teach(
     device: Device,
     comm: &dyn Communicator,
 ) -> Result<()> {
-    let identity = identity(plan, teacher)?;
-    let mut missing = [if is_done(plan, &identity) { 0.0 } else { 1.0 }];
-    reduce_values(comm, &mut missing, Reduction::Max)?;
+    // Rank 0 says what the scores are made of: files of the same bytes have other names and times on
+    // another machine.
+    let own = if comm.rank() == 0 { Some(identity(plan, teacher)?) } else { None };
+    let mut said = match &own {
+        Some(identity) => {
+            let identity = digest(identity);
+            [f64::from(identity), f64::from(u8::from(!is_done(plan, identity)))]
+        }
+        None => [0.0; 2],
+    };
+    reduce_values(comm, &mut said, Reduction::Max)?;
     let path = place(plan, SCORES);
-    if missing[0] == 0.0 {
+    if said[1] == 0.0 {
         if comm.rank() == 0 {
             info!("the scores of {} are in {}", teacher.path, path.display());
         }
@@ -144,28 +159,42 @@ pub(super) fn teach(
             _ => {}
         }
     }
-    score(teacher, &job, chunks, device, comm).map_err(|error| named(plan, error))?;
-    if comm.rank() == 0 {
-        return write_synced(&place(plan, JOB), identity.to_string().as_bytes());
+    let first = score(teacher, &job, chunks, device, comm).map_err(|error| named(plan, error))?;
+    match own {
+        Some(identity) => write_synced(&place(plan, JOB), identity.to_string().as_bytes()),
+        None => wait(plan, said[0] as u32, &first, comm.rank()),
     }
-    // Rank 0 may have more left to do than a collective's deadline allows.
+}
+
+/// Waits until rank 0, which holds its log of scores as long as it works on them, has put down what
+/// they are made of. It may have more left to do than a collective's deadline allows.
+fn wait(plan: &Plan, identity: u32, first: &Writer, rank: usize) -> Result<()> {
     heartbeat::waiting(format_args!("rank 0 to write the teacher's scores"));
-    while !is_done(plan, &identity) {
+    let mut gone = None;
+    while !is_done(plan, identity) {
         if preemption::is_requested() {
             return Err(Error::Preempted);
+        }
+        if first.has_ended() && gone.get_or_insert_with(Instant::now).elapsed() >= LAST_WORDS {
+            return Err(Error::Comm {
+                rank,
+                operation: "waiting for the teacher's scores".into(),
+                message: "rank 0 ended before they were written".into(),
+            });
         }
         std::thread::sleep(LOOK);
     }
     Ok(())
 }
 
+/// Scores this rank's part; returns what tells whether rank 0 is still at work.
 fn score(
     teacher: &TeacherPlan,
     job: &FileJob,
     chunks: u64,
     device: Device,
     comm: &dyn Communicator,
-) -> Result<()> {
+) -> Result<Writer> {
     let (started, is_first) = (Instant::now(), comm.rank() == 0);
     let TeacherPlan { path, prompt, max_len, batch_size } = teacher;
     let model = CrossEncoder::with_prompt(path, device, prompt.as_deref())?;
@@ -181,6 +210,7 @@ fn score(
         _ if is_first => info!("{path} scores {}", job.input.display()),
         _ => {}
     }
+    let first = store.writer(0)?;
     let mut said = started;
     let pairs = job.run(&model, store, chunks, &options, |Progress { due, done, .. }| {
         if is_first && said.elapsed() >= SAY {
@@ -193,14 +223,18 @@ fn score(
         let (to, seconds) = (job.output.display(), started.elapsed().as_secs_f64());
         info!("{path} scored {pairs} pairs in {seconds:.1} s: {to}");
     }
-    Ok(())
+    Ok(first)
 }
 
-/// Whether the scores are whole and were made of what `identity` says.
-fn is_done(plan: &Plan, identity: &Value) -> bool {
+/// Whether the scores are whole and were made of what has this [`digest`].
+fn is_done(plan: &Plan, identity: u32) -> bool {
     let said = fs::read(place(plan, JOB)).unwrap_or_default();
-    serde_json::from_slice(&said).is_ok_and(|said: Value| said == *identity)
-        && place(plan, SCORES).exists()
+    crc32fast::hash(&said) == identity && place(plan, SCORES).exists()
+}
+
+/// A number for an identity: the CRC-32 of its text, as it is written down.
+fn digest(identity: &Value) -> u32 {
+    crc32fast::hash(identity.to_string().as_bytes())
 }
 
 /// What the scores depend on, by the names, sizes and times of files, so that nothing large is read

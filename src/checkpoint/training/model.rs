@@ -3,6 +3,8 @@
 
 use std::path::Path;
 
+use serde_json::Value;
+
 use super::manifest::{FileRecord, UnitRecord};
 use super::states::{self, StateFiles};
 use crate::checkpoint::model_dir::{ModelFiles, write_model_files};
@@ -13,13 +15,14 @@ use crate::model::stage::TensorSpec;
 /// The model inside a checkpoint.
 pub(super) const DIRECTORY: &str = "model";
 
-/// Writes `model/` into the checkpoint under construction `dir`, and returns the records of its
-/// files.
+/// Writes `model/`, with the `metrics` of the last validation, into the checkpoint under construction
+/// `dir`, and returns the records of its files.
 pub(super) fn write(
     dir: &Path,
     states: &StateFiles,
     units: &[UnitRecord],
     model: &ModelFiles,
+    metrics: &Value,
 ) -> Result<Vec<FileRecord>> {
     let target = dir.join(DIRECTORY);
     crate::atomic::create_dir(&target)?;
@@ -32,7 +35,7 @@ pub(super) fn write(
     for spec in &specs {
         writer.write(spec, &states.weights(&spec.name)?)?;
     }
-    write_model_files(&target, model)?;
+    write_model_files(&target, model, Some(metrics))?;
     crate::atomic::sync_dir(&target)?;
     let mut names: Vec<String> = std::fs::read_dir(&target)
         .map_err(super::io(&target, "read"))?

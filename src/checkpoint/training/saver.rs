@@ -1,8 +1,8 @@
 //! Saving beside training: states are copied to memory, and a thread writes the copy.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -75,6 +75,12 @@ struct Writing {
     staging: PathBuf,
 }
 
+/// A thread with a copy of the states, which waits to be told where to write it.
+struct Started {
+    thread: JoinHandle<(Vec<UnitStates>, Result<()>)>,
+    job: mpsc::Sender<Job>,
+}
+
 /// Everything the writing thread needs.
 struct Job {
     store: Store,
@@ -123,7 +129,9 @@ impl Saver {
         let writes = groups.replicas().is_none_or(|replicas| replicas.rank() == 0);
         // A rank that cannot write says so before the others begin: rank 0 would wait for its file.
         let copied = if writes { self.copy(units, groups).map(Some) } else { Ok(None) };
-        let Some(buffers) = agree(copied, groups)? else { return Ok(()) };
+        // So does one that gets no thread to write in.
+        let started = copied.and_then(|buffers| buffers.map(Started::new).transpose());
+        let Some(started) = agree(started, groups)? else { return Ok(()) };
         let manifest = (groups.world.rank() == 0).then(|| Manifest {
             format_version: Manifest::version(),
             program: format!("reranker {}", env!("CARGO_PKG_VERSION")),
@@ -146,8 +154,19 @@ impl Saver {
             pause: now.began.elapsed(),
             cancel: Arc::clone(&self.cancel),
         };
-        self.writing = Some(Writing::start(job, buffers)?);
+        self.writing = Some(started.write(job));
         Ok(())
+    }
+
+    /// Removes whole checkpoints beyond those that are kept, where the run goes on from the one of `step`
+    /// at `path`: a disk that was full may have room again.
+    pub fn trim(&self, path: &Path, step: usize) {
+        if self.store.path(step) != path {
+            return;
+        }
+        if let Err(error) = self.store.trim(self.options.keep, step) {
+            warn!("{error}; it takes up room until the next save removes it");
+        }
     }
 
     /// A copy of the states of `units` in memory, if there is room on the disk for it.
@@ -256,17 +275,24 @@ fn fresh_nonce() -> f64 {
     ((time ^ (u64::from(std::process::id()) << 32)) >> 12) as f64
 }
 
-impl Writing {
-    fn start(job: Job, buffers: Vec<UnitStates>) -> Result<Self> {
+impl Started {
+    fn new(buffers: Vec<UnitStates>) -> Result<Self> {
+        let (job, given) = mpsc::channel::<Job>();
+        let write = move || {
+            // No job comes where another rank cannot save.
+            let outcome = given.recv().map_or(Ok(()), |job| job.run(&buffers));
+            (buffers, outcome)
+        };
+        let thread = std::thread::Builder::new().name("checkpoint".into()).spawn(write);
+        let failed = |error| Error::Training(format!("cannot start a thread that saves: {error}"));
+        Ok(Self { thread: thread.map_err(failed)?, job })
+    }
+
+    fn write(self, job: Job) -> Writing {
         let staging = job.staging.clone();
-        let thread = std::thread::Builder::new()
-            .name("checkpoint".into())
-            .spawn(move || {
-                let outcome = job.run(&buffers);
-                (buffers, outcome)
-            })
-            .map_err(io(&staging, "start a thread to write"))?;
-        Ok(Self { thread, staging })
+        // The thread waits for it.
+        let _ = self.job.send(job);
+        Writing { thread: self.thread, staging }
     }
 }
 
@@ -317,7 +343,13 @@ impl Job {
         }
         fail_point("before_model");
         let states = StateFiles::open(&self.staging, &manifest)?;
-        let model = model::write(&self.staging, &states, &manifest.units, &self.options.model)?;
+        let model = model::write(
+            &self.staging,
+            &states,
+            &manifest.units,
+            &self.options.model,
+            &manifest.job["metrics"],
+        )?;
         manifest.files.extend(model);
         fail_point("before_manifest");
         manifest.write(&self.staging)?;
