@@ -239,7 +239,8 @@ fn a_run_that_ended_while_another_waited_is_not_replaced() {
     }
     succeed(&mut command(&bench, "run", 1, &["lr=5e-3"]));
     let finished = fs::read(out.join("model/model.safetensors")).unwrap();
-    let second = by_hand(root, &out, port, "1", &arguments);
+    // On a machine that does not see it.
+    let second = by_hand(root, &root.join("elsewhere"), port, "1", &arguments);
     let [first, second] = [first, second].map(|worker| worker.wait_with_output().unwrap());
     assert_eq!(first.status.code(), Some(2), "{}", said(&first));
     assert!(said(&first).contains("already holds a finished run"), "{}", said(&first));

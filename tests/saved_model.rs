@@ -15,8 +15,9 @@ use std::process::Stdio;
 use common::Golden;
 use launch::{copy_model, output_of, reranker, run, snapshot};
 use reranker::checkpoint::{SavedModel, Sidecar, save_model};
+use reranker::config::Precision;
 use reranker::model::ModelConfig;
-use reranker::score::{CrossEncoder, ScoreOptions};
+use reranker::score::{CrossEncoder, LoadOptions, ScoreOptions};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -248,6 +249,24 @@ fn the_library_and_every_form_of_input_give_the_same_scores() {
             (Some(query), Some(content))
         );
     }
+}
+
+#[test]
+fn lower_precision_scores_are_near_those_of_fp32() {
+    let trained = Trained::new("epochs: 1");
+    let expected = trained.score(&["--input", "train.jsonl"]);
+    for (precision, bound) in [("bf16", 1e-1), ("fp16", 1e-2)] {
+        let logits = trained.score(&["--input", "train.jsonl", "--precision", precision]);
+        let differ = |(a, b): (&f32, &f32)| (a - b).abs() / b.abs().max(1.0);
+        let worst = logits.iter().zip(&expected).map(differ).fold(0.0, f32::max);
+        assert!(worst > 0.0 && worst <= bound, "{precision}: {worst} off");
+    }
+    // Only what computes is in memory.
+    let dir = common::golden_dir("bert_tiny");
+    let options = LoadOptions { precision: Precision::Bf16, ..LoadOptions::default() };
+    let model = CrossEncoder::load(dir, options).unwrap();
+    let other = model.identity().unwrap()["precision"].clone();
+    assert_eq!(other, "bf16");
 }
 
 #[test]

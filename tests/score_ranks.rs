@@ -100,6 +100,17 @@ fn any_number_of_ranks_writes_the_same_file() {
     let stream = run(&mut score(dir, 1, &["--input", "pairs.jsonl"]));
     done(&stream);
     assert_eq!(lines(stream.stdout.as_bytes()).len(), 1600);
+    // Threads that share an operation, and threads that take whole batches.
+    for threads in ["1", "2", "8"] {
+        let mut alone = score_to(dir, 1, "scores.jsonl");
+        done(&run(alone.env("OMP_NUM_THREADS", threads)));
+        for (ours, theirs) in
+            lines(&read(dir, "scores.jsonl")).iter().zip(lines(stream.stdout.as_bytes()))
+        {
+            let [ours, theirs] = [ours, &theirs].map(|line| line["logit"].as_f64().unwrap());
+            assert!((ours - theirs).abs() <= 2e-6, "{threads} threads: {ours} and {theirs}");
+        }
+    }
     for ranks in [1, 2, 3, 5] {
         done(&run(&mut score_to(dir, ranks, "scores.jsonl")));
         assert!(read(dir, "scores.jsonl") == stream.stdout.as_bytes(), "{ranks} ranks");

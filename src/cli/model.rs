@@ -3,13 +3,32 @@
 use std::path::Path;
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use rr_launch::contract::WorkerEnv;
 
 use super::{DeviceArg, seconds};
+use crate::config::Precision;
 use crate::error::{Error, Result};
-use crate::score::{CrossEncoder, DEFAULT_BATCH_SIZE, ScoreOptions};
+use crate::score::{CrossEncoder, DEFAULT_BATCH_SIZE, LoadOptions, ScoreOptions};
 use crate::torch_ext::runtime;
+
+/// A precision, as the command line spells it.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum PrecisionArg {
+    Fp32,
+    Bf16,
+    Fp16,
+}
+
+impl From<PrecisionArg> for Precision {
+    fn from(precision: PrecisionArg) -> Self {
+        match precision {
+            PrecisionArg::Fp32 => Self::Fp32,
+            PrecisionArg::Bf16 => Self::Bf16,
+            PrecisionArg::Fp16 => Self::Fp16,
+        }
+    }
+}
 
 /// How a model is run.
 #[derive(Debug, Args)]
@@ -23,6 +42,9 @@ pub struct ModelArgs {
     /// How to ask a language model without a score head: qwen3-reranker or bge-reranker-gemma
     #[arg(long, value_name = "NAME")]
     prompt: Option<String>,
+    /// What to compute in: fp32, or bf16 and fp16, which take half the memory and are faster on GPUs
+    #[arg(long, value_enum, default_value_t = PrecisionArg::Fp32)]
+    precision: PrecisionArg,
     /// The longest wait for another worker, in seconds [default: 600]
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub(super) timeout: Option<Duration>,
@@ -39,7 +61,8 @@ impl ModelArgs {
             return Err(Error::Usage("--batch-size is 0, expected at least 1".into()));
         }
         let device = runtime::device(self.device.map(Into::into), env.local_rank)?;
-        let model = CrossEncoder::with_prompt(dir, device, self.prompt.as_deref())?;
+        let (precision, prompt) = (self.precision.into(), self.prompt.as_deref());
+        let model = CrossEncoder::load(dir, LoadOptions { device, precision, prompt })?;
         model.checked_max_len(self.max_len)?;
         if env.rank != 0 {
             return Ok(model);

@@ -42,6 +42,8 @@ pub struct EngineOptions {
     pub offload: Offload,
     /// Reduce gradients of low precision in fp32.
     pub reduce_fp32: bool,
+    /// Whether anything is to learn: a lower precision then has fp32 master weights beside it.
+    pub trains: bool,
 }
 
 impl EngineOptions {
@@ -55,6 +57,7 @@ impl EngineOptions {
             recompute: false,
             offload: Offload::default(),
             reduce_fp32: false,
+            trains: true,
         }
     }
 }
@@ -88,8 +91,8 @@ impl Engine {
     ) -> Result<Self> {
         runtime::settle_vector_functions();
         let stages = crate::model::stages(config);
-        let EngineOptions { device, kind, share, offload, reduce_fp32, .. } = options;
-        let unit_options = UnitOptions { device, kind, share, offload, reduce_fp32 };
+        let EngineOptions { device, kind, share, offload, reduce_fp32, trains, .. } = options;
+        let unit_options = UnitOptions { device, kind, share, offload, reduce_fp32, trains };
         let units = stages
             .iter()
             .map(|stage| FlatUnit::load(stage.as_ref(), weights, seed, groups, unit_options))

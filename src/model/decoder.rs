@@ -105,7 +105,7 @@ impl Layer {
         let heads = [c.heads, c.kv_heads, c.kv_heads];
         let qkv = views.linear(x, c.qkv_bias)?.f_view([-1, heads.iter().sum(), c.head_dim])?;
         let mut parts = qkv.f_split_with_sizes(heads, 1)?;
-        let angles = c.rotary.angles(&context.batch.position_ids, qkv.f_kind()?)?;
+        let angles = context.batch.angles(&c.rotary, qkv.f_kind()?)?;
         for part in &mut parts[..2] {
             if c.qk_norm {
                 *part = normalise(c, part, views.one())?;

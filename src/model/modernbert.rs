@@ -118,7 +118,7 @@ impl Layer {
         let (tokens, dim) = (qkv.size2()?.0, c.hidden / c.heads);
         let parts = qkv.f_view([tokens, 3, c.heads, dim])?;
         let kind = qkv.f_kind()?;
-        let angles = attention.rotary.angles(&context.batch.position_ids, kind)?;
+        let angles = context.batch.angles(&attention.rotary, kind)?;
         // As in transformers, in fp32 whatever the precision.
         let rotated = |part: i64| -> Result<Tensor> {
             let part = parts.f_select(1, part)?.f_to_kind(Kind::Float)?;

@@ -1,11 +1,14 @@
 //! Rotary position embeddings (Su et al., "RoFormer", 2021) on packed tokens, with the scalings of
 //! transformers' `rope_parameters` (older files: `rope_scaling` and `rope_theta`).
 
+use std::cell::RefCell;
+
 use serde::Deserialize;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
+use crate::torch_ext::storage::upload;
 
 /// What turns positions into angles: the frequency of every pair of dimensions.
 #[derive(Debug, Clone, PartialEq)]
@@ -22,6 +25,11 @@ pub struct Angles {
     cos: Tensor,
     sin: Tensor,
 }
+
+/// The angles of one batch, by what gave them. Layers share them, and on a GPU the host would have to wait
+/// in each layer for the frequencies to be there.
+#[derive(Debug, Default)]
+pub(super) struct AngleCache(RefCell<Vec<(Rotary, Kind, Angles)>>);
 
 /// `rope_parameters` or `rope_scaling` of a `config.json`.
 #[derive(Debug, Default, Deserialize)]
@@ -125,8 +133,8 @@ impl Rotary {
     /// # Errors
     /// [`crate::Error::Torch`] from libtorch.
     pub fn angles(&self, position_ids: &Tensor, kind: Kind) -> Result<Angles> {
-        let frequencies =
-            Tensor::f_from_slice(&self.frequencies)?.f_to_device(position_ids.device())?;
+        let frequencies = Tensor::f_from_slice(&self.frequencies)?;
+        let frequencies = upload(&frequencies, position_ids.device())?;
         let positions = position_ids.f_to_kind(Kind::Float)?.f_view([-1, 1, 1])?;
         let angles = positions.f_mul(&frequencies)?;
         let table = |values: Tensor| -> Result<Tensor> {
@@ -136,7 +144,25 @@ impl Rotary {
     }
 }
 
+impl AngleCache {
+    /// [`Rotary::angles`], computed where it has not been.
+    pub(super) fn get(&self, rotary: &Rotary, position_ids: &Tensor, kind: Kind) -> Result<Angles> {
+        let mut known = self.0.borrow_mut();
+        let is_it = |(of, in_kind, _): &&(Rotary, Kind, Angles)| of == rotary && *in_kind == kind;
+        if let Some((_, _, angles)) = known.iter().find(is_it) {
+            return Ok(angles.share());
+        }
+        let angles = rotary.angles(position_ids, kind)?;
+        known.push((rotary.clone(), kind, angles.share()));
+        Ok(angles)
+    }
+}
+
 impl Angles {
+    fn share(&self) -> Self {
+        Self { cos: self.cos.shallow_clone(), sin: self.sin.shallow_clone() }
+    }
+
     /// Rotates every head of `x` `[T, heads, dim]`: dimension `i` together with `i + dim / 2`.
     ///
     /// # Errors
@@ -235,6 +261,22 @@ mod tests {
         let dim = config["head_dim"].as_i64().unwrap_or(hidden / heads);
         let rotary = Rotary::read(&config, dim, 64).unwrap();
         (config, dim, rotary)
+    }
+
+    #[test]
+    fn layers_share_the_angles_of_a_batch() {
+        let positions = Tensor::from_slice(&[0_i64, 1, 2, 0, 1]);
+        let cache = AngleCache::default();
+        let (short, long) =
+            (Rotary::unscaled(8, 1e4).unwrap(), Rotary::unscaled(8, 1.6e5).unwrap());
+        let of = |rotary: &Rotary, kind| cache.get(rotary, &positions, kind).unwrap();
+        let first = of(&short, Kind::Float);
+        assert_eq!(first.cos.data_ptr(), of(&short.clone(), Kind::Float).cos.data_ptr());
+        assert_eq!(of(&short, Kind::BFloat16).cos.kind(), Kind::BFloat16);
+        for (rotary, angles) in [(&short, of(&short, Kind::Float)), (&long, of(&long, Kind::Float))]
+        {
+            assert!(angles.sin.equal(&rotary.angles(&positions, Kind::Float).unwrap().sin));
+        }
     }
 
     #[test]

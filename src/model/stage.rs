@@ -6,9 +6,11 @@
 
 use tch::{Device, Kind, Tensor};
 
+use super::rotary::{AngleCache, Angles, Rotary};
 use super::views::Views;
 use crate::error::{Error, Result};
 use crate::torch_ext::attention::CuSeqlens;
+use crate::torch_ext::storage;
 
 /// How a parameter that no checkpoint holds is initialised.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -145,6 +147,7 @@ pub struct PackedBatch {
     pub first_rows: Tensor,
     /// Row of each sequence's last token `[B]`, int64.
     pub last_rows: Tensor,
+    rotary: AngleCache,
 }
 
 impl PackedBatch {
@@ -161,7 +164,7 @@ impl PackedBatch {
         device: Device,
     ) -> Result<Self> {
         let put = |values: &[i64]| -> Result<Tensor> {
-            Ok(Tensor::f_from_slice(values)?.f_to_device(device)?)
+            storage::upload(&Tensor::f_from_slice(values)?, device)
         };
         if let Some(empty) = cu_seqlens.windows(2).position(|bounds| bounds[0] == bounds[1]) {
             return Err(Error::Usage(format!(
@@ -178,7 +181,16 @@ impl PackedBatch {
             first_rows: put(&first_rows)?,
             last_rows: put(&last_rows)?,
             cu_seqlens: CuSeqlens::new(cu_seqlens, device)?,
+            rotary: AngleCache::default(),
         })
+    }
+
+    /// The angles of `rotary` for this batch's positions in `kind`, computed once for all layers.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] from libtorch.
+    pub fn angles(&self, rotary: &Rotary, kind: Kind) -> Result<Angles> {
+        self.rotary.get(rotary, &self.position_ids, kind)
     }
 
     /// Number of tokens.

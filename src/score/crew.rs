@@ -17,11 +17,6 @@ use crate::engine::Reader;
 use crate::error::{Error, Result};
 use crate::text::EncodedPair;
 
-/// Tokens for which a thread is worth waking: below them threads share each operation instead.
-const FEWEST_TOKENS: usize = 256;
-/// Tokens of a batch, at most, so that its rows stay in a core's cache.
-const MOST_TOKENS: usize = 2048;
-
 /// A batch on its way to a thread.
 struct Job {
     batch: Batch,
@@ -49,30 +44,30 @@ pub(super) struct Flight {
 #[derive(Debug, Clone)]
 pub(super) struct Starter {
     crew: Option<Arc<Crew>>,
-    batch: usize,
+    limits: BatchLimits,
 }
 
 /// Pairs on their way to scores.
 pub(super) enum Work {
     /// Being scored.
     Under(Flight),
-    /// To be scored in batches of at most so many, by the thread that wants the scores.
-    Ahead(Vec<EncodedPair>, usize),
+    /// To be scored in such batches by the thread that wants the scores.
+    Ahead(Vec<EncodedPair>, BatchLimits),
 }
 
 impl Starter {
-    /// Has `crew`, where there is one, score in batches of at most `batch` pairs.
-    pub(super) fn new(crew: Option<Arc<Crew>>, batch: usize) -> Self {
-        Self { crew, batch }
+    /// Has `crew`, where there is one, score in batches of these limits.
+    pub(super) fn new(crew: Option<Arc<Crew>>, limits: BatchLimits) -> Self {
+        Self { crew, limits }
     }
 
     /// Begins to score tokenized pairs, where there are threads for it and enough to share.
     pub(super) fn start(&self, pairs: Vec<EncodedPair>) -> Work {
         let started = match &self.crew {
-            Some(crew) => crew.start(pairs, self.batch),
+            Some(crew) => crew.start(pairs, self.limits),
             None => Err(pairs),
         };
-        started.map_or_else(|pairs| Work::Ahead(pairs, self.batch), Work::Under)
+        started.map_or_else(|pairs| Work::Ahead(pairs, self.limits), Work::Under)
     }
 }
 
@@ -107,20 +102,19 @@ impl Crew {
         Ok(crew)
     }
 
-    /// Begins to score pairs, in batches of at most `batch` pairs; gives them back where they are too
-    /// few to be shared.
+    /// Begins to score pairs in batches; gives them back where these are too few to keep the threads
+    /// busy, which then share each operation instead. Batches are cut as without
+    /// threads.
     pub(super) fn start(
         &self,
         pairs: Vec<EncodedPair>,
-        batch: usize,
+        limits: BatchLimits,
     ) -> std::result::Result<Flight, Vec<EncodedPair>> {
-        let tokens: usize = pairs.iter().map(|pair| pair.input_ids.len()).sum();
-        let share = tokens / self.threads.len();
-        let Some(jobs) = self.jobs.as_ref().filter(|_| share >= FEWEST_TOKENS) else {
+        let batches = batches(&pairs, limits);
+        let are_enough = batches.len() >= self.threads.len().div_ceil(2).max(2);
+        let Some(jobs) = self.jobs.as_ref().filter(|_| are_enough) else {
             return Err(pairs);
         };
-        let limits = BatchLimits { pairs: batch, tokens: share.min(MOST_TOKENS) };
-        let batches = batches(&pairs, limits);
         let (answer, scores) = bounded(batches.len());
         let cancelled = Arc::new(AtomicBool::new(false));
         let flight =

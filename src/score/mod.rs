@@ -32,6 +32,7 @@ pub use store::{Due, Earlier, ScoreStore, Writer};
 pub use stream::{Scored, score_stream};
 
 use crate::comm::{Groups, Solo};
+use crate::config::Precision;
 use crate::data::Encode as _;
 use crate::engine::{Engine, EngineOptions};
 use crate::error::{Error, Result};
@@ -75,6 +76,24 @@ impl Default for ScoreOptions {
     }
 }
 
+/// How to load a model.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LoadOptions<'a> {
+    /// Where it computes.
+    pub device: Device,
+    /// What it computes in: fp32 has the saved model's scores to the last digits; bf16 and fp16 take half
+    /// the memory, and on GPUs a fraction of the time.
+    pub precision: Precision,
+    /// For a language model without a score head: the name of the [`TokenPrompt`] that asks it.
+    pub prompt: Option<&'a str>,
+}
+
+impl Default for LoadOptions<'_> {
+    fn default() -> Self {
+        Self { device: Device::Cpu, precision: Precision::Fp32, prompt: None }
+    }
+}
+
 /// A model that reads query and document together and gives one score: an encoder with a head on
 /// its first token, or a decoder ([`LlmDecoder`]).
 #[derive(Debug)]
@@ -87,6 +106,7 @@ pub struct CrossEncoder {
     tokenizer: Arc<PairTokenizer>,
     max_len: usize,
     positions: usize,
+    precision: Precision,
     initialised: Vec<String>,
     assumed: Option<&'static TokenPrompt>,
 }
@@ -112,7 +132,7 @@ impl CrossEncoder {
     /// # Errors
     /// As [`CrossEncoder::from_pretrained`]; [`Error::Torch`] when the device has no room.
     pub fn on_device(dir: impl AsRef<Path>, device: Device) -> Result<Self> {
-        Self::with_prompt(dir, device, None)
+        Self::load(dir, LoadOptions { device, ..LoadOptions::default() })
     }
 
     /// As [`CrossEncoder::on_device`], for a language model without a score head that is asked by
@@ -125,11 +145,22 @@ impl CrossEncoder {
         device: Device,
         prompt: Option<&str>,
     ) -> Result<Self> {
+        Self::load(dir, LoadOptions { device, prompt, ..LoadOptions::default() })
+    }
+
+    /// Loads a Hugging Face model, or an adapter of peft with the model that it is for, a directory or
+    /// a hub id ([`crate::hub::resolve`]), as `options` say.
+    ///
+    /// # Errors
+    /// As [`CrossEncoder::with_prompt`].
+    pub fn load(dir: impl AsRef<Path>, options: LoadOptions<'_>) -> Result<Self> {
+        let LoadOptions { device, precision, prompt } = options;
         let Opened { config, weights, form, initialised } = Opened::new(dir.as_ref(), prompt)?;
         let Form { tokenizer, max_len, assumed } = form;
         let tokenizer = Arc::new(tokenizer);
         let rates = ParameterGroups { lr: 0.0, weight_decay: 0.0, special: Vec::new() };
-        let options = EngineOptions::whole(device);
+        let kind = precision.kind();
+        let options = EngineOptions { kind, trains: false, ..EngineOptions::whole(device) };
         let engine = Engine::load(&config, &weights, UNTRAINED_HEAD_SEED, &rates, options)?;
         let positions = config.max_positions();
         let max_len = max_len.unwrap_or(positions).min(positions);
@@ -143,6 +174,7 @@ impl CrossEncoder {
             tokenizer,
             max_len,
             positions,
+            precision,
             initialised,
             assumed,
         })
@@ -214,12 +246,16 @@ impl CrossEncoder {
         let weights = self.engine.units().iter().map(FlatUnit::fingerprint);
         // Holds the template's tokens, and those of a prompt.
         let sample = self.tokenizer.encode_pair("a query", "a document", self.positions)?;
-        Ok(json!({
+        let mut identity = json!({
             "weights": format!("{:016x}", weights.fold(0, i64::wrapping_add)),
             "config": format!("{:08x}", crc32fast::hash(self.config.raw.to_string().as_bytes())),
             "tokenizer": format!("{:016x}", self.tokenizer.fingerprint()),
             "sample": sample.input_ids,
-        }))
+        });
+        if self.precision != Precision::Fp32 {
+            identity["precision"] = json!(self.precision);
+        }
+        Ok(identity)
     }
 
     /// The tokenizer, shared with background threads.
@@ -237,17 +273,21 @@ impl CrossEncoder {
     /// What begins to score pairs, for any thread to use.
     ///
     /// # Errors
-    /// [`Error::Usage`] for a `batch` of no pairs; as [`Crew::new`].
-    fn starter(&self, batch: usize) -> Result<Starter> {
-        if batch == 0 {
+    /// [`Error::Usage`] for a batch of no `pairs`; as [`Crew::new`].
+    fn starter(&self, pairs: usize) -> Result<Starter> {
+        if pairs == 0 {
             return Err(Error::Usage("the batch size is 0, expected at least 1".into()));
         }
+        let tokens = match self.engine.device() {
+            Device::Cpu => BATCH_TOKENS_CPU,
+            _ => BATCH_TOKENS_GPU,
+        };
         if self.crew.get().is_none() {
             let crew = self.make_crew()?;
             self.crew.get_or_init(|| crew);
         }
         let crew = self.crew.get().cloned().flatten();
-        Ok(Starter::new(crew, batch))
+        Ok(Starter::new(crew, BatchLimits { pairs, tokens }))
     }
 
     /// The threads that score batches side by side: on the CPU, where libtorch may use several.
@@ -264,8 +304,8 @@ impl CrossEncoder {
     fn finish(&self, work: Work) -> Result<Vec<f32>> {
         let (pairs, logits) = match work {
             Work::Under(flight) => flight.wait()?,
-            Work::Ahead(pairs, batch) => {
-                let logits = self.score_encoded(&pairs, batch)?;
+            Work::Ahead(pairs, limits) => {
+                let logits = self.score_encoded(&pairs, limits)?;
                 (pairs, logits)
             }
         };
@@ -276,13 +316,9 @@ impl CrossEncoder {
     }
 
     /// Logits of tokenized pairs, in their order.
-    fn score_encoded(&self, pairs: &[EncodedPair], batch: usize) -> Result<Vec<f32>> {
-        let tokens = match self.engine.device() {
-            Device::Cpu => BATCH_TOKENS_CPU,
-            _ => BATCH_TOKENS_GPU,
-        };
+    fn score_encoded(&self, pairs: &[EncodedPair], limits: BatchLimits) -> Result<Vec<f32>> {
         let mut logits = vec![0.0; pairs.len()];
-        for batch in batches(pairs, BatchLimits { pairs: batch, tokens }) {
+        for batch in batches(pairs, limits) {
             let scores = score_tokens(&self.engine, &batch.tokens, &self.groups)?;
             for (place, score) in batch.places.into_iter().zip(scores) {
                 logits[place] = score;

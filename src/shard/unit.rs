@@ -28,6 +28,8 @@ pub struct UnitOptions {
     pub offload: Offload,
     /// Reduce gradients of low precision in fp32, and keep the result in it.
     pub reduce_fp32: bool,
+    /// Whether anything is to learn.
+    pub trains: bool,
 }
 
 impl UnitOptions {
@@ -39,8 +41,9 @@ impl UnitOptions {
     /// How parameters that learn are kept: with fp32 master weights, where the buffer does not hold
     /// them at all times in fp32, or where they are offloaded.
     fn trained(&self) -> Keeping {
-        let Self { device, kind, share, offload, .. } = *self;
-        let separate = kind != Kind::Float || share.sharding.parameters || offload.states;
+        let Self { device, kind, share, offload, trains, .. } = *self;
+        let has_masters = trains && (kind != Kind::Float || offload.states);
+        let separate = has_masters || share.sharding.parameters;
         let home = if offload.states || offload.parameters { Device::Cpu } else { device };
         Keeping { device, kind, share, part: separate.then_some((Kind::Float, home)) }
     }

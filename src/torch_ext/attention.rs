@@ -3,6 +3,7 @@
 
 use tch::{Device, Kind, Tensor};
 
+use super::storage::upload;
 use super::{check, ffi};
 use crate::error::{Error, Result};
 
@@ -26,7 +27,7 @@ impl CuSeqlens {
             None
         } else {
             let narrow = Tensor::f_from_slice(boundaries)?.f_to_kind(Kind::Int)?;
-            Some(narrow.f_to_device(device)?)
+            Some(upload(&narrow, device)?)
         };
         let longest = boundaries.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or(0);
         Ok(Self { host: boundaries.to_vec(), device: on_device, longest })

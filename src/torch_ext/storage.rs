@@ -3,7 +3,7 @@
 //! Sharded parameters are whole only while a stage computes. The views that the stage's graph has
 //! saved keep pointing at the storage, so the storage, not the tensor, is what comes and goes.
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::{check, ffi};
 use crate::error::{Error, Result};
@@ -39,4 +39,16 @@ pub fn held_bytes(tensor: &Tensor) -> usize {
 fn resize(tensor: &Tensor, bytes: usize) -> Result<()> {
     // SAFETY: a live tensor; the C++ side replaces the memory its storage owns.
     check(unsafe { ffi::rr_storage_resize(tensor.as_ptr(), bytes) }).map_err(Error::Torch)
+}
+
+/// Copies a tensor of the host to `device`. The host does not wait for a GPU: the copy is ordered with the
+/// computation, from pinned memory that libtorch gives to nobody else before it is over.
+///
+/// # Errors
+/// [`crate::Error::Torch`] when the device, or the host's pinned memory, has no room.
+pub fn upload(host: &Tensor, device: Device) -> Result<Tensor> {
+    if device == Device::Cpu || host.numel() == 0 {
+        return Ok(host.f_to_device(device)?);
+    }
+    Ok(host.f_pin_memory(device)?.f_to_device_(device, host.f_kind()?, true, false)?)
 }

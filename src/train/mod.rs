@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use rr_launch::contract::{WorkerEnv, heartbeat, preemption};
 use serde_json::{Value, json};
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 use tracing::{info, warn};
 
 pub use checkpoints::check as check_resume;
@@ -34,7 +34,7 @@ use crate::checkpoint::model_dir::MAX_SHARD_BYTES;
 use crate::checkpoint::training::{Progress, agree, file_crc32};
 use crate::checkpoint::{SavedModel, Sidecar, save_model};
 use crate::comm::{Communicator, Gloo, Groups, Nccl, Reduction, Solo, TIMEOUT, reduce_values};
-use crate::config::{self, Plan, Precision, SaveFailure, Strategy, ZeroStage};
+use crate::config::{self, Plan, SaveFailure, Strategy, ZeroStage};
 use crate::data::{Augment, Dataset, StepPlan};
 use crate::engine::{Engine, EngineOptions, StepOptions, StepReport, TrainBatch};
 use crate::error::{Error, Result};
@@ -43,7 +43,7 @@ use crate::optim::Schedule;
 use crate::score::pack;
 use crate::shard::{FlatUnit, Offload, ParameterGroups, Sharding, Share};
 use crate::text::{PipelineOptions, TokenBatch, WorkItem, token_batches};
-use crate::torch_ext::{nccl, runtime};
+use crate::torch_ext::{nccl, runtime, storage};
 
 use best::{Best, Verdict};
 use checkpoints::Checkpoints;
@@ -265,12 +265,9 @@ fn parameter_groups(plan: &Plan) -> ParameterGroups {
 /// How a rank keeps and computes the model.
 fn engine_options(plan: &Plan, device: Device, rank: usize, world_size: usize) -> EngineOptions {
     EngineOptions {
+        trains: true,
         device,
-        kind: match plan.training.precision {
-            Precision::Fp32 => Kind::Float,
-            Precision::Bf16 => Kind::BFloat16,
-            Precision::Fp16 => Kind::Half,
-        },
+        kind: plan.training.precision.kind(),
         share: Share { sharding: Sharding::of(plan.parallel.strategy), rank, world_size },
         recompute: plan.training.gradient_checkpointing || plan.parallel.activation_checkpointing,
         offload: Offload {
@@ -510,7 +507,7 @@ fn to_device(tokens: &TokenBatch, inputs: &Inputs, device: Device) -> Result<Tra
     let line = |&pair: &u32| format!("{path}:{}", inputs.train.pair(pair).line);
     Ok(TrainBatch {
         packed: pack(tokens, device)?,
-        labels: Tensor::f_from_slice(&tokens.labels)?.f_to_device(device)?,
+        labels: storage::upload(&Tensor::f_from_slice(&tokens.labels)?, device)?,
         cu_groups: tokens.cu_groups.clone(),
         origins: tokens.pairs.iter().map(line).collect(),
     })

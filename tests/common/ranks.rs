@@ -181,6 +181,7 @@ impl Trainer {
             special: vec![(vec!["classifier".into(), "layer.1.attention.self.key".into()], 3e-3)],
         };
         let options = EngineOptions {
+            trains: true,
             device: Device::Cpu,
             kind: case.kind,
             share: Share {
