@@ -66,13 +66,13 @@ const FLAGS: &[(&str, &str)] = &[
     ),
     (
         "reranker score",
-        "--batch-size --device --echo --format --help --input --max-len --model --output --prompt \
-         --timeout",
+        "--batch-size --device --echo --format --help --input --max-len --model --output \
+         --precision --prompt --timeout",
     ),
     (
         "reranker eval",
         "--batch-size --bm25 --complete --data --device --gain --help --json --k --label-key --max-len \
-         --model --per-query --prompt --qrels --run --timeout --write-qrels --write-run",
+         --model --per-query --precision --prompt --qrels --run --timeout --write-qrels --write-run",
     ),
     (
         "reranker convert",

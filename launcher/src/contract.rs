@@ -12,6 +12,8 @@ pub mod nodes;
 pub mod preemption;
 mod slurm;
 
+pub use crate::devices::gpu_is_visible;
+
 use std::fmt::Display;
 use std::str::FromStr;
 

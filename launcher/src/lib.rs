@@ -38,7 +38,6 @@ use std::io::Write as _;
 use args::{Args, DeviceRequest, Invocation, Work, WorkerCommand};
 use contract::vars;
 use devices::Placement;
-pub use devices::gpu_is_visible;
 use error::LaunchError;
 use nodes::Meeting;
 use plan::{Plan, Rendezvous};

@@ -271,18 +271,6 @@ pub enum Precision {
     Bf16,
 }
 
-impl Precision {
-    /// The dtype of what stages compute.
-    #[must_use]
-    pub fn kind(self) -> tch::Kind {
-        match self {
-            Self::Fp32 => tch::Kind::Float,
-            Self::Bf16 => tch::Kind::BFloat16,
-            Self::Fp16 => tch::Kind::Half,
-        }
-    }
-}
-
 impl fmt::Display for Precision {
     /// The name of `mixed_precision`.
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {

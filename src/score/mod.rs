@@ -40,6 +40,7 @@ use crate::model::weights::WeightFiles;
 use crate::model::{ModelConfig, PackedBatch, Pretrained};
 use crate::shard::{FlatUnit, ParameterGroups};
 use crate::text::{EncodedPair, PairTokenizer, TokenBatch, TokenPrompt};
+use crate::torch_ext::runtime;
 use batch::{BatchLimits, batches};
 use crew::{Crew, Starter, Work};
 use form::Form;
@@ -159,7 +160,7 @@ impl CrossEncoder {
         let Form { tokenizer, max_len, assumed } = form;
         let tokenizer = Arc::new(tokenizer);
         let rates = ParameterGroups { lr: 0.0, weight_decay: 0.0, special: Vec::new() };
-        let kind = precision.kind();
+        let kind = runtime::kind_of(precision);
         let options = EngineOptions { kind, trains: false, ..EngineOptions::whole(device) };
         let engine = Engine::load(&config, &weights, UNTRAINED_HEAD_SEED, &rates, options)?;
         let positions = config.max_positions();

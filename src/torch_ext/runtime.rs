@@ -4,7 +4,7 @@ use std::ffi::c_int;
 use std::os::unix::process::CommandExt as _;
 use std::sync::{Once, OnceLock};
 
-use rr_launch::contract::{says_how_threads_wait, vars};
+use rr_launch::contract::{gpu_is_visible, says_how_threads_wait, vars};
 use tch::{Kind, Tensor};
 
 use super::{check, ffi};
@@ -138,6 +138,16 @@ pub fn settle_vector_functions() {
     });
 }
 
+/// The dtype that stages compute in.
+#[must_use]
+pub fn kind_of(precision: config::Precision) -> Kind {
+    match precision {
+        config::Precision::Fp32 => Kind::Float,
+        config::Precision::Bf16 => Kind::BFloat16,
+        config::Precision::Fp16 => Kind::Half,
+    }
+}
+
 /// The device of a process: `asked` for, else a GPU where there is one. `number` is the GPU's among
 /// those that the process sees.
 ///
@@ -172,7 +182,7 @@ fn visible_number(number: usize, devices: usize, own: bool) -> Result<usize> {
 #[must_use]
 pub fn kind_of_device(asked: Option<config::Device>) -> config::Device {
     static SEEN: OnceLock<bool> = OnceLock::new();
-    asked.unwrap_or_else(|| match SEEN.get_or_init(rr_launch::gpu_is_visible) {
+    asked.unwrap_or_else(|| match SEEN.get_or_init(gpu_is_visible) {
         true => config::Device::Cuda,
         false => config::Device::Cpu,
     })

@@ -267,7 +267,7 @@ fn engine_options(plan: &Plan, device: Device, rank: usize, world_size: usize) -
     EngineOptions {
         trains: true,
         device,
-        kind: plan.training.precision.kind(),
+        kind: runtime::kind_of(plan.training.precision),
         share: Share { sharding: Sharding::of(plan.parallel.strategy), rank, world_size },
         recompute: plan.training.gradient_checkpointing || plan.parallel.activation_checkpointing,
         offload: Offload {
