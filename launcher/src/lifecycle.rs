@@ -139,6 +139,8 @@ pub enum Event {
         was_stopped: bool,
         /// There can be no restart.
         is_final: bool,
+        /// What has asked for the end since, on any node.
+        called_off: Option<Cause>,
     },
     /// Nothing of this attempt is left.
     AllGone {
@@ -197,6 +199,11 @@ pub struct Lifecycle {
     cause: Option<Cause>,
     /// A worker has said that a checkpoint is saved.
     saved: bool,
+    /// The attempt has failed after it was asked to save, or cannot be ended: there is no restart.
+    is_final: bool,
+    /// What has asked for the end of the job while the attempt was ending over a failure: it takes
+    /// the place of the restart.
+    called_off: Option<Cause>,
     verdict: Verdict,
 }
 
@@ -205,7 +212,17 @@ impl Lifecycle {
     /// workers that hang.
     pub fn new(grace: Duration, inspection: Duration, restarts: Restarts) -> Self {
         let (phase, verdict) = (Phase::Running, Verdict::End);
-        Self { grace, inspection, restarts, phase, cause: None, saved: false, verdict }
+        Self {
+            grace,
+            inspection,
+            restarts,
+            phase,
+            cause: None,
+            saved: false,
+            is_final: false,
+            called_off: None,
+            verdict,
+        }
     }
 
     /// Takes an event in, and says what to do.
@@ -216,15 +233,18 @@ impl Lifecycle {
             Event::PreemptionAsked(signal) => self.preemption_asked(signal, now),
             Event::Hung { rank } => self.inspect(Cause::Hang { rank }, now),
             Event::Inspected => self.end_inspection(libc::SIGTERM, now),
-            Event::OutputClosed => self.stop(Cause::OutputClosed, libc::SIGTERM, now),
+            Event::OutputClosed => {
+                self.call_off(Cause::OutputClosed);
+                self.stop(Cause::OutputClosed, libc::SIGTERM, now)
+            }
             Event::PeerEnds(cause) => self.peer_ends(cause, now),
             Event::PeerKills => self.may_kill().then(|| self.kill(now)),
-            Event::Settled { cause, has_saved, was_stopped, is_final } => {
+            Event::Settled { cause, has_saved, was_stopped, is_final, called_off } => {
                 (self.cause, self.saved) = (cause, has_saved);
-                self.phase = match (is_final, was_stopped) {
-                    (true, _) => Phase::Abandoned,
-                    (false, true) => Phase::Stopping { kill_at: None },
-                    (false, false) => Phase::Saving { kill_at: None },
+                (self.is_final, self.called_off) = (is_final, called_off);
+                self.phase = match was_stopped {
+                    true => Phase::Stopping { kill_at: None },
+                    false => Phase::Saving { kill_at: None },
                 };
                 None
             }
@@ -249,7 +269,7 @@ impl Lifecycle {
             (_, Some(Cause::Preempted { .. })) => {
                 let order = self.end_saving(now);
                 if order.is_some() {
-                    self.cause = Some(Cause::Failure { rank, exit });
+                    (self.cause, self.is_final) = (Some(Cause::Failure { rank, exit }), true);
                 }
                 order
             }
@@ -260,6 +280,7 @@ impl Lifecycle {
     /// The signal is handed on; an INT while the job ends already, the user's second Ctrl-C, ends
     /// it at once. What asks workers to end that are saving anyway would only interrupt them.
     fn signalled(&mut self, signal: i32, now: Instant) -> Option<Order> {
+        self.call_off(Cause::Signal(signal));
         match self.phase {
             Phase::Running => self.stop(Cause::Signal(signal), signal, now),
             Phase::Inspecting { .. } => self.end_inspection(signal, now),
@@ -272,6 +293,7 @@ impl Lifecycle {
     }
 
     fn preemption_asked(&mut self, signal: i32, now: Instant) -> Option<Order> {
+        self.call_off(Cause::Preempted { signal: Some(signal) });
         match self.phase {
             Phase::Saving { .. } | Phase::Stopping { .. } if signal == libc::SIGINT => {
                 Some(self.kill(now))
@@ -297,6 +319,14 @@ impl Lifecycle {
         }
     }
 
+    /// The job is to end. An attempt that is ending anyway keeps its cause, but nothing follows it.
+    fn call_off(&mut self, by: Cause) {
+        let fails = matches!(self.cause, Some(Cause::Failure { .. } | Cause::Hang { .. }));
+        if fails && self.called_off.is_none() {
+            self.called_off = Some(by);
+        }
+    }
+
     fn may_kill(&self) -> bool {
         !matches!(self.phase, Phase::Killing { .. } | Phase::Abandoned)
     }
@@ -304,9 +334,14 @@ impl Lifecycle {
     /// Nothing is left: the end, or all over again.
     fn all_gone(&mut self, step: Option<u64>) -> Option<Order> {
         self.verdict = Verdict::End;
-        let cause = self.cause.filter(|_| self.phase != Phase::Abandoned)?;
+        let is_final = self.is_final || self.is_abandoned();
+        let cause = self.cause.filter(|_| !is_final)?;
         self.verdict = self.restarts.after(cause, step);
         let Verdict::Restart(number) = self.verdict else { return None };
+        if let Some(by) = self.called_off {
+            self.verdict = Verdict::CalledOff(by);
+            return None;
+        }
         (self.phase, self.cause, self.saved) = (Phase::Running, None, false);
         Some(Order::Restart(number))
     }
@@ -339,6 +374,11 @@ impl Lifecycle {
     /// Why this attempt ended, if not by all workers' success.
     pub fn cause(&self) -> Option<Cause> {
         self.cause
+    }
+
+    /// What has asked for the end of the job since.
+    pub fn called_off(&self) -> Option<Cause> {
+        self.called_off
     }
 
     /// What followed from it.
@@ -376,19 +416,13 @@ impl Lifecycle {
         match (self.verdict, self.cause) {
             (Verdict::Exhausted, _) => exit_code::OUT_OF_RESTARTS,
             (Verdict::NoProgress, _) => exit_code::DO_NOT_REQUEUE,
+            (Verdict::CalledOff(by), _) => code_of(by),
             (Verdict::End | Verdict::Restart(_), cause) => match cause {
                 None => exit_code::OK,
-                Some(Cause::Failure { exit, .. }) => exit.code(),
-                Some(Cause::Hang { .. }) => exit_code::HANG,
-                Some(Cause::Signal(signal)) => exit_code::of_signal(signal),
                 Some(Cause::Preempted { .. }) if self.saved => exit_code::PREEMPTED,
                 // Without a kill they were done before they heard of it.
                 Some(Cause::Preempted { .. }) if self.is_saving() => exit_code::OK,
-                Some(Cause::Preempted { signal }) => {
-                    exit_code::of_signal(signal.unwrap_or(libc::SIGKILL))
-                }
-                Some(Cause::NodeLost { .. }) => exit_code::NODE_LOST,
-                Some(Cause::OutputClosed) => exit_code::of_signal(libc::SIGPIPE),
+                Some(cause) => code_of(cause),
             },
         }
     }
@@ -443,5 +477,17 @@ impl Lifecycle {
     fn kill(&mut self, now: Instant) -> Order {
         self.phase = Phase::Killing { abandon_at: now + KILL_PATIENCE };
         Order::Kill
+    }
+}
+
+/// The exit code of a job that ends for a cause, and has saved nothing over it.
+fn code_of(cause: Cause) -> u8 {
+    match cause {
+        Cause::Failure { exit, .. } => exit.code(),
+        Cause::Hang { .. } => exit_code::HANG,
+        Cause::Signal(signal) => exit_code::of_signal(signal),
+        Cause::Preempted { signal } => exit_code::of_signal(signal.unwrap_or(libc::SIGKILL)),
+        Cause::NodeLost { .. } => exit_code::NODE_LOST,
+        Cause::OutputClosed => exit_code::of_signal(libc::SIGPIPE),
     }
 }

@@ -42,6 +42,7 @@ pub fn lines(
             "no restart: the last 3 came no further; starting again would end the same way"
                 .to_owned(),
         ),
+        Verdict::CalledOff(by) => lines.push(format!("no restart: {}", brief(by))),
     }
     lines
 }
@@ -202,6 +203,8 @@ mod tests {
                 "restarting 5 workers (restart 1 of 2)",
             ]
         );
+        let called_off = lines(&attempt, None, Verdict::CalledOff(Cause::Signal(15)), 2);
+        assert_eq!(called_off[5], "no restart: ended by SIGTERM");
         let hang = record(Cause::Hang { rank: None }, &[term, term]);
         let expected = ["ranks 0-1 were killed by SIGTERM (exit code 143)"];
         assert_eq!(lines(&hang, None, Verdict::End, 0), expected);

@@ -18,6 +18,8 @@ pub enum Verdict {
     Exhausted,
     /// The end: the last restarts came no further than the one before them.
     NoProgress,
+    /// The end, in place of a restart: this has asked for it while the attempt was ending.
+    CalledOff(Cause),
 }
 
 /// The restarts of a job so far.

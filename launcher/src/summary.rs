@@ -115,6 +115,7 @@ fn outcome(verdict: Verdict, cause: Option<Cause>) -> &'static str {
         (_, None) => "success",
         (Verdict::Exhausted, _) => "out_of_restarts",
         (Verdict::NoProgress, _) => "no_progress",
+        (Verdict::CalledOff(by), _) => kind(by),
         (Verdict::End | Verdict::Restart(_), Some(cause)) => kind(cause),
     }
 }

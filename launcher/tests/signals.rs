@@ -4,10 +4,11 @@
 
 mod common;
 
+use std::net::TcpListener;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use common::{Launch, assert_all_end, pids, shell};
+use common::{Launch, assert_all_end, launcher, pids, shell};
 
 /// Workers that write their process id, then do `then`, with a process beside each.
 fn script(folder: &Path, then: &str) -> String {
@@ -31,6 +32,39 @@ fn signals_are_handed_on_and_give_128_plus_their_number() {
         }
         assert!(outcome.stderr.contains(&format!("ended by SIG{signal}")), "{}", outcome.stderr);
         assert_all_end(&everybody);
+    }
+}
+
+#[test]
+fn a_signal_while_a_failed_attempt_ends_is_not_forgotten() {
+    let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let two = ["--nnodes", "2", "--rdzv", &free, "--node-rank"];
+    for nodes in
+        [vec![vec!["--nproc", "2"]], vec![[&two[..], &["0"]].concat(), [&two[..], &["1"]].concat()]]
+    {
+        let folder = tempfile::tempdir().unwrap();
+        // The second TERM, which is the launcher's own, ends rank 1.
+        let ending = folder.path().join("ending");
+        let script = format!(
+            "[ $RR_RESTART_COUNT = 0 ] || exit 0
+            [ $RANK = 0 ] && {{ while [ ! -e {0}.ready ]; do sleep 0.01; done; exit 3; }}
+            trap '[ -e {0} ] && exit 143; : > {0}' TERM; : > {0}.ready
+            while :; do sleep 300 & wait; done",
+            ending.display()
+        );
+        let start = |flags: &Vec<&str>| {
+            let mut command = launcher();
+            command.args(["--cpu", "--grace", "100", "--max-restarts", "3"]).args(flags);
+            Launch::start(command.args(["--", "sh", "-c", &script]))
+        };
+        let launches: Vec<Launch> = nodes.iter().map(start).collect();
+        assert!(common::eventually(common::DEADLINE, || ending.exists()));
+        launches[launches.len() - 1].signal("TERM");
+        for launch in launches {
+            let outcome = launch.wait();
+            assert_eq!(outcome.code, Some(143), "{}", outcome.stderr);
+            assert!(outcome.stderr.contains("no restart: ended by SIGTERM"), "{}", outcome.stderr);
+        }
     }
 }
 

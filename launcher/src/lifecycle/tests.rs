@@ -148,7 +148,8 @@ fn what_happens_on_another_node_happens_here() {
     let lost = Cause::NodeLost { node: 1 };
     let failed = Cause::Failure { rank: 5, exit: Exit::Code(9) };
     let settled = |cause, has_saved, was_stopped, is_final| {
-        (Event::Settled { cause: Some(cause), has_saved, was_stopped, is_final }, None)
+        let (cause, called_off) = (Some(cause), None);
+        (Event::Settled { cause, has_saved, was_stopped, is_final, called_off }, None)
     };
     let ends = |cause| (Event::PeerEnds(cause), TERM);
     // The first cause of all replaces what this node saw first.
@@ -161,7 +162,7 @@ fn what_happens_on_another_node_happens_here() {
     let asked = Cause::Preempted { signal: Some(SIGUSR1) };
     let ask = (Event::PeerEnds(asked), Some(Order::Ask(SIGUSR1)));
     check(3, &[ask, (ended(0, 41), None), settled(asked, true, false, false), (GONE, None)], 41);
-    check(3, &[ask, ends(failed), settled(failed, true, true, false), again], 0);
+    check(3, &[ask, ends(failed), settled(failed, true, true, true), (GONE, None)], 9);
     let int = Cause::Signal(SIGINT);
     let events = [
         (Event::PeerEnds(int), Some(Order::Signal(SIGINT))),
@@ -172,6 +173,41 @@ fn what_happens_on_another_node_happens_here() {
         (GONE, None),
     ];
     check(3, &events, 130);
+}
+
+#[test]
+fn what_is_asked_for_while_a_failed_attempt_ends_is_not_forgotten() {
+    let (fails, hangs) = ((ended(1, 3), TERM), (Event::Hung { rank: None }, Some(Order::Inspect)));
+    let term = (Event::Signalled(SIGTERM), TERM);
+    let asked = (Event::PreemptionAsked(SIGUSR1), None);
+    let closed = (Event::OutputClosed, None);
+    let gone = (GONE, None);
+    for (request, code) in [(term, 143), (asked, 138), (closed, 141)] {
+        check(3, &[fails, request, gone], code);
+        check(0, &[fails, request, gone], 3);
+        check(3, &[(ended(1, 2), TERM), request, gone], 2);
+        check(3, &[hangs, request, (ended(0, 1), None), gone], code);
+        let killed = (Event::PeerKills, Some(Order::Kill));
+        let request = (request.0, request.1.filter(|_| false));
+        check(3, &[fails, killed, request, gone], code);
+    }
+    check(3, &[fails, closed, term, gone], 141);
+    // A rank that fails while all save: that was asked for before.
+    let ask = (asked.0, Some(Order::Ask(SIGUSR1)));
+    check(3, &[ask, (ended(1, 4), TERM), (ended(0, 41), None), gone], 4);
+    let by_itself = (ended(0, 41), None);
+    check(3, &[by_itself, fails, gone], 3);
+    // On another node.
+    let (failed, by) =
+        (Cause::Failure { rank: 5, exit: Exit::Code(9) }, Some(Cause::Signal(SIGTERM)));
+    let settled = Event::Settled {
+        cause: Some(failed),
+        has_saved: false,
+        was_stopped: true,
+        is_final: false,
+        called_off: by,
+    };
+    check(3, &[(Event::PeerEnds(failed), TERM), (settled, None), gone], 143);
 }
 
 #[test]

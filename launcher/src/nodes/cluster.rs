@@ -168,7 +168,10 @@ impl Cluster {
             Message::Pong { sent_us: 0, .. } => {}
             Message::Pong { sent_us, clock_us } => self.clock.learn(sent_us, clock_us, now),
             Message::Ending(mut ending) => {
-                let is_asked = matches!(ending.cause, Cause::Signal(_) | Cause::Preempted { .. });
+                let is_asked = matches!(
+                    ending.cause,
+                    Cause::Signal(_) | Cause::Preempted { .. } | Cause::OutputClosed
+                );
                 if ending.attempt != self.attempt && !is_asked {
                     return None;
                 }

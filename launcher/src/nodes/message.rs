@@ -171,8 +171,11 @@ pub struct Settlement {
     pub has_saved: bool,
     /// Whether workers had to be ended.
     pub was_stopped: bool,
-    /// Whether there can be no restart: something could not be killed, or a node is lost.
+    /// Whether there can be no restart: something could not be killed, a node is lost, or a worker
+    /// failed after all were asked to save.
     pub is_final: bool,
+    /// What has asked for the end of the job while the attempt was ending over a failure.
+    pub called_off: Option<Cause>,
     /// Where the workers meet if there is a restart.
     pub next_port: u16,
 }

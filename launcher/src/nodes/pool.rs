@@ -57,10 +57,31 @@ impl Pool {
         earliest(&mut self.endings.iter().filter(is_failure)).or(Some(first))
     }
 
+    /// Whether workers were asked to save, and then one failed.
+    fn was_asked_before(&self, first: Ending) -> bool {
+        let asked = |ending: &Ending| {
+            ending.at_us <= first.at_us && matches!(ending.cause, Cause::Preempted { .. })
+        };
+        matches!(first.cause, Cause::Failure { .. }) && self.endings.iter().any(asked)
+    }
+
+    /// What has asked for the end of the job after that.
+    fn request_after(&self, first: Ending) -> Option<Cause> {
+        let asks = |cause| {
+            matches!(
+                cause,
+                Cause::Signal(_) | Cause::Preempted { signal: Some(_) } | Cause::OutputClosed
+            )
+        };
+        let requests = self.endings.iter().filter(|ending| **ending != first && asks(ending.cause));
+        requests.min_by_key(|ending| ending.at_us).map(|ending| ending.cause)
+    }
+
     /// What the attempt came to; workers meet at `next_port` if there is another.
     pub fn settle(&self, world: &World, hang_s: f64, next_port: u16) -> Settlement {
         let parts = || self.parts.iter().flatten();
         let first = self.first();
+        let called_off = first.and_then(|first| self.request_after(first));
         let (mut cause, mut told) = (first.map(|first| first.cause), Vec::new());
         if let Some(first) = first {
             told = match first.cause {
@@ -89,7 +110,10 @@ impl Pool {
             step: parts().filter_map(|part| part.step).max(),
             has_saved: parts().any(|part| part.has_saved),
             was_stopped: parts().any(|part| part.was_stopped),
-            is_final: parts().any(|part| part.is_abandoned) || self.lost.contains(&true),
+            is_final: parts().any(|part| part.is_abandoned)
+                || self.lost.contains(&true)
+                || first.is_some_and(|first| self.was_asked_before(first)),
+            called_off,
             next_port,
         }
     }
@@ -149,10 +173,30 @@ mod tests {
         let saved = Part { has_saved: true, ..said("preempted") };
         let endings = [ending(2, asked, 1), ending(0, failure(0), 5)];
         let settled = settle(&endings, [said("rank 0"), saved.clone(), Part::default()]);
-        assert_eq!(settled.cause, Some(failure(0)));
+        assert_eq!((settled.cause, settled.is_final), (Some(failure(0)), true));
         let settled = settle(&endings[..1], [Part::default(), saved, said("preempted by X")]);
         assert_eq!((settled.cause, settled.has_saved), (Some(asked), true));
         assert_eq!(settled.told[0], "node 2 (c): preempted by X");
+    }
+
+    #[test]
+    fn what_is_asked_for_after_the_first_cause_is_told() {
+        let parts = || [said("rank 0"), said("rank 3"), Part::default()];
+        let late = [
+            ending(0, failure(1), 400),
+            ending(1, failure(3), 600),
+            ending(2, Cause::Signal(15), 900),
+            ending(1, Cause::OutputClosed, 800),
+        ];
+        let settled = settle(&late, parts());
+        assert_eq!((settled.cause, settled.is_final), (Some(failure(1)), false));
+        assert_eq!(settled.called_off, Some(Cause::OutputClosed));
+        let settled = settle(&late[..2], parts());
+        assert_eq!(settled.called_off, None);
+        // Workers that save on the TERM that follows a failure were not asked to make room.
+        let heard = ending(1, Cause::Preempted { signal: None }, 700);
+        let settled = settle(&[late[0], heard], parts());
+        assert_eq!((settled.is_final, settled.called_off), (false, None));
     }
 
     #[test]

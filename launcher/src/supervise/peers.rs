@@ -15,7 +15,7 @@ use crate::report;
 impl Supervisor {
     /// Takes an event in, and lets the other nodes know what follows from one of this node's own.
     pub(super) fn decide(&mut self, event: Event, now: Instant) -> Option<Order> {
-        let before = self.lifecycle.cause();
+        let (before, was_called_off) = (self.lifecycle.cause(), self.lifecycle.called_off());
         let order = self.lifecycle.on(event, now);
         let Some(cluster) = &mut self.cluster else { return order };
         let is_ours = !matches!(
@@ -25,6 +25,10 @@ impl Supervisor {
         let after = self.lifecycle.cause();
         if let Some(cause) = after.filter(|_| is_ours && after != before) {
             cluster.ends(cause, now);
+        }
+        let called_off = self.lifecycle.called_off();
+        if let Some(by) = called_off.filter(|_| is_ours && called_off != was_called_off) {
+            cluster.ends(by, now);
         }
         let is_asked = matches!(event, Event::Signalled(_) | Event::PreemptionAsked(_));
         if is_asked && order == Some(Order::Kill) {
@@ -138,6 +142,7 @@ impl Supervisor {
             has_saved: settlement.has_saved,
             was_stopped: settlement.was_stopped,
             is_final: settlement.is_final,
+            called_off: settlement.called_off,
         };
         self.tell(event, Instant::now());
         (Some(settlement.told), settlement.step)
