@@ -56,11 +56,18 @@ impl Cluster {
         Self { listener: Some(listener), ..Self::new(world, 0, links, silence) }
     }
 
-    /// Another node, with its link to node 0.
-    pub fn member(world: World, node: usize, link: Link, silence: Duration) -> Self {
+    /// Another node, with its link to node 0 and what that has said already.
+    pub fn member(
+        world: World,
+        node: usize,
+        link: Link,
+        said: Vec<Message>,
+        silence: Duration,
+    ) -> Self {
         let mut links: Vec<Option<Link>> = world.nodes.iter().map(|_| None).collect();
         links[0] = Some(link);
-        Self::new(world, node, links, silence)
+        let inbox = said.into_iter().map(|message| (0, message)).collect();
+        Self { inbox, ..Self::new(world, node, links, silence) }
     }
 
     fn new(world: World, node: usize, links: Vec<Option<Link>>, silence: Duration) -> Self {
@@ -289,6 +296,9 @@ impl Cluster {
 
     /// When there is something to do without an event.
     pub fn deadline(&self) -> Option<Instant> {
+        if self.settlement.is_none() && !self.inbox.is_empty() {
+            return Some(Instant::now());
+        }
         let links = self.links.iter().flatten();
         let silences = links.clone().filter_map(|link| link.heard().checked_add(self.silence));
         let pings = links.filter(|_| !self.is_hub()).map(Link::ping_at);

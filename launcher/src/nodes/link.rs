@@ -58,10 +58,21 @@ impl Link {
     /// Says something, now or as soon as there is room. That the other end is gone is noticed when
     /// it is read from.
     pub fn send(&mut self, message: &Message) {
+        self.queue(message);
+        self.flush();
+    }
+
+    fn queue(&mut self, message: &Message) {
         let Ok(text) = serde_json::to_vec(message) else { return };
         let Ok(length) = u32::try_from(text.len()) else { return };
         self.outgoing.extend(length.to_be_bytes());
         self.outgoing.extend(text);
+    }
+
+    /// Says several things so that they arrive together.
+    #[cfg(test)]
+    pub fn send_at_once(&mut self, messages: &[Message]) {
+        messages.iter().for_each(|message| self.queue(message));
         self.flush();
     }
 

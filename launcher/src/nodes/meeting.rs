@@ -416,8 +416,8 @@ fn join(own: &Hello, place: &Place) -> Result<Cluster, LaunchError> {
         };
         link.send(&Message::Hello(own.clone()));
         match sit(&mut link, place).map_err(network())? {
-            Answer::Begin(world) => {
-                return Ok(Cluster::member(world, own.node_rank, link, place.silence));
+            Answer::Begin(world, rest) => {
+                return Ok(Cluster::member(world, own.node_rank, link, rest, place.silence));
             }
             Answer::Refused { line, code } => return Err(LaunchError::Nodes { line, code }),
             Answer::Gone => {
@@ -442,7 +442,8 @@ fn call(place: &Place, timeout: Duration) -> io::Result<Link> {
 
 /// How a call ended.
 enum Answer {
-    Begin(World),
+    /// All are there; and what was said at once behind that: another node's launch may end already.
+    Begin(World, Vec<Message>),
     Refused {
         line: String,
         code: u8,
@@ -457,9 +458,10 @@ fn sit(link: &mut Link, place: &Place) -> io::Result<Answer> {
     epoll.add(link.as_fd(), Interest::Read, 0)?;
     loop {
         let now = Instant::now();
-        for message in link.receive(now) {
+        let mut messages = link.receive(now).into_iter();
+        while let Some(message) = messages.next() {
             match message {
-                Message::Welcome(world) => return Ok(Answer::Begin(world)),
+                Message::Welcome(world) => return Ok(Answer::Begin(world, messages.collect())),
                 Message::Refuse { line, code } => return Ok(Answer::Refused { line, code }),
                 _ => {}
             }
@@ -476,7 +478,10 @@ fn sit(link: &mut Link, place: &Place) -> io::Result<Answer> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may end with a panic")]
+
     use super::*;
+    use crate::nodes::cluster::News;
 
     fn hello(node_rank: usize, terms: &[(&str, &str, bool)]) -> Hello {
         let term = |&(name, value, is_readable): &(&str, &str, bool)| Term {
@@ -494,6 +499,36 @@ mod tests {
         let mut reminder = Reminder::new(start);
         let told = (0..200).filter(|&s| reminder.is_due(start + Duration::from_secs(s)));
         assert_eq!(told.collect::<Vec<_>>(), [10, 70, 130, 190]);
+    }
+
+    #[test]
+    fn what_comes_in_one_batch_with_the_welcome_is_heard() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let place = Place {
+            nnodes: 2,
+            node_rank: 1,
+            addr: "127.0.0.1".to_owned(),
+            port: listener.local_addr().unwrap().port(),
+            patience: Duration::from_secs(60),
+            silence: Duration::from_secs(60),
+        };
+        let host = std::thread::spawn(move || {
+            let mut link = Link::new(listener.accept().unwrap().0).unwrap();
+            let node = |host: &str| Node { host: host.to_owned(), workers: 1 };
+            let world = World {
+                run_id: "r".to_owned(),
+                nodes: vec![node("a"), node("b")],
+                master_addr: "127.0.0.1".to_owned(),
+                master_port: 1,
+            };
+            link.send_at_once(&[Message::Welcome(world), Message::Kill]);
+            link
+        });
+        let mut cluster = join(&hello(1, &[]), &place).unwrap();
+        let due = cluster.deadline();
+        assert!(due.is_some_and(|due| due <= Instant::now()), "it need not be waited for");
+        assert_eq!(cluster.news(Instant::now()), [News::Kill]);
+        drop(host.join().unwrap());
     }
 
     #[test]
