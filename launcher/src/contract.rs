@@ -33,6 +33,10 @@ pub mod vars {
     pub const LOCAL_WORLD_SIZE: &str = "LOCAL_WORLD_SIZE";
     /// This host's number among all hosts, from 0.
     pub const GROUP_RANK: &str = "GROUP_RANK";
+    /// The number of hosts; torchrun's name.
+    pub const GROUP_WORLD_SIZE: &str = "GROUP_WORLD_SIZE";
+    /// torchrun's name of the one role that there is.
+    pub const ROLE_NAME: &str = "ROLE_NAME";
     /// torchrun's rank among workers of one role; there is one role, so it is [`RANK`].
     pub const ROLE_RANK: &str = "ROLE_RANK";
     /// torchrun's number of workers of one role; it is [`WORLD_SIZE`].
@@ -51,6 +55,11 @@ pub mod vars {
     pub const OMP_WAIT_POLICY: &str = "OMP_WAIT_POLICY";
     /// The same, as libgomp's own setting: how often a thread looks before it sleeps.
     pub const GOMP_SPINCOUNT: &str = "GOMP_SPINCOUNT";
+    /// Set to `1` for any program when unset, as by `python -u`, which torchrun runs: what a rank has
+    /// printed is not lost with it.
+    pub const PYTHONUNBUFFERED: &str = "PYTHONUNBUFFERED";
+    /// Set to `1` for any program when unset, as by torchrun: NCCL's errors end a process.
+    pub const TORCH_NCCL_ASYNC_ERROR_HANDLING: &str = "TORCH_NCCL_ASYNC_ERROR_HANDLING";
     /// One identifier for all workers of a launch, the same over restarts.
     pub const RR_RUN_ID: &str = "RR_RUN_ID";
     /// How often the workers of this run have been restarted.

@@ -168,6 +168,12 @@ fn plan(args: &Args, prepared: Prepared, rendezvous: Rendezvous) -> Result<Plan,
     if is_ours && !contract::says_how_threads_wait() {
         plan.share(vars::OMP_WAIT_POLICY, "passive".to_owned());
     }
+    if !is_ours {
+        let names = [vars::PYTHONUNBUFFERED, vars::TORCH_NCCL_ASYNC_ERROR_HANDLING];
+        for name in names.into_iter().filter(|name| std::env::var_os(name).is_none()) {
+            plan.share(name, "1".to_owned());
+        }
+    }
     let options = args.supervision()?;
     let highest = options.output.show.highest().filter(|_| args.nodes.nnodes.is_none());
     if let Some(rank) = highest.filter(|&rank| rank >= plan.workers()) {

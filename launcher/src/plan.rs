@@ -15,6 +15,9 @@ use crate::error::LaunchError;
 use crate::nodes::Place;
 use crate::report::ranges;
 
+/// torchrun's name of the role that all workers have.
+const ROLE: &str = "default";
+
 /// Where the workers meet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rendezvous {
@@ -76,6 +79,8 @@ pub fn listen(port: u16) -> io::Result<TcpListener> {
 pub struct Standing {
     /// The node's number.
     pub node: usize,
+    /// The number of nodes.
+    pub nodes: usize,
     /// The rank of its first worker.
     pub first_rank: usize,
     /// Workers on all nodes.
@@ -115,7 +120,8 @@ impl Plan {
     ) -> Self {
         // Counts the cores of this process's affinity mask, and a container's quota of them.
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let standing = Standing { node: 0, first_rank: 0, world_size: placement.workers() };
+        let standing =
+            Standing { node: 0, nodes: 1, first_rank: 0, world_size: placement.workers() };
         let run_id = new_run_id();
         let shared = shared_vars(&placement, cores, |name| std::env::var_os(name).is_some());
         Self {
@@ -179,7 +185,7 @@ impl Plan {
     pub fn imagine(&mut self, place: &Place) {
         let (node, workers) = (place.node_rank, self.workers());
         let (first_rank, world_size) = (node * workers, place.nnodes * workers);
-        self.standing = Standing { node, first_rank, world_size };
+        self.standing = Standing { node, nodes: place.nnodes, first_rank, world_size };
         self.rendezvous.addr.clone_from(&place.addr);
     }
 
@@ -220,6 +226,8 @@ impl Plan {
             progress: self.progress && rank == 0,
         };
         let mut list = worker.to_vars();
+        list.push((vars::GROUP_WORLD_SIZE, self.standing.nodes.to_string()));
+        list.push((vars::ROLE_NAME, ROLE.to_owned()));
         list.push((vars::RR_LAUNCHER, self.launcher_id.clone()));
         list.extend(self.shared.iter().cloned());
         let threads = list.iter_mut().find(|(name, _)| *name == vars::OMP_NUM_THREADS);

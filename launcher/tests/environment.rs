@@ -38,6 +38,9 @@ fn every_worker_is_told_who_it_is() {
             ("WORLD_SIZE", "3"),
             ("LOCAL_WORLD_SIZE", "3"),
             ("GROUP_RANK", "0"),
+            ("GROUP_WORLD_SIZE", "1"),
+            ("ROLE_NAME", "default"),
+            ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
             ("ROLE_RANK", &rank),
             ("ROLE_WORLD_SIZE", "3"),
             ("MASTER_ADDR", "127.0.0.1"),
@@ -95,6 +98,19 @@ fn what_the_user_has_set_is_kept_and_what_an_outer_launcher_set_is_not() {
     assert_eq!(found[1]["MINE"], "x");
     assert_eq!(found[1]["MASTER_PORT"], port);
     assert!(!found[0].contains_key("RR_PROGRESS"));
+}
+
+#[test]
+fn what_python_has_printed_is_not_lost_with_a_rank_that_is_killed() {
+    let program = "import os; print('step 1'); os.kill(os.getpid(), 9)";
+    let start = |value: Option<&str>| {
+        let mut command = launcher();
+        command.env_remove("PYTHONUNBUFFERED").args(["--cpu", "--", "python3", "-c", program]);
+        run(command.envs(value.map(|value| ("PYTHONUNBUFFERED", value))))
+    };
+    let outcome = start(None);
+    assert_eq!((outcome.code, outcome.stdout.as_str()), (Some(137), "[0] step 1\n"));
+    assert_eq!(start(Some("")).stdout, "", "the user's own word counts");
 }
 
 #[test]

@@ -146,7 +146,7 @@ else:
             break
         except ConnectionRefusedError:
             pass
-names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR RR_RUN_ID"
+names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE MASTER_ADDR RR_RUN_ID"
 print(*map(env, names.split()))
 "#;
     let start = |node| {
@@ -160,7 +160,7 @@ print(*map(env, names.split()))
         lines.sort_unstable();
         let line = |local| {
             let rank = node * WORKERS + local;
-            format!("[{rank}] {rank} {local} 6 2 {node} 10.213.78.1 one run")
+            format!("[{rank}] {rank} {local} 6 2 {node} 3 10.213.78.1 one run")
         };
         assert_eq!(lines, [line(0), line(1)]);
         assert_eq!(outcome.stderr, "");

@@ -93,6 +93,7 @@ impl Cluster {
     pub fn standing(&self) -> Standing {
         Standing {
             node: self.node,
+            nodes: self.world.nodes.len(),
             first_rank: self.world.first_rank(self.node),
             world_size: self.world.workers(),
         }
