@@ -53,6 +53,16 @@ impl Rendezvous {
             }
         }
     }
+
+    /// As [`Self::on_this_host`] for a restart. A port that the user has named and that another program
+    /// has taken since is not refused any more: it may be free again when rank 0 needs it, and else
+    /// rank 0 says so, which is one more failure.
+    pub fn once_more(port: Option<u16>) -> Result<Self, LaunchError> {
+        match (Self::on_this_host(port), port) {
+            (Err(_), Some(port)) => Ok(Self { addr: loopback(), port }),
+            (found, _) => found,
+        }
+    }
 }
 
 /// The loopback address: IPv4's, but on a host that has only IPv6's.

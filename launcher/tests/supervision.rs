@@ -5,10 +5,11 @@
 mod common;
 
 use std::fs;
+use std::net::TcpListener;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use common::{Launch, assert_all_end, launcher, pids, run, shell};
+use common::{DEADLINE, Launch, assert_all_end, eventually, launcher, pids, run, shell};
 use serde_json::Value;
 
 const BEAT: &str = r#"beat() { printf '%-127s\n' "rr-heartbeat $*" 1<>"$RR_HEARTBEAT"; }"#;
@@ -31,6 +32,31 @@ fn every_restart_has_its_number_and_a_port_of_its_own() {
     }
     assert!(lines[0][5] != lines[1][5] && lines[1][5] != lines[2][5], "{lines:?}");
     assert!(outcome.stderr.contains("restarting 2 workers (restart 2 of 5)"), "{}", outcome.stderr);
+}
+
+#[test]
+fn a_named_port_that_is_taken_at_a_restart_is_rank_0s_to_complain_of() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().display();
+    let port = TcpListener::bind("0.0.0.0:0").unwrap().local_addr().unwrap().port();
+    let script = format!(
+        "[ $RR_RESTART_COUNT = 1 ] && {{ echo port $MASTER_PORT; exit 0; }}
+        echo $$ > {dir}/0; while [ ! -e {dir}/taken ]; do sleep 0.01; done; exit 3"
+    );
+    let logs = folder.path().join("logs");
+    let port_flag = port.to_string();
+    let flags = ["--max-restarts", "1", "--master-port", &port_flag];
+    let flags = [&flags[..], &["--log-dir", logs.to_str().unwrap()]].concat();
+    let launch = Launch::start(&mut shell(1, &flags, &script));
+    assert!(eventually(DEADLINE, || folder.path().join("0").exists()));
+    let _taken = TcpListener::bind(("0.0.0.0", port)).unwrap();
+    fs::write(folder.path().join("taken"), "").unwrap();
+    let outcome = launch.wait();
+    assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+    assert_eq!(outcome.stdout, format!("[0] port {port}\n"));
+    let summary: Value =
+        serde_json::from_slice(&fs::read(logs.join("launch.json")).unwrap()).unwrap();
+    assert_eq!((&summary["exit_code"], &summary["outcome"]), (&0.into(), &"success".into()));
 }
 
 #[test]

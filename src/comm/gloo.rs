@@ -33,8 +33,8 @@ impl Gloo {
     /// Joins the ranks that `env` describes; returns when all are there.
     ///
     /// # Errors
-    /// [`Error::Usage`] when the port is taken, [`Error::Comm`] when a peer does not come before
-    /// `timeout`.
+    /// [`Error::Usage`] when the port is taken, but [`Error::Comm`] where rr-launch has found it free
+    /// before; [`Error::Comm`] when a peer does not come before `timeout`.
     pub fn join(env: &WorkerEnv, timeout: Duration) -> Result<Self> {
         let failed = |message: String| Error::Comm {
             rank: env.rank,
@@ -67,10 +67,8 @@ impl Gloo {
         };
         let group = Group::join(&join).map_err(|message| {
             if message.contains("EADDRINUSE") || message.contains("already in use") {
-                Error::Usage(format!(
-                    "port {} on {} is taken; choose another MASTER_PORT (rr-launch --master-port)",
-                    env.master_port, env.master_addr
-                ))
+                let is_launched = std::env::var_os(vars::RR_LAUNCHER).is_some();
+                port_is_taken(env, is_launched)
             } else {
                 failed(message)
             }
@@ -194,6 +192,23 @@ impl Communicator for Gloo {
     }
 }
 
+/// The port of rank 0's store is another program's. The launcher saw it free, and let it go for rank 0
+/// to take: that is nobody's mistake, and another start finds another port, or the same one free.
+fn port_is_taken(env: &WorkerEnv, is_launched: bool) -> Error {
+    let WorkerEnv { rank, master_addr: host, master_port: port, .. } = env;
+    if !is_launched {
+        let advice = "choose another MASTER_PORT (rr-launch --master-port)";
+        return Error::Usage(format!("port {port} on {host} is taken; {advice}"));
+    }
+    Error::Comm {
+        rank: *rank,
+        operation: format!("joining the group at {host}:{port}"),
+        message: "another program has taken the port since rr-launch found it free; start again \
+                  (rr-launch --max-restarts)"
+            .to_owned(),
+    }
+}
+
 /// Waits until rank 0's store listens, or the deadline passes; joining then tells what is wrong.
 /// The store's own client sleeps a whole second after a refused connection, which workers that
 /// start together would pay on most starts.
@@ -223,6 +238,20 @@ fn waited(message: &str) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_port_that_was_taken_meanwhile_is_no_mistake_of_the_user() {
+        let world = [("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")];
+        let place = [("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")];
+        let named = |name: &str| {
+            let found = world.iter().chain(&place).find(|(known, _)| *known == name);
+            found.map(|(_, value)| (*value).to_owned())
+        };
+        let env = WorkerEnv::from_lookup(named).expect("a complete environment");
+        let [given, chosen] = [false, true].map(|is_launched| port_is_taken(&env, is_launched));
+        assert_eq!((given.exit_code(), chosen.exit_code()), (2, 1));
+        assert!(chosen.to_string().contains("127.0.0.1:29500"), "{chosen}");
+    }
 
     #[test]
     fn how_long_gloo_waited_is_read_from_its_message() {

@@ -153,7 +153,7 @@ impl Supervisor {
         self.is_part_told = false;
         match &mut self.cluster {
             Some(cluster) => Ok(cluster.begin(number)),
-            None => Rendezvous::on_this_host(self.options.master_port),
+            None => Rendezvous::once_more(self.options.master_port),
         }
     }
 }
