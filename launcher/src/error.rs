@@ -3,6 +3,7 @@
 use std::io;
 
 use crate::contract::exit_code;
+use crate::sys;
 
 /// A failure of the launcher itself; the failure of a worker is not an error but an outcome.
 #[derive(Debug, thiserror::Error)]
@@ -14,6 +15,15 @@ pub enum LaunchError {
     /// before others had to be told.
     #[error("ended with exit code {0}")]
     Told(u8),
+    /// The launcher was told to end before it had started a worker.
+    #[error("{} by {} before any worker was started", if *makes_room { "preempted" } else { "ended" },
+        sys::signal_name(*signal))]
+    Signalled {
+        /// By this signal.
+        signal: i32,
+        /// Whether it asks to make room.
+        makes_room: bool,
+    },
     /// The nodes do not come together.
     #[error("{line}")]
     Nodes {
@@ -43,7 +53,9 @@ impl LaunchError {
     pub fn line(&self) -> Option<String> {
         match self {
             Self::Told(_) => None,
-            Self::Usage(_) | Self::Nodes { .. } | Self::System { .. } => Some(self.to_string()),
+            Self::Usage(_) | Self::Signalled { .. } | Self::Nodes { .. } | Self::System { .. } => {
+                Some(self.to_string())
+            }
         }
     }
 
@@ -52,6 +64,9 @@ impl LaunchError {
         match self {
             Self::Usage(_) => exit_code::USER_ERROR,
             Self::Told(code) | Self::Nodes { code, .. } => *code,
+            // Nothing is lost: another start does all that this one would have done.
+            Self::Signalled { makes_room: true, .. } => exit_code::PREEMPTED,
+            Self::Signalled { signal, .. } => exit_code::of_signal(*signal),
             Self::System { .. } => exit_code::FAILURE,
         }
     }

@@ -3,7 +3,7 @@
 //!
 //! The way of a launch, one module a step: [`args`] (flags) → `preflight` (`reranker check`) →
 //! `devices` (which GPUs) and `binding` (which CPUs) → `plan` (each worker's command and environment)
-//! → `nodes` (the launchers of several nodes meet) → `fleet` (processes) → `supervise` (the event loop over `attempt` after attempt) with `lifecycle`
+//! → `nodes` (under `requests`, the signals to the launcher, from here on; the launchers of several nodes meet) → `fleet` (processes) → `supervise` (the event loop over `attempt` after attempt) with `lifecycle`
 //! and `restarts` (what to do when something happens), `hang`, `oom` and `procfs` (what there is to
 //! know), `stacks` (where workers that hang are), `report` and `summary` (what is told), `output` (lines) and `guardian` (what happens if the
 //! launcher itself is killed).
@@ -26,6 +26,7 @@ mod plan;
 mod preflight;
 mod procfs;
 mod report;
+mod requests;
 mod restarts;
 mod stacks;
 mod summary;
@@ -40,7 +41,9 @@ use contract::vars;
 use devices::Placement;
 use error::LaunchError;
 use nodes::Meeting;
+use output::Output;
 use plan::{Plan, Rendezvous};
+use requests::Requests;
 
 /// Runs the launcher with the process's command line and returns its exit code (see
 /// [`contract::exit_code`]). Errors are one line on stderr.
@@ -77,11 +80,15 @@ struct Prepared {
 fn launch(args: &Args) -> Result<u8, LaunchError> {
     sys::wait_for_own_children();
     let mut options = args.supervision()?;
+    let requests = Requests::take_over(options.preempt_signal)?;
     let place = args.nodes.place()?;
     let nnodes = place.as_ref().map_or(1, |place| place.nnodes);
     if args.dry_run {
-        let mut plan =
-            plan(args, prepare(args, nnodes)?, Rendezvous::on_this_host(args.master_port)?)?;
+        let mut plan = plan(
+            args,
+            prepare(args, nnodes, &requests)?,
+            Rendezvous::on_this_host(args.master_port)?,
+        )?;
         if let Some(place) = &place {
             plan.imagine(place);
         }
@@ -90,35 +97,40 @@ fn launch(args: &Args) -> Result<u8, LaunchError> {
         return Ok(contract::exit_code::OK);
     }
     let Some(place) = place else {
-        let prepared = prepare(args, nnodes)?;
+        let prepared = prepare(args, nnodes, &requests)?;
         // A free port is chosen last, to leave others little time to take it.
         let plan = plan(args, prepared, Rendezvous::on_this_host(args.master_port)?)?;
-        return supervise::run(plan, options, None);
+        let output = Output::open(options.output.clone())?;
+        requests.heed()?;
+        return supervise::run(plan, options, requests, output, None);
     };
     let node = place.node_rank;
     options.output.log_dir = options.output.log_dir.map(|dir| dir.join(format!("node-{node}")));
     let meeting = Meeting::open(place)?;
-    let prepared = prepare(args, nnodes).and_then(|prepared| {
+    let prepared = prepare(args, nnodes, &requests).and_then(|prepared| {
         let terms = args.terms(nnodes, prepared.placement.device())?;
-        Ok((plan(args, prepared, Rendezvous::nowhere())?, terms))
+        let plan = plan(args, prepared, Rendezvous::nowhere())?;
+        // What keeps this node from starting is known before the others begin.
+        Ok((plan, terms, Output::open(options.output.clone())?))
     });
-    let (mut plan, terms) = match prepared {
+    let (mut plan, terms, output) = match prepared {
         Ok(prepared) => prepared,
         Err(error) => {
             let code = fail(&error);
-            meeting.decline(code);
+            meeting.decline(code, &requests);
             return Ok(code);
         }
     };
-    let cluster = meeting.meet(plan.workers(), terms, plan.run_id(), args.master_port)?;
+    let cluster =
+        meeting.meet(plan.workers(), terms, plan.run_id(), args.master_port, &requests)?;
     plan.name(cluster.world().run_id.clone());
     plan.restart(0, cluster.rendezvous());
     plan.join(cluster.standing());
-    supervise::run(plan, options, Some(cluster))
+    supervise::run(plan, options, requests, output, Some(cluster))
 }
 
 /// What is checked, and decided by this machine alone.
-fn prepare(args: &Args, nnodes: usize) -> Result<Prepared, LaunchError> {
+fn prepare(args: &Args, nnodes: usize, requests: &Requests) -> Result<Prepared, LaunchError> {
     // What was asked for by name is checked before anything is started, the check step included.
     if args.master_port.is_some() {
         Rendezvous::on_this_host(args.master_port)?;
@@ -140,7 +152,8 @@ fn prepare(args: &Args, nnodes: usize) -> Result<Prepared, LaunchError> {
         }
         Work::Train(flags) => {
             let reranker = preflight::find_reranker()?;
-            let advice = preflight::check(&reranker, &flags, asked.as_ref(), args.cpu, nnodes)?;
+            let advice =
+                preflight::check(&reranker, &flags, asked.as_ref(), args.cpu, nnodes, requests)?;
             let advice = devices::share_of_node(advice, nnodes)?;
             let placement = place(&advice)?;
             let command = flags.train_command(&reranker, placement.device());

@@ -1,4 +1,4 @@
-//! Several nodes, one launcher on each: how they meet ([`meeting`]), and what they tell each other
+//! Several nodes, one launcher on each: how they meet ([`meeting`], [`join`]), and what they tell each other
 //! while their workers run ([`cluster`]). Node 0 is the hub of a star of TCP connections ([`link`]);
 //! what goes over them is [`message`]. What the nodes' parts of an attempt come to is decided by
 //! [`pool`], without sockets or clocks.
@@ -6,6 +6,7 @@
 //! Collectives are none of the launchers' business: who starts, who watches and who ends is.
 
 pub mod cluster;
+pub mod join;
 pub mod link;
 pub mod meeting;
 pub mod message;

@@ -2,17 +2,20 @@
 //! configuration is one error instead of one per rank.
 
 use std::ffi::OsStr;
+use std::io::{self, Read as _};
+use std::os::fd::AsFd as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 
 use crate::args::{TrainFlags, is_python};
 use crate::contract::{LaunchPlan, exit_code, vars};
 use crate::devices::Placement;
 use crate::error::LaunchError;
-use crate::sys;
+use crate::requests::Requests;
+use crate::sys::{self, Epoll, Interest};
 
 const RERANKER: &str = "reranker";
 
@@ -62,13 +65,15 @@ pub fn require_program(program: &OsStr) -> Result<(), LaunchError> {
 }
 
 /// Runs the check with the job's flags and reads its plan. Its messages go to stderr as they are.
-/// `asked` are the workers of this node; each of `nnodes` is taken to start as many.
+/// `asked` are the workers of this node; each of `nnodes` is taken to start as many. A signal to the
+/// launcher ends it.
 pub fn check(
     reranker: &Path,
     flags: &TrainFlags,
     asked: Option<&Placement>,
     cpu: bool,
     nnodes: usize,
+    requests: &Requests,
 ) -> Result<LaunchPlan, LaunchError> {
     let mut command = Command::new(reranker);
     command.args(["check", "--for-launch"]).args(flags.as_args());
@@ -85,26 +90,67 @@ pub fn check(
         }
         None => {}
     }
-    command.stdin(Stdio::null()).stderr(Stdio::inherit());
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit());
     sys::die_with_parent(&mut command);
-    let output = command
-        .output()
+    let mut check = command
+        .spawn()
         .map_err(LaunchError::system(format!("run `{} check`", reranker.display())))?;
-    if !output.status.success() {
-        return Err(LaunchError::Told(code_of(output.status)));
+    let ended = attend(&mut check, requests);
+    if ended.is_err() {
+        // It changes nothing that would have to be put back. That it is gone already is as well.
+        let _ = check.kill().and_then(|()| check.wait());
     }
-    output
-        .stdout
-        .split(|&byte| byte == b'\n')
+    let (status, text) = ended?;
+    if let Some(signal) = status.signal().filter(|&signal| requests.asks_to_make_room(signal)) {
+        // Sent to all processes of the job.
+        return Err(LaunchError::Signalled { signal, makes_room: true });
+    }
+    if !status.success() {
+        return Err(LaunchError::Told(code_of(status)));
+    }
+    text.split(|&byte| byte == b'\n')
         .rev()
         .find_map(|line| serde_json::from_slice(line).ok())
         .ok_or_else(|| LaunchError::System {
             action: format!("read the plan of `{} check --for-launch`", reranker.display()),
-            source: std::io::Error::new(
-                std::io::ErrorKind::InvalidData,
+            source: io::Error::new(
+                io::ErrorKind::InvalidData,
                 "expected one line of JSON on its stdout",
             ),
         })
+}
+
+/// Waits for the end of the check, and reads what it writes to its stdout.
+///
+/// # Errors
+/// A signal to this process has come first.
+fn attend(check: &mut Child, requests: &Requests) -> Result<(ExitStatus, Vec<u8>), LaunchError> {
+    let trouble = || LaunchError::system("wait for the check");
+    let (mut text, mut buffer) = (Vec::new(), [0; 4096]);
+    let mut stdout = check.stdout.take();
+    loop {
+        requests.heed()?;
+        // Its end is told by SIGCHLD, which wakes the wait below.
+        if stdout.is_none()
+            && let Some(status) = check.try_wait().map_err(trouble())?
+        {
+            return Ok((status, text));
+        }
+        let mut epoll = Epoll::new().map_err(trouble())?;
+        requests.watch(&epoll, 0).map_err(trouble())?;
+        if let Some(pipe) = &stdout {
+            epoll.add(pipe.as_fd(), Interest::Read, 1).map_err(trouble())?;
+        }
+        let ready = epoll.wait(None).map_err(trouble())?;
+        if let Some(pipe) = stdout.as_mut().filter(|_| ready.contains(&1)) {
+            match pipe.read(&mut buffer) {
+                Ok(0) => stdout = None,
+                Ok(count) => text.extend_from_slice(&buffer[..count]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(trouble()(error)),
+            }
+        }
+    }
 }
 
 /// A shell's view of an exit status.

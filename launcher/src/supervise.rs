@@ -10,7 +10,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::attempt::{Attempt, Token};
-use crate::contract::{preemption, vars};
+use crate::contract::vars;
 use crate::error::LaunchError;
 use crate::guardian::Guardian;
 use crate::hang::{self, Position};
@@ -20,10 +20,11 @@ use crate::oom::OomWatch;
 use crate::output::{self, Output, Reader};
 use crate::plan::Plan;
 use crate::report;
+use crate::requests::Requests;
 use crate::restarts::Restarts;
 use crate::stacks::Collection;
 use crate::summary::{AttemptRecord, Summary};
-use crate::sys::{self, Epoll, Interest, SignalFd};
+use crate::sys::{self, Epoll, Interest};
 
 /// What one read takes from a pipe: as much as a pipe holds.
 const READ_AT_ONCE: usize = 64 * 1024;
@@ -57,21 +58,21 @@ pub struct Options {
 
 /// Starts the plan's workers, watches them until all have ended, and returns the exit code.
 /// `cluster` are the other nodes, where there are any.
-pub fn run(plan: Plan, options: Options, cluster: Option<Cluster>) -> Result<u8, LaunchError> {
-    // Signals are blocked before the guardian is forked and the first worker starts, so that none
-    // is lost: whatever arrives meanwhile is read by the loop.
-    let preempting = preemption::signals(options.preempt_signal);
-    let signals = SignalFd::open(&handled_signals(&preempting))
-        .map_err(LaunchError::system("block signals"))?;
+pub fn run(
+    plan: Plan,
+    options: Options,
+    requests: Requests,
+    mut output: Output,
+    cluster: Option<Cluster>,
+) -> Result<u8, LaunchError> {
     let guardian = Guardian::start(plan.launcher_id(), plan.workers())
         .map_err(LaunchError::system("start the guardian"))?;
     sys::adopt_orphans().map_err(LaunchError::system("become the parent of orphans"))?;
     let oom = OomWatch::start();
     let watching = || LaunchError::system("watch the workers");
     let epoll = Epoll::new().map_err(watching())?;
-    epoll.add(signals.as_fd(), Interest::Read, Token::Signals.pack()).map_err(watching())?;
+    requests.watch(&epoll, Token::Signals.pack()).map_err(watching())?;
     watch_guardian(&epoll, &guardian).map_err(watching())?;
-    let mut output = Output::open(options.output.clone())?;
     cluster.iter().try_for_each(|cluster| cluster.watch(&epoll)).map_err(watching())?;
     let attempt = Attempt::start(&plan, 0, &guardian, &epoll, &mut output, options.hang_timeout)?;
     let lifecycle =
@@ -81,9 +82,8 @@ pub fn run(plan: Plan, options: Options, cluster: Option<Cluster>) -> Result<u8,
     let mut supervisor = Supervisor {
         plan,
         options,
-        preempting,
         epoll,
-        signals,
+        requests,
         attempt,
         collection: None,
         guardian,
@@ -103,15 +103,6 @@ pub fn run(plan: Plan, options: Options, cluster: Option<Cluster>) -> Result<u8,
     supervisor.finish().map_err(LaunchError::system("write the last output"))
 }
 
-/// The signals that the launcher handles. One that it inherited as ignored (`nohup`, a background
-/// job of a script) stays ignored.
-fn handled_signals(preempting: &[i32]) -> Vec<i32> {
-    let mut signals = vec![libc::SIGTERM, libc::SIGCHLD];
-    let asked = [libc::SIGINT, libc::SIGHUP].iter().chain(preempting);
-    signals.extend(asked.filter(|&&signal| !sys::is_ignored(signal)));
-    signals
-}
-
 /// Watches the guardian's end, where the kernel tells of it.
 fn watch_guardian(epoll: &Epoll, guardian: &Guardian) -> io::Result<()> {
     let end = guardian.end_of_life();
@@ -121,10 +112,8 @@ fn watch_guardian(epoll: &Epoll, guardian: &Guardian) -> io::Result<()> {
 struct Supervisor {
     plan: Plan,
     options: Options,
-    /// The signals that ask to make room.
-    preempting: Vec<i32>,
     epoll: Epoll,
-    signals: SignalFd,
+    requests: Requests,
     // Dropped in this order: tracers let go of workers before these are waited for, and workers are
     // killed before the guardian looks for what they left.
     /// The stacks that are being taken of workers that hang.
@@ -237,7 +226,7 @@ impl Supervisor {
     fn handle(&mut self, token: Token) -> io::Result<()> {
         match token {
             Token::Signals => {
-                while let Some(signal) = self.signals.next() {
+                while let Some(signal) = self.requests.next() {
                     self.on_signal(signal)?;
                 }
                 Ok(())
@@ -278,7 +267,7 @@ impl Supervisor {
 
     fn on_signal(&mut self, signal: i32) -> io::Result<()> {
         if signal != libc::SIGCHLD {
-            let event = if self.preempting.contains(&signal) {
+            let event = if self.requests.asks_to_make_room(signal) {
                 Event::PreemptionAsked(signal)
             } else {
                 Event::Signalled(signal)
@@ -532,7 +521,7 @@ impl Supervisor {
                 if Token::unpack(token) != Token::Signals {
                     continue;
                 }
-                while let Some(signal) = self.signals.next() {
+                while let Some(signal) = self.requests.next() {
                     if signal != libc::SIGCHLD {
                         self.lifecycle.on(Event::Signalled(signal), Instant::now());
                         return Ok(());

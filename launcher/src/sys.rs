@@ -220,12 +220,18 @@ pub fn own_pid() -> Pid {
     std::process::id() as Pid
 }
 
-/// Makes a command's process end when this one does, SIGKILL included.
+/// Makes a command's process end when this one does, SIGKILL included, and receive all signals: this
+/// process blocks some for [`SignalFd`].
 pub fn die_with_parent(command: &mut Command) {
     let parent = own_pid();
+    let none = signal_set(&[]);
     // SAFETY: the closure only makes async-signal-safe calls and allocates nothing.
     unsafe {
-        command.pre_exec(move || die_with(parent));
+        command.pre_exec(move || {
+            die_with(parent)?;
+            checked(libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut()))
+                .map(drop)
+        });
     }
 }
 
@@ -255,9 +261,8 @@ fn cpu_set(cpus: &[usize]) -> libc::cpu_set_t {
     }
 }
 
-/// As [`die_with_parent`] for what looks at a worker, which also gets an empty signal mask (this
-/// process blocks signals for [`SignalFd`]) and enters itself in `roster` before its program begins, so
-/// that there is no moment at which the guardian does not know of it.
+/// As [`die_with_parent`] for what looks at a worker, which also enters itself in `roster` before its
+/// program begins, so that there is no moment at which the guardian does not know of it.
 pub fn prepare_watched(command: &mut Command, roster: Roster) {
     let parent = own_pid();
     let none = signal_set(&[]);

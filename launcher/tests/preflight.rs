@@ -8,7 +8,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::process::Command;
 
-use common::{Outcome, launcher, run};
+use common::{Launch, Outcome, launcher, run};
 use tempfile::TempDir;
 
 /// A folder with a `reranker` that writes every command line it gets into `calls`, answers `check`
@@ -97,6 +97,34 @@ fn a_user_error_is_shown_once_and_its_code_passed_on() {
 fn a_check_killed_by_a_signal_gives_128_plus_its_number() {
     let outcome = launch(&stand_in("kill -SEGV $$"), &["--cpu", "--config", "t.yaml"]);
     assert_eq!(outcome.code, Some(139));
+}
+
+#[test]
+fn a_signal_ends_the_check_and_the_launch() {
+    for (signal, flags, code) in [
+        ("TERM", &[][..], 143),
+        ("INT", &[], 130),
+        ("USR1", &[], 41),
+        ("TERM", &["--preempt-signal", "TERM"], 41),
+    ] {
+        let pids = tempfile::tempdir().unwrap();
+        let check = format!("echo $$ > {}/0; exec sleep 300", pids.path().display());
+        let folder = stand_in(&check);
+        let mut command = launcher();
+        command.env("RR_RERANKER", folder.path().join("reranker")).args(flags);
+        let launch = Launch::start(command.args(["--cpu", "--config", "t.yaml"]));
+        let check = common::pids(pids.path(), 1);
+        launch.signal(signal);
+        let outcome = launch.wait();
+        assert_eq!(outcome.code, Some(code), "{}", outcome.stderr);
+        let says = format!("by SIG{signal} before any worker was started\n");
+        let is_one = outcome.stderr.lines().count() == 1;
+        assert!(is_one && outcome.stderr.ends_with(&says), "{}", outcome.stderr);
+        assert!(!common::is_alive(check[0]));
+    }
+    // Some send it to all processes of a job, the check among them.
+    let outcome = launch(&stand_in("kill -USR1 $$"), &["--cpu", "--config", "t.yaml"]);
+    assert_eq!(outcome.code, Some(41), "{}", outcome.stderr);
 }
 
 #[test]

@@ -68,6 +68,79 @@ fn a_signal_while_a_failed_attempt_ends_is_not_forgotten() {
     }
 }
 
+/// Whether a launcher reads its signals by itself.
+fn takes_signals(launcher: i32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{launcher}/status")).unwrap_or_default();
+    let blocked = status.lines().find_map(|line| line.strip_prefix("SigBlk:\t"));
+    let blocked = blocked.and_then(|mask| u64::from_str_radix(mask, 16).ok()).unwrap_or(0);
+    blocked >> (15 - 1) & 1 == 1
+}
+
+/// A launcher of several nodes that meet on this host.
+fn node(port: u16, nodes: &str, rank: &str, wrapper: &[&str]) -> Launch {
+    let plain = launcher();
+    let mut command = match wrapper {
+        [] => launcher(),
+        [program, words @ ..] => {
+            let mut command = std::process::Command::new(program);
+            command.args(words).arg(plain.get_program());
+            command
+        }
+    };
+    let rdzv = format!("127.0.0.1:{port}");
+    command.args(["--cpu", "--nnodes", nodes, "--node-rank", rank, "--rdzv", &rdzv]);
+    Launch::start(command.args(["--", "sleep", "300"]))
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+#[test]
+fn the_first_process_of_a_container_hears_signals_while_it_waits_for_other_nodes() {
+    let wrapper = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"];
+    let can = std::process::Command::new(wrapper[0]).args(&wrapper[1..]).arg("true").status();
+    if !can.is_ok_and(|status| status.success()) {
+        println!("skipped: no namespace of processes can be made here");
+        return;
+    }
+    for (rank, signal, code) in [("0", "TERM", 143), ("1", "INT", 130), ("0", "USR1", 41)] {
+        let launch = node(free_port(), "2", rank, &wrapper);
+        let inner = || tree(launch.pid()).get(1).copied().filter(|&pid| takes_signals(pid));
+        assert!(common::eventually(common::DEADLINE, || inner().is_some()));
+        let inner = inner().unwrap();
+        common::send(signal, inner);
+        // It waits for the other one, to tell it; a second signal ends that.
+        let ends = || {
+            let _ = std::process::Command::new("kill").args(["-TERM", &inner.to_string()]).output();
+            std::thread::sleep(Duration::from_millis(50));
+            !common::is_alive(launch.pid())
+        };
+        assert!(common::eventually(Duration::from_secs(4), ends), "{rank} {signal}");
+        let outcome = launch.wait();
+        assert_eq!(outcome.code, Some(code), "{}", outcome.stderr);
+        let says = format!("by SIG{signal} before any worker was started");
+        assert!(outcome.stderr.contains(&says), "{}", outcome.stderr);
+    }
+}
+
+#[test]
+fn a_signal_to_one_node_before_all_are_there_ends_the_others_with_its_code() {
+    for signalled in [0, 1] {
+        let port = free_port();
+        let launches = ["0", "1"].map(|rank| node(port, "3", rank, &[]));
+        let takes = || launches.iter().all(|launch| takes_signals(launch.pid()));
+        assert!(common::eventually(common::DEADLINE, takes));
+        launches[signalled].signal("TERM");
+        // Who comes later is told as well.
+        let last = node(port, "3", "2", &[]);
+        for launch in launches.into_iter().chain([last]) {
+            let outcome = launch.wait();
+            assert_eq!(outcome.code, Some(143), "{}", outcome.stderr);
+        }
+    }
+}
+
 #[test]
 fn a_second_int_ends_at_once() {
     let folder = tempfile::tempdir().unwrap();

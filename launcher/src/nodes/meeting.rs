@@ -2,35 +2,30 @@
 //! answers, and all begin at once when all are there and agree.
 
 use std::io::{self, Write as _};
-use std::net::{TcpListener, TcpStream, ToSocketAddrs as _};
+use std::net::TcpListener;
 use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
 
-use super::PING;
 use super::cluster::Cluster;
 use super::link::Link;
 use super::message::{Hello, Message, Node, Term, World, name_of};
+use super::{PING, join};
 use crate::contract::exit_code;
 use crate::error::LaunchError;
 use crate::plan::{self, Rendezvous};
 use crate::report::{ranges, workers};
+use crate::requests::Requests;
 use crate::sys::{Epoll, Interest};
-
-/// Between two calls to a node 0 that does not answer.
-const CALL_AGAIN: Duration = Duration::from_millis(200);
 
 /// Between two looks for a caller that is to be refused.
 const ANSWER: Duration = Duration::from_millis(20);
 
-/// The longest wait for one call to be answered.
-const CALL: Duration = Duration::from_secs(3);
-
 /// How long a node that knows that nothing will come of the meeting waits to tell those who are not
 /// there yet, as they do not start in the same moment. They would wait until their patience is over.
-const LATECOMERS: Duration = Duration::from_secs(5);
+pub(super) const LATECOMERS: Duration = Duration::from_secs(5);
 
 /// How long a refusal may take to be heard.
-const FAREWELL: Duration = Duration::from_secs(1);
+pub(super) const FAREWELL: Duration = Duration::from_secs(1);
 
 /// Which node this is, and where they meet.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -88,48 +83,47 @@ impl Meeting {
     /// is node 0, `port` the one that the user wants for rank 0.
     ///
     /// # Errors
-    /// They do not agree, do not come, or the network fails.
+    /// They do not agree, do not come, or the network fails; or a signal has come, of which the others
+    /// are told.
     pub fn meet(
         self,
         workers: usize,
         terms: Vec<Term>,
         run_id: &str,
         port: Option<u16>,
+        requests: &Requests,
     ) -> Result<Cluster, LaunchError> {
         let (host, node_rank) = (self.host.clone(), self.place.node_rank);
         let own = Hello { node_rank, host, workers, terms };
         match self.listener {
-            Some(listener) => Host { own, place: self.place, listener, guests: Vec::new() }
-                .receive_all(run_id, port),
-            None => join(&own, &self.place),
+            Some(listener) => {
+                Host { own, place: self.place, listener, guests: Vec::new(), requests }
+                    .receive_all(run_id, port)
+            }
+            None => join::join(&own, &self.place, requests),
         }
     }
 
     /// Tells the others that this node cannot start, and will exit with `code`: those that come
-    /// within [`LATECOMERS`].
-    pub fn decline(self, code: u8) {
-        let node_rank = self.place.node_rank;
-        let name = name_of(node_rank, &self.host);
+    /// within [`LATECOMERS`]. A signal meanwhile ends that.
+    pub fn decline(self, code: u8, requests: &Requests) {
         let Some(listener) = self.listener else {
-            let until = Instant::now() + LATECOMERS;
-            let mut link = call(&self.place, FAREWELL);
-            while link.is_err() && Instant::now() < until {
-                std::thread::sleep(CALL_AGAIN);
-                link = call(&self.place, FAREWELL);
-            }
-            if let Ok(mut link) = link {
-                link.send(&Message::Decline { node_rank, host: self.host, code });
-                link.part(Instant::now() + FAREWELL);
-            }
-            return;
+            return join::decline(&self.place, &self.host, code, requests);
         };
+        let name = name_of(self.place.node_rank, &self.host);
         let line = format!("{name} cannot start: exit code {code}; see its output");
-        turn_away(&listener, self.place.nnodes - 1, &line, code);
+        turn_away(&listener, self.place.nnodes - 1, &line, code, requests);
     }
 }
 
-/// Refuses so many callers, those that come within [`LATECOMERS`].
-fn turn_away(listener: &TcpListener, mut callers: usize, line: &str, code: u8) {
+/// Refuses so many callers, those that come within [`LATECOMERS`] and before a signal.
+fn turn_away(
+    listener: &TcpListener,
+    mut callers: usize,
+    line: &str,
+    code: u8,
+    requests: &Requests,
+) {
     let until = Instant::now() + LATECOMERS;
     while callers > 0 && Instant::now() < until {
         match listener.accept() {
@@ -137,7 +131,8 @@ fn turn_away(listener: &TcpListener, mut callers: usize, line: &str, code: u8) {
                 refuse(Link::new(stream), line, code, Instant::now() + FAREWELL);
                 callers -= 1;
             }
-            Err(_) => std::thread::sleep(ANSWER),
+            Err(_) if requests.pause(ANSWER).is_err() => return,
+            Err(_) => {}
         }
     }
 }
@@ -163,7 +158,7 @@ pub fn refuse_late(listener: &TcpListener) {
 }
 
 /// When to say that a wait goes on: not where the others come soon, and then not often.
-struct Reminder {
+pub(super) struct Reminder {
     due: Instant,
 }
 
@@ -171,11 +166,11 @@ impl Reminder {
     const FIRST: Duration = Duration::from_secs(10);
     const NEXT: Duration = Duration::from_secs(60);
 
-    fn new(now: Instant) -> Self {
+    pub(super) fn new(now: Instant) -> Self {
         Self { due: now + Self::FIRST }
     }
 
-    fn is_due(&mut self, now: Instant) -> bool {
+    pub(super) fn is_due(&mut self, now: Instant) -> bool {
         let is_due = now >= self.due;
         if is_due {
             self.due = now + Self::NEXT;
@@ -185,23 +180,24 @@ impl Reminder {
 }
 
 /// A line on stderr. Where nobody reads it nothing is missed.
-fn say(line: &str) {
+pub(super) fn say(line: &str) {
     let _ = writeln!(io::stderr(), "rr-launch: {line}");
 }
 
-fn network() -> impl FnOnce(io::Error) -> LaunchError {
+pub(super) fn network() -> impl FnOnce(io::Error) -> LaunchError {
     LaunchError::system("meet the other nodes")
 }
 
 /// Node 0.
-struct Host {
+struct Host<'a> {
     own: Hello,
     place: Place,
     listener: TcpListener,
     guests: Vec<Guest>,
+    requests: &'a Requests,
 }
 
-impl Host {
+impl Host<'_> {
     fn receive_all(mut self, run_id: &str, port: Option<u16>) -> Result<Cluster, LaunchError> {
         let deadline = Instant::now().checked_add(self.place.patience);
         let mut reminder = Reminder::new(Instant::now());
@@ -218,6 +214,10 @@ impl Host {
             }
             let left = deadline.map_or(PING, |deadline| deadline.duration_since(now).min(PING));
             self.wait(left).map_err(network())?;
+            if let Err(error) = self.requests.heed() {
+                let line = format!("{}: {error}", name_of(0, &self.own.host));
+                return Err(self.end(line, error.exit_code()));
+            }
             self.accept();
             if let Some((line, code)) = self.listen(Instant::now()) {
                 return Err(self.end(line, code));
@@ -234,6 +234,7 @@ impl Host {
     fn wait(&self, timeout: Duration) -> io::Result<()> {
         let mut epoll = Epoll::new()?;
         epoll.add(self.listener.as_fd(), Interest::Read, 0)?;
+        self.requests.watch(&epoll, 2)?;
         for guest in &self.guests {
             epoll.add(guest.link.as_fd(), Interest::Read, 1)?;
         }
@@ -319,7 +320,7 @@ impl Host {
         // Who did not come in all that time hardly comes now.
         if code != exit_code::NODE_LOST {
             say(&line);
-            turn_away(&self.listener, absent, &line, code);
+            turn_away(&self.listener, absent, &line, code, self.requests);
             return LaunchError::Told(code);
         }
         LaunchError::Nodes { line, code }
@@ -327,7 +328,10 @@ impl Host {
 
     /// All are there.
     fn begin(mut self, run_id: &str, port: Option<u16>) -> Result<Cluster, LaunchError> {
-        let master_port = Rendezvous::on_this_host(port)?.port;
+        let master_port = match Rendezvous::on_this_host(port) {
+            Ok(rendezvous) => rendezvous.port,
+            Err(error) => return Err(self.end(error.to_string(), error.exit_code())),
+        };
         self.guests.retain(|guest| guest.hello.is_some());
         self.guests.sort_by_key(|guest| guest.hello.as_ref().map(|hello| hello.node_rank));
         let first = self.guests[0].link.own_address().map_err(network())?;
@@ -389,99 +393,9 @@ fn nodes(ranks: &[usize]) -> String {
     format!("node{plural} {}", ranges(ranks))
 }
 
-/// A node other than 0: calls until it is welcome.
-fn join(own: &Hello, place: &Place) -> Result<Cluster, LaunchError> {
-    let deadline = Instant::now().checked_add(place.patience);
-    let mut trouble = String::new();
-    let mut reminder = Reminder::new(Instant::now());
-    loop {
-        let left = deadline.map_or(CALL, |deadline| deadline.duration_since(Instant::now()));
-        if left.is_zero() {
-            let line =
-                format!("waited {} s (--rdzv-timeout) for {trouble}", place.patience.as_secs_f64());
-            return Err(LaunchError::Nodes { line, code: exit_code::NODE_LOST });
-        }
-        if reminder.is_due(Instant::now()) {
-            let patience = place.patience.as_secs_f64();
-            say(&format!("waiting for {trouble}; up to {patience} s in all"));
-        }
-        let Place { addr, port, .. } = place;
-        let mut link = match call(place, left.min(CALL)) {
-            Ok(link) => link,
-            Err(error) => {
-                trouble = format!("node 0, which does not answer at {addr}:{port}: {error}");
-                std::thread::sleep(CALL_AGAIN.min(left));
-                continue;
-            }
-        };
-        link.send(&Message::Hello(own.clone()));
-        match sit(&mut link, place).map_err(network())? {
-            Answer::Begin(world, rest) => {
-                return Ok(Cluster::member(world, own.node_rank, link, rest, place.silence));
-            }
-            Answer::Refused { line, code } => return Err(LaunchError::Nodes { line, code }),
-            Answer::Gone => {
-                trouble = format!("node 0, which hung up at {addr}:{port}");
-                std::thread::sleep(CALL_AGAIN);
-            }
-        }
-    }
-}
-
-/// One call to node 0.
-fn call(place: &Place, timeout: Duration) -> io::Result<Link> {
-    let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
-    for address in (place.addr.as_str(), place.port).to_socket_addrs()? {
-        match TcpStream::connect_timeout(&address, timeout) {
-            Ok(stream) => return Link::new(stream),
-            Err(error) => last = error,
-        }
-    }
-    Err(last)
-}
-
-/// How a call ended.
-enum Answer {
-    /// All are there; and what was said at once behind that: another node's launch may end already.
-    Begin(World, Vec<Message>),
-    Refused {
-        line: String,
-        code: u8,
-    },
-    /// Node 0 has ended, or is out of reach.
-    Gone,
-}
-
-/// Waits at node 0 for the others. How long is node 0's to say.
-fn sit(link: &mut Link, place: &Place) -> io::Result<Answer> {
-    let mut epoll = Epoll::new()?;
-    epoll.add(link.as_fd(), Interest::Read, 0)?;
-    loop {
-        let now = Instant::now();
-        let mut messages = link.receive(now).into_iter();
-        while let Some(message) = messages.next() {
-            match message {
-                Message::Welcome(world) => return Ok(Answer::Begin(world, messages.collect())),
-                Message::Refuse { line, code } => return Ok(Answer::Refused { line, code }),
-                _ => {}
-            }
-        }
-        if !link.is_open() || link.is_silent(place.silence, now) {
-            return Ok(Answer::Gone);
-        }
-        if link.takes_ping(now) {
-            link.send(&Message::Ping { sent_us: 0, is_quiet: false });
-        }
-        epoll.wait(Some(PING))?;
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, reason = "a test may end with a panic")]
-
     use super::*;
-    use crate::nodes::cluster::News;
 
     fn hello(node_rank: usize, terms: &[(&str, &str, bool)]) -> Hello {
         let term = |&(name, value, is_readable): &(&str, &str, bool)| Term {
@@ -499,36 +413,6 @@ mod tests {
         let mut reminder = Reminder::new(start);
         let told = (0..200).filter(|&s| reminder.is_due(start + Duration::from_secs(s)));
         assert_eq!(told.collect::<Vec<_>>(), [10, 70, 130, 190]);
-    }
-
-    #[test]
-    fn what_comes_in_one_batch_with_the_welcome_is_heard() {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let place = Place {
-            nnodes: 2,
-            node_rank: 1,
-            addr: "127.0.0.1".to_owned(),
-            port: listener.local_addr().unwrap().port(),
-            patience: Duration::from_secs(60),
-            silence: Duration::from_secs(60),
-        };
-        let host = std::thread::spawn(move || {
-            let mut link = Link::new(listener.accept().unwrap().0).unwrap();
-            let node = |host: &str| Node { host: host.to_owned(), workers: 1 };
-            let world = World {
-                run_id: "r".to_owned(),
-                nodes: vec![node("a"), node("b")],
-                master_addr: "127.0.0.1".to_owned(),
-                master_port: 1,
-            };
-            link.send_at_once(&[Message::Welcome(world), Message::Kill]);
-            link
-        });
-        let mut cluster = join(&hello(1, &[]), &place).unwrap();
-        let due = cluster.deadline();
-        assert!(due.is_some_and(|due| due <= Instant::now()), "it need not be waited for");
-        assert_eq!(cluster.news(Instant::now()), [News::Kill]);
-        drop(host.join().unwrap());
     }
 
     #[test]
