@@ -85,6 +85,11 @@ pub enum Cause {
         /// Which.
         node: usize,
     },
+    /// The launcher of a node cannot start its workers, or not go on.
+    LauncherFailed {
+        /// What it exits with.
+        code: u8,
+    },
 }
 
 impl Cause {
@@ -96,7 +101,8 @@ impl Cause {
             Self::Signal(_)
             | Self::Preempted { .. }
             | Self::OutputClosed
-            | Self::NodeLost { .. } => None,
+            | Self::NodeLost { .. }
+            | Self::LauncherFailed { .. } => None,
         }
     }
 }
@@ -311,7 +317,9 @@ impl Lifecycle {
             }
             Cause::Signal(signal) => self.stop(cause, signal, now),
             Cause::Hang { .. } => self.inspect(cause, now),
-            Cause::Failure { .. } | Cause::NodeLost { .. } if self.is_saving() => {
+            Cause::Failure { .. } | Cause::NodeLost { .. } | Cause::LauncherFailed { .. }
+                if self.is_saving() =>
+            {
                 self.cause = Some(cause);
                 self.end_saving(now)
             }
@@ -488,6 +496,7 @@ fn code_of(cause: Cause) -> u8 {
         Cause::Signal(signal) => exit_code::of_signal(signal),
         Cause::Preempted { signal } => exit_code::of_signal(signal.unwrap_or(libc::SIGKILL)),
         Cause::NodeLost { .. } => exit_code::NODE_LOST,
+        Cause::LauncherFailed { code } => code,
         Cause::OutputClosed => exit_code::of_signal(libc::SIGPIPE),
     }
 }

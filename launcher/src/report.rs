@@ -74,6 +74,9 @@ pub fn brief(cause: Cause) -> String {
         }
         Cause::OutputClosed => "ended because nobody reads the output any more".to_owned(),
         Cause::NodeLost { node } => format!("node {node} is lost"),
+        Cause::LauncherFailed { code } => {
+            format!("its launcher cannot go on: exit code {code}; see its output")
+        }
     }
 }
 

@@ -68,7 +68,8 @@ fn is_curable(cause: Cause) -> bool {
         Cause::Signal(_)
         | Cause::Preempted { .. }
         | Cause::OutputClosed
-        | Cause::NodeLost { .. } => false,
+        | Cause::NodeLost { .. }
+        | Cause::LauncherFailed { .. } => false,
     }
 }
 
@@ -98,6 +99,7 @@ mod tests {
             Cause::Preempted { signal: None },
             Cause::OutputClosed,
             Cause::NodeLost { node: 1 },
+            Cause::LauncherFailed { code: 1 },
         ] {
             assert_eq!(Restarts::new(9).after(cause, None), Verdict::End, "{cause:?}");
         }

@@ -8,12 +8,16 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::contract::error_file::WorkerError;
+use crate::contract::exit_code;
 use crate::lifecycle::{Cause, Exit};
 use crate::restarts::Verdict;
 use crate::sys;
 
 /// The summary's name in the log directory.
 pub const FILE_NAME: &str = "launch.json";
+
+/// The outcome where a launcher cannot start its workers, or not go on.
+const LAUNCHER_FAILED: &str = "launcher_failed";
 
 /// One worker of an attempt.
 #[derive(Debug, Clone)]
@@ -102,7 +106,7 @@ impl Summary {
         json!({
             "run_id": self.run_id,
             "exit_code": exit_code,
-            "outcome": exit_code.map(|_| outcome(verdict, last)),
+            "outcome": exit_code.map(|code| outcome(verdict, last, code)),
             "elapsed_s": elapsed.as_secs_f64(),
             "attempts": self.attempts.iter().map(AttemptRecord::to_json).collect::<Vec<_>>(),
         })
@@ -110,13 +114,16 @@ impl Summary {
 }
 
 /// How a launch ended, in a word for programs.
-fn outcome(verdict: Verdict, cause: Option<Cause>) -> &'static str {
+fn outcome(verdict: Verdict, cause: Option<Cause>, code: u8) -> &'static str {
     match (verdict, cause) {
+        // The end although another attempt was to begin, or before there was one.
+        (Verdict::Restart(_), _) => LAUNCHER_FAILED,
+        (_, None) if code != exit_code::OK => LAUNCHER_FAILED,
         (_, None) => "success",
         (Verdict::Exhausted, _) => "out_of_restarts",
         (Verdict::NoProgress, _) => "no_progress",
         (Verdict::CalledOff(by), _) => kind(by),
-        (Verdict::End | Verdict::Restart(_), Some(cause)) => kind(cause),
+        (Verdict::End, Some(cause)) => kind(cause),
     }
 }
 
@@ -128,6 +135,7 @@ fn kind(cause: Cause) -> &'static str {
         Cause::Preempted { .. } => "preempted",
         Cause::OutputClosed => "output_closed",
         Cause::NodeLost { .. } => "node_lost",
+        Cause::LauncherFailed { .. } => LAUNCHER_FAILED,
     }
 }
 
@@ -218,5 +226,9 @@ mod tests {
         assert_eq!(attempt["ranks"][1]["exit_code"], 137);
         assert_eq!(attempt["ranks"][0]["last_lines"][0], "x");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nothing half-written is left");
+        let last = summary.attempts[0].cause;
+        assert_eq!(outcome(Verdict::Restart(1), last, 2), "launcher_failed");
+        assert_eq!(outcome(Verdict::End, None, 2), "launcher_failed");
+        assert_eq!(outcome(Verdict::End, None, 0), "success");
     }
 }

@@ -21,7 +21,7 @@ use crate::output::{self, Output, Reader};
 use crate::plan::Plan;
 use crate::report;
 use crate::requests::Requests;
-use crate::restarts::Restarts;
+use crate::restarts::{Restarts, Verdict};
 use crate::stacks::Collection;
 use crate::summary::{AttemptRecord, Summary};
 use crate::sys::{self, Epoll, Interest};
@@ -57,50 +57,35 @@ pub struct Options {
 }
 
 /// Starts the plan's workers, watches them until all have ended, and returns the exit code.
-/// `cluster` are the other nodes, where there are any.
+/// `cluster` are the other nodes, where there are any: whatever ends this launcher, they end with it.
 pub fn run(
     plan: Plan,
     options: Options,
     requests: Requests,
-    mut output: Output,
+    output: Output,
     cluster: Option<Cluster>,
 ) -> Result<u8, LaunchError> {
-    let guardian = Guardian::start(plan.launcher_id(), plan.workers())
-        .map_err(LaunchError::system("start the guardian"))?;
-    sys::adopt_orphans().map_err(LaunchError::system("become the parent of orphans"))?;
-    let oom = OomWatch::start();
-    let watching = || LaunchError::system("watch the workers");
-    let epoll = Epoll::new().map_err(watching())?;
-    requests.watch(&epoll, Token::Signals.pack()).map_err(watching())?;
-    watch_guardian(&epoll, &guardian).map_err(watching())?;
-    cluster.iter().try_for_each(|cluster| cluster.watch(&epoll)).map_err(watching())?;
-    let attempt = Attempt::start(&plan, 0, &guardian, &epoll, &mut output, options.hang_timeout)?;
-    let lifecycle =
-        Lifecycle::new(options.grace, options.stack_timeout, Restarts::new(options.max_restarts));
+    let log_dir = options.output.log_dir.clone();
     let summary = Summary { run_id: plan.run_id().to_owned(), attempts: Vec::new() };
-    let buffer = vec![0; READ_AT_ONCE];
-    let mut supervisor = Supervisor {
-        plan,
-        options,
-        epoll,
-        requests,
-        attempt,
-        collection: None,
-        guardian,
-        output,
-        lifecycle,
-        oom,
-        summary,
-        cluster,
-        positions: Vec::new(),
-        is_part_told: false,
-        buffer,
-        just_read: 0,
-    };
-    // What an earlier launch left there is not taken for this one's.
-    supervisor.write_summary(None);
-    supervisor.watch_all()?;
-    supervisor.finish().map_err(LaunchError::system("write the last output"))
+    match Supervisor::start(plan, options, requests, output, cluster.as_ref()) {
+        Ok(mut supervisor) => {
+            supervisor.cluster = cluster;
+            // What an earlier launch left there is not taken for this one's.
+            supervisor.write_summary(None);
+            if let Err(error) = supervisor.watch_all() {
+                supervisor.give_up(error.exit_code());
+                return Err(error);
+            }
+            supervisor.finish().map_err(LaunchError::system("write the last output"))
+        }
+        Err(error) => {
+            let code = error.exit_code();
+            cluster.into_iter().for_each(|cluster| cluster.gives_up(code));
+            // The error itself says more than that this fails too.
+            let _ = log_dir.map(|dir| summary.write(&dir, Verdict::End, Some(code)));
+            Err(error)
+        }
+    }
 }
 
 /// Watches the guardian's end, where the kernel tells of it.
@@ -136,6 +121,54 @@ struct Supervisor {
 }
 
 impl Supervisor {
+    /// Starts the guardian and the first attempt.
+    fn start(
+        plan: Plan,
+        options: Options,
+        requests: Requests,
+        mut output: Output,
+        cluster: Option<&Cluster>,
+    ) -> Result<Self, LaunchError> {
+        let guardian = Guardian::start(plan.launcher_id(), plan.workers())
+            .map_err(LaunchError::system("start the guardian"))?;
+        sys::adopt_orphans().map_err(LaunchError::system("become the parent of orphans"))?;
+        let oom = OomWatch::start();
+        let watching = || LaunchError::system("watch the workers");
+        let epoll = Epoll::new().map_err(watching())?;
+        requests.watch(&epoll, Token::Signals.pack()).map_err(watching())?;
+        watch_guardian(&epoll, &guardian).map_err(watching())?;
+        cluster.map_or(Ok(()), |cluster| cluster.watch(&epoll)).map_err(watching())?;
+        let timeout = options.hang_timeout;
+        let attempt = Attempt::start(&plan, 0, &guardian, &epoll, &mut output, timeout)?;
+        let restarts = Restarts::new(options.max_restarts);
+        Ok(Self {
+            lifecycle: Lifecycle::new(options.grace, options.stack_timeout, restarts),
+            summary: Summary { run_id: plan.run_id().to_owned(), attempts: Vec::new() },
+            plan,
+            options,
+            epoll,
+            requests,
+            attempt,
+            collection: None,
+            guardian,
+            output,
+            oom,
+            cluster: None,
+            positions: Vec::new(),
+            is_part_told: false,
+            buffer: vec![0; READ_AT_ONCE],
+            just_read: 0,
+        })
+    }
+
+    /// The launcher itself has failed: the others are told, and the summary.
+    fn give_up(&mut self, code: u8) {
+        self.cluster.take().into_iter().for_each(|cluster| cluster.gives_up(code));
+        self.write_summary(Some(code));
+        // As far as it goes: the error is said in any case.
+        let _ = self.write_out();
+    }
+
     /// Runs attempt after attempt.
     fn watch_all(&mut self) -> Result<(), LaunchError> {
         loop {

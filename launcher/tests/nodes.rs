@@ -398,6 +398,48 @@ fn a_node_that_cannot_start_ends_the_others() {
 }
 
 #[test]
+fn a_node_that_cannot_start_its_workers_after_the_meeting_ends_all_with_its_code() {
+    for (wrong, at_restart) in [(0, false), (1, false), (0, true), (1, true)] {
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let folder = tempfile::tempdir().unwrap();
+        let logs = folder.path().join("logs");
+        // A log file that cannot be opened is noticed when the ranks are known; and a launcher that may
+        // open no more files cannot start workers again.
+        let log = logs.join(format!("node-{wrong}/attempt-0/rank-{wrong}.log"));
+        let flags: &[&str] = if at_restart {
+            &["--max-restarts", "1"]
+        } else {
+            std::fs::create_dir_all(log).unwrap();
+            &["--log-dir", logs.to_str().unwrap()]
+        };
+        let script =
+            "[ $RANK = $WRONG ] && { prlimit --pid $PPID --nofile=8:8; exit 3; }; sleep 300";
+        let start = |node: usize| {
+            let mut command = launcher();
+            let rdzv = format!("127.0.0.1:{port}");
+            command.args(["--cpu", "--nnodes", "2", "--node-rank", &node.to_string()]);
+            command.args(["--rdzv", &rdzv]).args(flags).args(["--", "sh", "-c", script]);
+            Launch::start(command.env("WRONG", wrong.to_string()))
+        };
+        let begin = Instant::now();
+        let outcomes = wait_all(vec![start(0), start(1)]);
+        assert!(begin.elapsed() < END);
+        assert_codes(&outcomes, 2);
+        let says = format!("node {wrong} (");
+        let told = &outcomes[1 - wrong].stderr;
+        assert!(told.contains(&says) && told.contains("exit code 2; see its output"), "{told}");
+        if !at_restart {
+            let file = std::fs::read(logs.join(format!("node-{wrong}/launch.json"))).unwrap();
+            let summary: Value = serde_json::from_slice(&file).unwrap();
+            assert_eq!(
+                (&summary["exit_code"], &summary["outcome"]),
+                (&2.into(), &"launcher_failed".into())
+            );
+        }
+    }
+}
+
+#[test]
 fn who_comes_late_is_told_too_that_nothing_comes_of_it() {
     let start = |port: u16, node: &str, program: &str| {
         let mut command = launcher();

@@ -197,6 +197,12 @@ impl Cluster {
                 self.pool.is_gone(node, part);
             }
             Message::Settled(settlement) => self.settlement = Some(settlement),
+            // It was told to end in the moment in which it became welcome.
+            Message::Decline { code, .. } => {
+                let (attempt, cause) = (self.attempt, Cause::LauncherFailed { code });
+                let ending = Ending { attempt, node, cause, at_us: None };
+                return self.take_in(node, Message::Ending(ending), now);
+            }
             // Those of the meeting, and of an attempt that is over.
             _ => {}
         }
@@ -304,6 +310,14 @@ impl Cluster {
         let silences = links.clone().filter_map(|link| link.heard().checked_add(self.silence));
         let pings = links.filter(|_| !self.is_hub()).map(Link::ping_at);
         silences.chain(pings).min()
+    }
+
+    /// This node's launcher cannot go on, and exits with `code`: the others hear of it, and end with it
+    /// too.
+    pub fn gives_up(mut self, code: u8) {
+        let now = Instant::now();
+        self.ends(Cause::LauncherFailed { code }, now);
+        self.links.into_iter().flatten().for_each(|link| link.part(now + FAREWELL));
     }
 
     /// The end: node 0 waits until the others have heard it.

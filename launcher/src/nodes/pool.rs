@@ -44,15 +44,20 @@ impl Pool {
     /// The first cause, by the clock of node 0. A worker that failed while the others saved counts
     /// for more than the request to save.
     fn first(&self) -> Option<Ending> {
-        let earliest = |endings: &mut dyn Iterator<Item = &Ending>| {
-            endings.min_by_key(|ending| ending.at_us).copied()
-        };
+        // Of a node that does not know node 0's clock yet, only the loss of node 0 has no time: what that
+        // has said was before.
+        let time = |ending: &&Ending| ending.at_us.unwrap_or(i64::MAX);
+        let earliest =
+            |endings: &mut dyn Iterator<Item = &Ending>| endings.min_by_key(time).copied();
         let first = earliest(&mut self.endings.iter())?;
         if !matches!(first.cause, Cause::Preempted { .. }) {
             return Some(first);
         }
         let is_failure = |ending: &&Ending| {
-            matches!(ending.cause, Cause::Failure { .. } | Cause::NodeLost { .. })
+            matches!(
+                ending.cause,
+                Cause::Failure { .. } | Cause::NodeLost { .. } | Cause::LauncherFailed { .. }
+            )
         };
         earliest(&mut self.endings.iter().filter(is_failure)).or(Some(first))
     }
@@ -210,6 +215,17 @@ mod tests {
         let settled = pool.settle(&world(), 600.0, 7);
         assert_eq!(settled.told, ["node 1 (b) is lost"]);
         assert_eq!((settled.step, settled.is_final), (Some(9), true));
+    }
+
+    #[test]
+    fn what_node_0_has_said_comes_before_its_loss() {
+        let mut pool = Pool::new(3);
+        pool.is_gone(1, Part::default());
+        [0, 2].into_iter().for_each(|node| pool.loses(node));
+        let failed = Cause::LauncherFailed { code: 2 };
+        pool.ends(ending(0, failed, 5));
+        pool.ends(Ending { at_us: None, ..ending(1, Cause::NodeLost { node: 0 }, 0) });
+        assert_eq!(pool.settle(&world(), 600.0, 7).cause, Some(failed));
     }
 
     #[test]
