@@ -334,8 +334,8 @@ impl Strays {
             guardian.spares(*pid)
                 || workers.iter().any(|worker| worker.pid() == *pid && worker.ended.is_none())
         };
-        self.left = procfs::children();
-        self.left.retain(|pid| !is_known(pid) && !sys::reap(*pid));
+        let unknown = || procfs::children().into_iter().filter(|pid| !is_known(pid)).collect();
+        self.left = collect_all(unknown, sys::reap);
         let works = |worker: &Worker| worker.ended.is_none() && !worker.is_gone();
         if self.left.is_empty() || workers.iter().any(works) {
             return;
@@ -364,9 +364,39 @@ impl Strays {
     }
 }
 
+/// Collects those children that have ended, and returns the others. The children of one that ended after
+/// they were `listed` have come to this process since: a list counts in which nobody had ended.
+fn collect_all(
+    mut listed: impl FnMut() -> Vec<Pid>,
+    mut reap: impl FnMut(Pid) -> bool,
+) -> Vec<Pid> {
+    loop {
+        let mut left = listed();
+        let all = left.len();
+        left.retain(|&pid| !reap(pid));
+        if left.len() == all {
+            return left;
+        }
+    }
+}
+
 fn exit_of(status: ExitStatus) -> Exit {
     match status.signal() {
         Some(signal) => Exit::Signal(signal),
         None => Exit::Code(status.code().unwrap_or(1)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_child_of_a_stray_that_ends_while_strays_are_listed_is_not_overlooked() {
+        // 5 ends behind its listing, and hands 6 on; so does 6 with 7.
+        let mut lists = [vec![4, 5], vec![4, 6], vec![4, 7]].into_iter();
+        let left = collect_all(|| lists.next().unwrap_or_default(), |pid| [5, 6].contains(&pid));
+        assert_eq!(left, [4, 7]);
+        assert!(collect_all(Vec::new, |_| true).is_empty());
     }
 }
