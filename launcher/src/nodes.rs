@@ -17,5 +17,10 @@ use std::time::Duration;
 pub use cluster::Cluster;
 pub use meeting::{Meeting, Place};
 
-/// Between two signs of life on a connection.
+/// Between two signs of life on a connection at most.
 const PING: Duration = Duration::from_secs(1);
+
+/// Between two signs of life where a node that is silent for so long is lost: one or two may come late.
+fn ping_interval(silence: Duration) -> Duration {
+    (silence / 3).min(PING)
+}

@@ -382,6 +382,18 @@ fn what_differs_is_one_line_on_both() {
 }
 
 #[test]
+fn nodes_are_not_lost_over_a_timeout_shorter_than_a_second() {
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let start = |node: &str| {
+        let mut command = launcher();
+        let rdzv = format!("127.0.0.1:{port}");
+        command.args(["--cpu", "--nnodes", "2", "--node-rank", node, "--rdzv", &rdzv]);
+        Launch::start(command.args(["--node-timeout", "0.6", "--", "sleep", "1.5"]))
+    };
+    assert_codes(&wait_all(vec![start("0"), start("1")]), 0);
+}
+
+#[test]
 fn a_node_that_cannot_start_ends_the_others() {
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let start = |node: &str, program: &str| {

@@ -35,7 +35,7 @@ pub struct NodeArgs {
     #[arg(long, value_name = "SEC", requires = "nnodes", value_parser = positive_seconds)]
     pub rdzv_timeout: Option<Duration>,
     /// A node silent for so long is lost [default: 3]
-    #[arg(long, value_name = "SEC", requires = "nnodes", value_parser = positive_seconds)]
+    #[arg(long, value_name = "SEC", requires = "nnodes", value_parser = patience)]
     pub node_timeout: Option<Duration>,
     /// The launch's RR_RUN_ID [default: a new one]
     #[arg(long, value_name = "ID")]
@@ -86,6 +86,11 @@ impl FromStr for Address {
 }
 
 impl NodeArgs {
+    /// A node that is silent for so long is lost.
+    fn silence(&self) -> Duration {
+        self.node_timeout.unwrap_or(Duration::from_secs(3))
+    }
+
     /// Which node of how many this is; `None` for one alone.
     ///
     /// # Errors
@@ -131,7 +136,7 @@ impl NodeArgs {
             addr: rdzv.host,
             port: rdzv.port,
             patience: self.rdzv_timeout.unwrap_or(Duration::from_secs(600)),
-            silence: self.node_timeout.unwrap_or(Duration::from_secs(3)),
+            silence: self.silence(),
         }))
     }
 }
@@ -175,6 +180,7 @@ impl Args {
             ("--max-restarts", self.max_restarts.to_string()),
             ("--hang-timeout", seconds(self.hang_timeout)),
             ("--grace", seconds(Some(self.grace))),
+            ("--node-timeout", seconds(Some(self.nodes.silence()))),
             ("--preempt-signal", signal.map_or(String::new(), sys::signal_name)),
         ];
         let mut terms: Vec<Term> = readable
@@ -190,6 +196,13 @@ impl Args {
     }
 }
 
+/// No less than what a busy machine may let a launcher wait for its turn.
+fn patience(text: &str) -> Result<Duration, String> {
+    let expected = "expected a number of seconds, at least 0.1";
+    let least = Duration::from_millis(100);
+    positive_seconds(text).ok().filter(|&time| time >= least).ok_or_else(|| expected.to_owned())
+}
+
 /// A hash of a file.
 fn contents(path: &Path) -> Result<String, LaunchError> {
     let bytes = std::fs::read(path)
@@ -202,6 +215,14 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "a test may end with a panic")]
 
     use super::*;
+
+    #[test]
+    fn a_node_may_be_silent_for_some_time() {
+        assert_eq!(patience("0.1"), Ok(Duration::from_millis(100)));
+        for text in ["0.05", "0", "-1", "x"] {
+            assert!(patience(text).is_err(), "{text}");
+        }
+    }
 
     #[test]
     fn an_address_is_a_host_and_a_port() {

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use super::link::Link;
 use super::meeting;
 use super::message::{Ending, Message, Part, Settlement, World};
+use super::ping_interval;
 use super::pool::Pool;
 use crate::attempt::Token;
 use crate::lifecycle::Cause;
@@ -157,7 +158,7 @@ impl Cluster {
             link.flush();
             if !link.is_open() || link.is_silent(self.silence, now) {
                 news.push(News::Ending(self.lose(node, now)));
-            } else if self.node != 0 && link.takes_ping(now) {
+            } else if self.node != 0 && link.takes_ping(ping_interval(self.silence), now) {
                 let sent_us = self.clock.own(now);
                 link.send(&Message::Ping { sent_us, is_quiet });
             }

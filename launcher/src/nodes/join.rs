@@ -5,11 +5,11 @@ use std::net::{TcpStream, ToSocketAddrs as _};
 use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
 
-use super::PING;
 use super::cluster::Cluster;
 use super::link::Link;
 use super::meeting::{FAREWELL, LATECOMERS, Place, Reminder, network, say};
 use super::message::{Hello, Message, World};
+use super::ping_interval;
 use crate::contract::exit_code;
 use crate::error::LaunchError;
 use crate::requests::Requests;
@@ -139,6 +139,7 @@ fn sit(link: &mut Link, place: &Place, requests: &Requests) -> Result<Answer, La
     let mut epoll = Epoll::new().map_err(network())?;
     epoll.add(link.as_fd(), Interest::Read, 0).map_err(network())?;
     requests.watch(&epoll, 1).map_err(network())?;
+    let interval = ping_interval(place.silence);
     loop {
         let now = Instant::now();
         let mut messages = link.receive(now).into_iter();
@@ -157,10 +158,10 @@ fn sit(link: &mut Link, place: &Place, requests: &Requests) -> Result<Answer, La
         if link.is_silent(place.silence, now) {
             return Ok(Answer::Silent);
         }
-        if link.takes_ping(now) {
+        if link.takes_ping(interval, now) {
             link.send(&Message::Ping { sent_us: 0, is_quiet: false });
         }
-        epoll.wait(Some(PING)).map_err(network())?;
+        epoll.wait(Some(interval)).map_err(network())?;
     }
 }
 

@@ -6,7 +6,6 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use super::PING;
 use super::message::Message;
 
 /// Far more than any message has; whoever sends more is no launcher.
@@ -130,11 +129,11 @@ impl Link {
         self.incoming.clear();
     }
 
-    /// Whether a ping is due; the next one is a second later.
-    pub fn takes_ping(&mut self, now: Instant) -> bool {
+    /// Whether a ping is due; the next one is so much later.
+    pub fn takes_ping(&mut self, interval: Duration, now: Instant) -> bool {
         let is_due = now >= self.ping_at;
         if is_due {
-            self.ping_at = now + PING;
+            self.ping_at = now + interval;
         }
         is_due
     }
