@@ -232,7 +232,8 @@ SHELL
 # scripts/slurm.sbatch without its GPUs: saves on USR1, which Slurm sends, and goes on after its requeue.
 check_requeue() {
     local job log=$work/requeue.out
-    sed -e 's/--gpus all/--cpu --nproc 1/' -e '/^#SBATCH --\(gpus\|cpus\)-/d' scripts/slurm.sbatch \
+    sed -e 's/--gpus all/--cpu --nproc 1/' -e '/^#SBATCH --gpus-/d' -e 's/--cpus-per-task=64/--cpus-per-task=1/' \
+        scripts/slurm.sbatch \
         >"$work/requeue.sbatch"
     job=$(on 0 env "BIN=$BIN" sbatch --parsable --chdir="$work" --output="$log" "$work/requeue.sbatch" \
         "$work/train.yaml" "${LONG[@]}" --set "output_dir=$work/requeue")
