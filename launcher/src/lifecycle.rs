@@ -139,7 +139,8 @@ pub enum Event {
     Settled {
         /// The first cause of all.
         cause: Option<Cause>,
-        /// A worker has said that a checkpoint is saved.
+        /// A checkpoint is saved: a worker has said so, and none of the others was ended before it was
+        /// done.
         has_saved: bool,
         /// Workers had to be ended.
         was_stopped: bool,
@@ -205,6 +206,8 @@ pub struct Lifecycle {
     cause: Option<Cause>,
     /// A worker has said that a checkpoint is saved.
     saved: bool,
+    /// A worker that was asked to save has ended without.
+    is_incomplete: bool,
     /// The attempt has failed after it was asked to save, or cannot be ended: there is no restart.
     is_final: bool,
     /// What has asked for the end of the job while the attempt was ending over a failure: it takes
@@ -225,6 +228,7 @@ impl Lifecycle {
             phase,
             cause: None,
             saved: false,
+            is_incomplete: false,
             is_final: false,
             called_off: None,
             verdict,
@@ -246,7 +250,7 @@ impl Lifecycle {
             Event::PeerEnds(cause) => self.peer_ends(cause, now),
             Event::PeerKills => self.may_kill().then(|| self.kill(now)),
             Event::Settled { cause, has_saved, was_stopped, is_final, called_off } => {
-                (self.cause, self.saved) = (cause, has_saved);
+                (self.cause, self.saved, self.is_incomplete) = (cause, has_saved, false);
                 (self.is_final, self.called_off) = (is_final, called_off);
                 self.phase = match was_stopped {
                     true => Phase::Stopping { kill_at: None },
@@ -270,9 +274,11 @@ impl Lifecycle {
             }
             // A program that knows nothing of preemption is ended by the signal.
             (Exit::Signal(by), Some(Cause::Preempted { signal: Some(sent) })) if by == sent => {
+                self.is_incomplete = true;
                 self.end_saving(now)
             }
             (_, Some(Cause::Preempted { .. })) => {
+                self.is_incomplete = true;
                 let order = self.end_saving(now);
                 if order.is_some() {
                     (self.cause, self.is_final) = (Some(Cause::Failure { rank, exit }), true);
@@ -350,7 +356,8 @@ impl Lifecycle {
             self.verdict = Verdict::CalledOff(by);
             return None;
         }
-        (self.phase, self.cause, self.saved) = (Phase::Running, None, false);
+        (self.phase, self.cause) = (Phase::Running, None);
+        (self.saved, self.is_incomplete) = (false, false);
         Some(Order::Restart(number))
     }
 
@@ -399,6 +406,11 @@ impl Lifecycle {
         self.saved
     }
 
+    /// Whether a worker that was asked to save has ended without.
+    pub fn is_incomplete(&self) -> bool {
+        self.is_incomplete
+    }
+
     /// Whether the workers were told to end.
     pub fn was_stopped(&self) -> bool {
         !matches!(self.phase, Phase::Running | Phase::Saving { .. })
@@ -427,7 +439,9 @@ impl Lifecycle {
             (Verdict::CalledOff(by), _) => code_of(by),
             (Verdict::End | Verdict::Restart(_), cause) => match cause {
                 None => exit_code::OK,
-                Some(Cause::Preempted { .. }) if self.saved => exit_code::PREEMPTED,
+                Some(Cause::Preempted { .. }) if self.saved && !self.is_incomplete => {
+                    exit_code::PREEMPTED
+                }
                 // Without a kill they were done before they heard of it.
                 Some(Cause::Preempted { .. }) if self.is_saving() => exit_code::OK,
                 Some(cause) => code_of(cause),

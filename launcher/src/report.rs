@@ -27,7 +27,12 @@ pub fn lines(
         if told.is_some() && matches!(cause, Cause::Hang { .. }) {
             lines.extend(reason(record));
         }
-        lines.extend(others(record, cause.rank()));
+        lines.extend(others(record, |rank| Some(rank.rank) != cause.rank()));
+    }
+    // Where no rank has saved it goes without saying.
+    let any_saved = record.ranks.iter().any(|rank| rank.exit == Some(Exit::PREEMPTED));
+    if matches!(cause, Cause::Preempted { .. }) && (any_saved || told.is_some()) {
+        lines.extend(others(record, |rank| !is_done_or_saved(rank)));
     }
     match verdict {
         Verdict::End => {}
@@ -54,12 +59,41 @@ pub fn reason(record: &AttemptRecord) -> Vec<String> {
         Some(Cause::Failure { rank, .. } | Cause::Hang { rank: Some(rank) }) => blame(record, rank),
         Some(cause @ Cause::Preempted { .. }) => {
             let saved = record.ranks.iter().any(|rank| rank.exit == Some(Exit::PREEMPTED));
-            let what = if saved { "saved a checkpoint" } else { "no worker saved" };
-            vec![format!("{}; {what}", brief(cause))]
+            let all = record.ranks.iter().all(is_done_or_saved);
+            let saved = match (saved, all) {
+                (true, true) => Saved::Fully,
+                (true, false) => Saved::Partly,
+                (false, _) => Saved::Nothing,
+            };
+            vec![preempted(cause, &saved)]
         }
         Some(Cause::Hang { rank: None }) | None => Vec::new(),
         Some(cause) => vec![brief(cause)],
     }
+}
+
+/// What workers that were asked to save have saved.
+pub enum Saved {
+    /// A checkpoint.
+    Fully,
+    /// Some were ended before they were done.
+    Partly,
+    /// Nothing.
+    Nothing,
+}
+
+/// A request to save, and what came of it.
+pub fn preempted(cause: Cause, saved: &Saved) -> String {
+    let what = match saved {
+        Saved::Fully => "saved a checkpoint",
+        Saved::Partly => "not all workers have saved",
+        Saved::Nothing => "no worker saved",
+    };
+    format!("{}; {what}", brief(cause))
+}
+
+fn is_done_or_saved(rank: &RankRecord) -> bool {
+    [Some(Exit::Code(0)), Some(Exit::PREEMPTED)].contains(&rank.exit)
 }
 
 /// A cause in a few words.
@@ -132,11 +166,11 @@ fn after_start(error: &WorkerError) -> String {
     format!("{:.1} s after its start", error.after.as_secs_f64())
 }
 
-/// How the ranks other than `rank` ended, a line for each way: `ranks 0, 2-7 were killed by
+/// How the ranks that `are_meant` ended, a line for each way: `ranks 0, 2-7 were killed by
 /// SIGTERM`.
-fn others(record: &AttemptRecord, rank: Option<usize>) -> Vec<String> {
+fn others(record: &AttemptRecord, are_meant: impl Fn(&RankRecord) -> bool) -> Vec<String> {
     let mut ways: BTreeMap<String, Vec<usize>> = BTreeMap::new();
-    for other in record.ranks.iter().filter(|other| Some(other.rank) != rank) {
+    for other in record.ranks.iter().filter(|rank| are_meant(rank)) {
         let way = other.exit.map_or("could not be killed".to_owned(), |exit| exit.to_string());
         let way = if other.oom_killed { format!("{way}, out of memory") } else { way };
         ways.entry(way).or_default().push(other.rank);
@@ -268,7 +302,14 @@ mod tests {
         let saved = record(cause, &[Exit::PREEMPTED, Exit::PREEMPTED]);
         let expected = ["preempted by SIGUSR1; saved a checkpoint"];
         assert_eq!(lines(&saved, None, Verdict::End, 0), expected);
-        let lost = record(cause, &[Exit::Signal(libc::SIGKILL)]);
+        let killed = Exit::Signal(libc::SIGKILL);
+        let partly = record(cause, &[Exit::PREEMPTED, killed, Exit::Code(0), killed]);
+        let expected = [
+            "preempted by SIGUSR1; not all workers have saved",
+            "ranks 1, 3 were killed by SIGKILL (exit code 137)",
+        ];
+        assert_eq!(lines(&partly, None, Verdict::End, 0), expected);
+        let lost = record(cause, &[killed]);
         assert_eq!(lines(&lost, None, Verdict::End, 0), ["preempted by SIGUSR1; no worker saved"]);
     }
 }

@@ -155,6 +155,21 @@ fn saving_is_not_interrupted_but_bounded() {
 }
 
 #[test]
+fn a_checkpoint_is_not_called_saved_where_a_rank_was_killed_over_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let trap = "[ $RANK = 0 ] && trap 'exit 41' USR1 || trap '' USR1 TERM";
+    let script = waiting(folder.path(), trap);
+    let launch = Launch::start(&mut shell(2, &["--grace", "0.5"], &script));
+    pids(folder.path(), 2);
+    launch.signal("USR1");
+    let outcome = launch.wait();
+    assert_eq!(outcome.code, Some(138), "{}", outcome.stderr);
+    let says =
+        "preempted by SIGUSR1; not all workers have saved\nrr-launch: rank 1 was killed by SIGKILL";
+    assert!(outcome.stderr.contains(says), "{}", outcome.stderr);
+}
+
+#[test]
 fn workers_that_hear_of_it_by_themselves_are_waited_for() {
     let outcome = run(&mut shell(2, &[], "[ $RANK = 0 ] && sleep 0.5; exit 41"));
     assert_eq!(outcome.code, Some(41), "{}", outcome.stderr);

@@ -134,6 +134,16 @@ fn who_does_not_save_in_time_is_killed() {
 }
 
 #[test]
+fn a_checkpoint_that_one_rank_did_not_save_is_none() {
+    let asked = (Event::PreemptionAsked(SIGUSR1), Some(Order::Ask(SIGUSR1)));
+    let (saved, kill) = ((ended(0, 41), None), (Event::Signalled(SIGINT), Some(Order::Kill)));
+    check(3, &[asked, saved, kill, (killed(1, libc::SIGKILL), None), (GONE, None)], 138);
+    check(3, &[asked, saved, (killed(1, SIGUSR1), TERM), (GONE, None)], 138);
+    check(3, &[asked, (ended(1, 0), None), saved, (GONE, None)], 41);
+    check(3, &[saved, kill, (killed(1, libc::SIGKILL), None), (GONE, None)], 137);
+}
+
+#[test]
 fn a_failure_is_restarted_until_there_are_none_left() {
     let fails = (ended(1, 3), TERM);
     let again = |number| (GONE, Some(Order::Restart(number)));

@@ -148,6 +148,8 @@ pub struct Part {
     pub step: Option<u64>,
     /// Whether a worker has said that a checkpoint is saved.
     pub has_saved: bool,
+    /// Whether a worker that was asked to save has ended without.
+    pub is_incomplete: bool,
     /// Whether its workers had to be ended.
     pub was_stopped: bool,
     /// Whether something is left that cannot be killed.
@@ -167,7 +169,8 @@ pub struct Settlement {
     pub told: Vec<String>,
     /// The newest step.
     pub step: Option<u64>,
-    /// Whether a worker has said that a checkpoint is saved.
+    /// Whether a checkpoint is saved: a worker has said so, and none of the others was ended before it was
+    /// done.
     pub has_saved: bool,
     /// Whether workers had to be ended.
     pub was_stopped: bool,

@@ -3,7 +3,7 @@
 use super::message::{Ending, Part, Settlement, World};
 use crate::hang::{self, Position};
 use crate::lifecycle::Cause;
-use crate::report;
+use crate::report::{self, Saved};
 
 /// What is known of an attempt on all nodes.
 #[derive(Debug)]
@@ -86,6 +86,8 @@ impl Pool {
     pub fn settle(&self, world: &World, hang_s: f64, next_port: u16) -> Settlement {
         let parts = || self.parts.iter().flatten();
         let first = self.first();
+        let (any_saved, is_incomplete) =
+            (parts().any(|part| part.has_saved), parts().any(|part| part.is_incomplete));
         let called_off = first.and_then(|first| self.request_after(first));
         let (mut cause, mut told) = (first.map(|first| first.cause), Vec::new());
         if let Some(first) = first {
@@ -104,6 +106,9 @@ impl Pool {
                     if words.is_empty() {
                         words.push(report::brief(cause));
                     }
+                    if matches!(cause, Cause::Preempted { .. }) && any_saved && is_incomplete {
+                        words = vec![report::preempted(cause, &Saved::Partly)];
+                    }
                     words[0] = format!("{}: {}", world.name(first.node), words[0]);
                     words
                 }
@@ -113,7 +118,7 @@ impl Pool {
             cause,
             told,
             step: parts().filter_map(|part| part.step).max(),
-            has_saved: parts().any(|part| part.has_saved),
+            has_saved: any_saved && !is_incomplete,
             was_stopped: parts().any(|part| part.was_stopped),
             is_final: parts().any(|part| part.is_abandoned)
                 || self.lost.contains(&true)
@@ -182,6 +187,11 @@ mod tests {
         let settled = settle(&endings[..1], [Part::default(), saved, said("preempted by X")]);
         assert_eq!((settled.cause, settled.has_saved), (Some(asked), true));
         assert_eq!(settled.told[0], "node 2 (c): preempted by X");
+        let saved = Part { has_saved: true, ..said("preempted; saved a checkpoint") };
+        let killed = Part { is_incomplete: true, ..said("preempted; no worker saved") };
+        let settled = settle(&endings[..1], [killed, Part::default(), saved]);
+        assert_eq!((settled.cause, settled.has_saved), (Some(asked), false));
+        assert_eq!(settled.told, ["node 2 (c): preempted by SIGUSR1; not all workers have saved"]);
     }
 
     #[test]

@@ -125,6 +125,7 @@ impl Supervisor {
         Part {
             step: self.attempt.newest_step(),
             has_saved: self.lifecycle.has_saved(),
+            is_incomplete: self.lifecycle.is_incomplete(),
             was_stopped: self.lifecycle.was_stopped(),
             is_abandoned: self.lifecycle.is_abandoned(),
             positions: std::mem::take(&mut self.positions),
