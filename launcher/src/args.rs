@@ -14,6 +14,7 @@ use clap::{ArgAction, Parser};
 
 pub use crate::binding::Binding;
 use crate::contract::{preemption, vars};
+use crate::devices::MOST_WORKERS;
 use crate::error::LaunchError;
 use crate::manual::Manual;
 use crate::supervise;
@@ -410,10 +411,10 @@ pub(crate) fn is_python(word: &OsStr) -> bool {
 }
 
 fn worker_count(text: &str) -> Result<usize, String> {
-    match text.parse() {
-        Ok(0) | Err(_) => Err("expected a number of workers, at least 1".to_owned()),
-        Ok(count) => Ok(count),
-    }
+    let count = text.parse().ok().filter(|count| (1..=MOST_WORKERS).contains(count));
+    count.ok_or_else(|| {
+        format!("expected a number of workers, at least 1 and at most {MOST_WORKERS}")
+    })
 }
 
 fn key_value(text: &str) -> Result<String, String> {

@@ -8,6 +8,9 @@ use crate::args::GpuRequest;
 use crate::contract::{LaunchPlan, vars};
 use crate::error::LaunchError;
 
+/// More workers than this are a slip of the keyboard, for which no machine has processes.
+pub const MOST_WORKERS: usize = 65_536;
+
 /// Where the workers of a job run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Placement {
@@ -118,10 +121,11 @@ pub fn share_of_node(mut advice: LaunchPlan, nnodes: usize) -> Result<LaunchPlan
 /// Places a job whose command line names no devices: what the configuration says, else all GPUs.
 /// `cpu` is whether the command line said `--cpu`.
 pub fn place_as_advised(advice: &LaunchPlan, cpu: bool) -> Result<Placement, LaunchError> {
-    if advice.processes == Some(0) {
-        return Err(LaunchError::Usage(
-            "the configuration asks for 0 processes, expected at least 1".to_owned(),
-        ));
+    if let Some(processes) = advice.processes.filter(|count| !(1..=MOST_WORKERS).contains(count)) {
+        return Err(LaunchError::Usage(format!(
+            "the configuration asks for {processes} processes, expected at least 1 and at most \
+             {MOST_WORKERS}"
+        )));
     }
     if cpu || advice.device.as_deref() == Some("cpu") {
         return Ok(Placement::Cpu { workers: advice.processes.unwrap_or(1) });
@@ -391,6 +395,10 @@ mod tests {
         assert_eq!(share(3).unwrap(), Some(1));
         assert!(share(2).unwrap_err().to_string().contains("3 processes, which 2 nodes"));
         assert_eq!(place_as_advised(&LaunchPlan::default(), true).unwrap().workers(), 1);
+        for processes in [0, MOST_WORKERS + 1, usize::MAX] {
+            let many = LaunchPlan { processes: Some(processes), ..cpu.clone() };
+            assert!(place_as_advised(&many, true).unwrap_err().to_string().contains("at least 1"));
+        }
     }
 
     #[test]

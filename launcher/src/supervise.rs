@@ -495,12 +495,13 @@ impl Supervisor {
         Ok(order)
     }
 
-    /// The last words are out: the exit code.
+    /// The last words are out: the exit code. What cuts them short does not change what the run came to.
     fn finish(mut self) -> io::Result<u8> {
+        let code = self.lifecycle.exit_code();
         self.write_to_the_end()?;
         self.guardian.dismiss();
         self.cluster.take().into_iter().for_each(Cluster::part);
-        Ok(self.lifecycle.exit_code())
+        Ok(code)
     }
 
     /// Whoever started the launcher may want to read a worker's exception, as torchrun hands it on.
@@ -545,22 +546,31 @@ impl Supervisor {
 
     /// Writes what is left, for as long as it takes; a signal cuts it short.
     fn write_to_the_end(&mut self) -> io::Result<()> {
+        self.watch_nothing_else()?;
         loop {
             self.write_out()?;
             if self.output.console.sinks().iter().all(|sink| sink.reader() != Reader::Slow) {
                 return Ok(());
             }
-            for token in self.epoll.wait(None)? {
-                if Token::unpack(token) != Token::Signals {
-                    continue;
-                }
-                while let Some(signal) = self.requests.next() {
-                    if signal != libc::SIGCHLD {
-                        self.lifecycle.on(Event::Signalled(signal), Instant::now());
-                        return Ok(());
-                    }
+            self.epoll.wait(None)?;
+            while let Some(signal) = self.requests.next() {
+                if signal != libc::SIGCHLD {
+                    return Ok(());
                 }
             }
         }
+    }
+
+    /// From now on only signals and room for output wake the loop: another node that has hung up would
+    /// without end.
+    fn watch_nothing_else(&mut self) -> io::Result<()> {
+        self.epoll = Epoll::new()?;
+        self.requests.watch(&self.epoll, Token::Signals.pack())?;
+        for (index, sink) in self.output.console.sinks().iter().enumerate() {
+            if sink.reader() == Reader::Slow {
+                self.epoll.add(sink.as_fd(), Interest::Write, Token::Sink(index).pack())?;
+            }
+        }
+        Ok(())
     }
 }

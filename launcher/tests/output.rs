@@ -175,6 +175,60 @@ fn a_stuck_reader_does_not_keep_a_signal_out() {
     assert_eq!(wait(child), Some(143));
 }
 
+#[test]
+fn a_stuck_reader_at_the_end_costs_no_time_and_a_signal_then_does_not_change_the_outcome() {
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let logs = tempfile::tempdir().unwrap();
+    let start = |nodes: &str, node: &str, stdout: Stdio| {
+        let mut command = launcher();
+        command.args([
+            "--cpu",
+            "--nnodes",
+            nodes,
+            "--node-rank",
+            node,
+            "--rdzv",
+            &free.to_string(),
+        ]);
+        command.args(["--log-dir", logs.path().to_str().unwrap()]);
+        // More than a pipe holds, and less than what would hold back the worker.
+        command.args([
+            "--",
+            "sh",
+            "-c",
+            "[ $((RANK + 1)) = $WORLD_SIZE ] && yes | head -n 40000; :",
+        ]);
+        command.stdin(Stdio::null()).stdout(stdout).stderr(Stdio::null()).spawn().unwrap()
+    };
+    let (reader, writer) = std::io::pipe().unwrap();
+    let child = start("2", "1", writer.into());
+    assert_eq!(wait(start("2", "0", Stdio::null())), Some(0), "node 0 has hung up");
+    let pid = child.id().cast_signed();
+    let before = ticks(pid);
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    assert!(ticks(pid) - before < 4, "it turns round and round while nobody reads");
+    common::send("TERM", pid);
+    assert_eq!(wait(child), Some(0));
+    drop(reader);
+    // Alone.
+    let (_reader, writer) = std::io::pipe().unwrap();
+    let child = start("1", "0", writer.into());
+    let is_told = || {
+        let summary = std::fs::read_to_string(logs.path().join("launch.json")).unwrap_or_default();
+        summary.contains("\"exit_code\": 0") && summary.contains("success")
+    };
+    assert!(common::eventually(common::DEADLINE, is_told));
+    common::send("TERM", child.id().cast_signed());
+    assert_eq!(wait(child), Some(0));
+}
+
+/// The CPU time of a process, of 100 in a second.
+fn ticks(pid: i32) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let (_, fields) = stat.rsplit_once(") ").unwrap();
+    fields.split(' ').skip(11).take(2).map(|ticks| ticks.parse::<u64>().unwrap()).sum()
+}
+
 fn wait(mut child: std::process::Child) -> Option<i32> {
     child.wait().unwrap().code()
 }

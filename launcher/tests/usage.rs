@@ -27,6 +27,7 @@ fn every_misuse_is_one_line() {
         (&[][..], "nothing to run"),
         (&["--cpu", "--nproc", "0"], "at least 1"),
         (&["--cpu", "--nproc", "two"], "at least 1"),
+        (&["--cpu", "--nproc", "99999999999"], "at most 65536"),
         (&["--nproc", "2"], "--cpu"),
         (&["--cpu", "--gpus", "0"], "--gpus"),
         (&["--gpus", "0,0"], "GPU 0 is listed twice"),
