@@ -252,9 +252,10 @@ impl Lifecycle {
             Event::Settled { cause, has_saved, was_stopped, is_final, called_off } => {
                 (self.cause, self.saved, self.is_incomplete) = (cause, has_saved, false);
                 (self.is_final, self.called_off) = (is_final, called_off);
-                self.phase = match was_stopped {
-                    true => Phase::Stopping { kill_at: None },
-                    false => Phase::Saving { kill_at: None },
+                self.phase = if was_stopped {
+                    Phase::Stopping { kill_at: None }
+                } else {
+                    Phase::Saving { kill_at: None }
                 };
                 None
             }

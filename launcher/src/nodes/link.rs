@@ -71,7 +71,9 @@ impl Link {
     /// Says several things so that they arrive together.
     #[cfg(test)]
     pub fn send_at_once(&mut self, messages: &[Message]) {
-        messages.iter().for_each(|message| self.queue(message));
+        for message in messages {
+            self.queue(message);
+        }
         self.flush();
     }
 

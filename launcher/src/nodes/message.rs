@@ -143,6 +143,7 @@ pub struct Ending {
 
 /// What an attempt came to on one node.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub struct Part {
     /// The newest step that a heartbeat told of.
     pub step: Option<u64>,

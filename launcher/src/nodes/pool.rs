@@ -231,7 +231,9 @@ mod tests {
     fn what_node_0_has_said_comes_before_its_loss() {
         let mut pool = Pool::new(3);
         pool.is_gone(1, Part::default());
-        [0, 2].into_iter().for_each(|node| pool.loses(node));
+        for node in [0, 2] {
+            pool.loses(node);
+        }
         let failed = Cause::LauncherFailed { code: 2 };
         pool.ends(ending(0, failed, 5));
         pool.ends(Ending { at_us: None, ..ending(1, Cause::NodeLost { node: 0 }, 0) });
