@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::fs::{CWD, PROC_SUPER_MAGIC, RenameFlags, renameat_with, statfs};
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
@@ -186,6 +186,34 @@ pub(crate) fn remove(path: &Path) -> std::io::Result<()> {
     if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }
 }
 
+/// The file that is built and moved into place so that an output appears whole at `path`: itself, or
+/// what a symbolic link there leads to. `None` where bytes can only be written to what is there: a
+/// pipe, a device, or an open file by its number, such as `/dev/stdout`.
+#[must_use]
+pub fn whole_file(path: &Path) -> Option<PathBuf> {
+    // As many as the kernel follows.
+    const MOST_LINKS: usize = 40;
+    let mut file = path.to_owned();
+    for _ in 0..MOST_LINKS {
+        // What is wrong with a path is told when a file is created there.
+        let Ok(found) = file.symlink_metadata() else { return Some(file) };
+        if !found.is_file() && !found.is_symlink() {
+            return None;
+        }
+        let parent = file.parent().filter(|parent| !parent.as_os_str().is_empty());
+        let parent = parent.unwrap_or(Path::new("."));
+        // A number there leads to a file that is open already, whatever its name is by now.
+        if statfs(parent).is_ok_and(|system| system.f_type == PROC_SUPER_MAGIC) {
+            return None;
+        }
+        if found.is_file() {
+            return Some(file);
+        }
+        file = parent.join(fs::read_link(&file).ok()?);
+    }
+    None
+}
+
 /// A file under construction beside its final place. Dropped without [`StagedFile::publish`], it is
 /// removed again.
 #[derive(Debug)]
@@ -253,6 +281,8 @@ pub(crate) fn sync_dir(dir: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test may panic")]
+    use rustix::fs::mkfifoat;
+
     use super::*;
 
     #[test]
@@ -312,5 +342,31 @@ mod tests {
         fs::write(leftover.join("old"), "x").unwrap();
         StagedDir::new(&target).unwrap().publish().unwrap();
         assert_eq!(fs::read_dir(&target).unwrap().count(), 0);
+    }
+    #[test]
+    fn an_output_is_whole_where_a_file_can_be_moved() {
+        let root = tempfile::tempdir().unwrap();
+        let at = |name: &str| root.path().join(name);
+        let link = |to: &str, name: &str| std::os::unix::fs::symlink(to, at(name)).unwrap();
+        fs::write(at("file"), "x").unwrap();
+        fs::create_dir(at("dir")).unwrap();
+        mkfifoat(CWD, at("pipe"), 0o600.into()).unwrap();
+        link("../file", "dir/link");
+        link("dir/link", "chain");
+        link("new", "dangling");
+        link("pipe", "to-pipe");
+        link("/dev/null", "null");
+        link("/proc/self/fd/1", "stdout");
+        link("round", "round");
+        let open = File::open(at("file")).unwrap();
+        link(&format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&open)), "number");
+        for (name, file) in [("file", "file"), ("new", "new"), ("chain", "dir/../file")] {
+            assert_eq!(whole_file(&at(name)), Some(at(file)), "{name}");
+        }
+        assert_eq!(whole_file(&at("dangling")), Some(at("new")));
+        for name in ["dir", "pipe", "to-pipe", "null", "stdout", "round", "number"] {
+            assert_eq!(whole_file(&at(name)), None, "{name}");
+        }
+        assert_eq!(whole_file(Path::new("/dev/stdout")), None);
     }
 }

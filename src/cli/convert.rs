@@ -108,6 +108,10 @@ fn convert_records(args: &ConvertArgs, form: RecordFormArg) -> Result<()> {
         gather: args.gather,
         lossy: args.lossy,
     };
+    if args.output.is_dir() {
+        let message = "is a directory, expected a file".to_owned();
+        return Err(Error::File { path: args.output.clone(), message });
+    }
     let records = if args.input == Path::new("-") {
         let name = Path::new("<stdin>");
         SourceRecords::from_reader(io::stdin(), name, &args.label_key, labels)?

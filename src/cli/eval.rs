@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use rr_launch::contract::WorkerEnv;
 
 use super::model::ModelArgs;
-use super::output::{Sink, print};
+use super::output::{Sink, print, write};
 use crate::comm::{Communicator, join_hosts};
 use crate::data::Dataset;
 use crate::error::{Error, Result};
@@ -128,13 +128,13 @@ fn models(
 ) -> Result<Evaluation> {
     let dataset = eval::load(data, &args.label_key)?;
     if let (Some(path), 0) = (&args.write_qrels, env.rank) {
-        trec::write_qrels(path, &dataset)?;
+        write(path, &trec::qrels_lines(&dataset)?)?;
     }
     let mut evaluation = Evaluation::new(args.measure(Gain::Exponential));
     let mut add = |name: &str, dataset: &Dataset, scores: &[f32]| -> Result<()> {
         evaluation.push(eval::rank(evaluation.row(name), dataset, scores)?);
         match (&args.write_run, env.rank) {
-            (Some(path), 0) => trec::write_run(path, dataset, scores, name),
+            (Some(path), 0) => write(path, &trec::run_lines(dataset, scores, name)),
             _ => Ok(()),
         }
     };

@@ -10,6 +10,7 @@ use rr_launch::contract::WorkerEnv;
 use super::commands::heed_preemption;
 use super::model::ModelArgs;
 use super::output::Sink;
+use crate::atomic::whole_file;
 use crate::comm::{Communicator, join_hosts};
 use crate::data::{InputChunks, InputFormat};
 use crate::error::{Error, Result};
@@ -72,13 +73,8 @@ pub(super) fn run(args: &ScoreArgs) -> Result<()> {
             args.output.display()
         )));
     }
-    if args.input.is_file() && can_appear_whole(&args.output) {
-        let job = FileJob {
-            input: args.input.clone(),
-            format,
-            output: args.output.clone(),
-            echo: args.echo,
-        };
+    if let (true, Some(output)) = (args.input.is_file(), can_appear_whole(&args.output)) {
+        let job = FileJob { input: args.input.clone(), format, output, echo: args.echo };
         return score_file(args, &env, &job);
     }
     if env.world_size > 1 {
@@ -101,9 +97,9 @@ pub(super) fn run(args: &ScoreArgs) -> Result<()> {
     sink.finish()
 }
 
-/// Whether the output can be built beside its place: not standard output, a pipe or a device.
-fn can_appear_whole(output: &Path) -> bool {
-    output != Path::new("-") && (output.is_file() || !output.exists())
+/// The file that is built beside its place: none for standard output, a pipe or a device.
+fn can_appear_whole(output: &Path) -> Option<PathBuf> {
+    if output == Path::new("-") { None } else { whole_file(output) }
 }
 
 fn score_file(args: &ScoreArgs, env: &WorkerEnv, job: &FileJob) -> Result<()> {
@@ -152,7 +148,7 @@ fn score_ranks(
         let rate = scored as f64 / status.started.elapsed().as_secs_f64().max(1e-9);
         let kept = if kept > 0 { format!(", {kept} of them before") } else { String::new() };
         status.clear();
-        eprintln!("{}: {pairs} pairs scored{kept}; {rate:.1} pairs/s", job.output.display());
+        eprintln!("{}: {pairs} pairs scored{kept}; {rate:.1} pairs/s", args.output.display());
     }
     Ok(())
 }

@@ -1,14 +1,19 @@
-//! Where converted records go.
+//! Where lines of results go.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{self, BufWriter, Write};
+use std::os::fd::AsFd as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use crate::atomic::StagedFile;
+use crate::atomic::{StagedFile, whole_file};
 use crate::error::{Error, Result};
 
-/// Lines to standard output, or to a file that appears whole once it is complete: `.gz` and `.zst`
-/// names are compressed.
+/// Stands for standard output.
+const STANDARD: &str = "-";
+
+/// Lines to standard output, a pipe or a device at once, or to a file that appears whole once it is
+/// complete: `.gz` and `.zst` names are compressed.
 pub struct Output {
     path: PathBuf,
     writer: Writer,
@@ -22,35 +27,44 @@ enum Writer {
 }
 
 impl Output {
-    /// Opens `path`, or standard output for `-`.
+    /// Opens `path`, or standard output for `-`. A symbolic link stays; the file that it leads to is
+    /// replaced.
     ///
     /// # Errors
     /// [`Error::Io`] when it cannot be created.
     pub fn create(path: &Path) -> Result<Self> {
-        const BUFFER_BYTES: usize = 1 << 18;
-        let path = path.to_owned();
-        if path == Path::new("-") {
+        // What is read as it comes should not wait for long.
+        const STAGED_BYTES: usize = 1 << 18;
+        const STRAIGHT_BYTES: usize = 1 << 13;
+        if path == Path::new(STANDARD) {
             let writer = BufWriter::new(Box::new(io::stdout()) as Box<dyn Write>);
-            return Ok(Self { path, writer: Writer::Plain(writer), staged: None });
+            return Ok(Self {
+                path: "<stdout>".into(),
+                writer: Writer::Plain(writer),
+                staged: None,
+            });
         }
-        if path.is_dir() {
-            let message = "is a directory, expected a file".to_owned();
-            return Err(Error::File { path, message });
-        }
-        let staged = StagedFile::new(&path)?;
-        let file = staged.writer()?;
+        let path = path.to_owned();
+        let staged = whole_file(&path).map(|file| StagedFile::new(&file)).transpose()?;
+        let (file, buffer) = match &staged {
+            Some(staged) => (staged.writer()?, STAGED_BYTES),
+            None => match open_straight(&path) {
+                Ok(file) => (file, STRAIGHT_BYTES),
+                Err(source) => return Err(Error::Io { path, action: "create", source }),
+            },
+        };
         let extension = path.extension().unwrap_or_default();
         let writer = if extension == "gz" {
             let encoder = flate2::write::GzEncoder::new(file, flate2::Compression::default());
-            Writer::Gzip(BufWriter::with_capacity(BUFFER_BYTES, encoder))
+            Writer::Gzip(BufWriter::with_capacity(buffer, encoder))
         } else if extension == "zst" {
             let encoder = zstd::Encoder::new(file, zstd::DEFAULT_COMPRESSION_LEVEL)
                 .map_err(|source| Error::Io { path: path.clone(), action: "write", source })?;
-            Writer::Zstd(BufWriter::with_capacity(BUFFER_BYTES, encoder))
+            Writer::Zstd(BufWriter::with_capacity(buffer, encoder))
         } else {
-            Writer::Plain(BufWriter::with_capacity(BUFFER_BYTES, Box::new(file)))
+            Writer::Plain(BufWriter::with_capacity(buffer, Box::new(file)))
         };
-        Ok(Self { path, writer, staged: Some(staged) })
+        Ok(Self { path, writer, staged })
     }
 
     /// Writes a line.
@@ -84,6 +98,17 @@ impl Output {
     fn failed(&self, source: io::Error) -> Error {
         Error::Io { path: self.path.clone(), action: "write", source }
     }
+}
+
+/// Opens what bytes can only be appended to. Standard output by another name is written to at its own
+/// position, behind what `>>` has before it.
+fn open_straight(path: &Path) -> io::Result<File> {
+    let stdout = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+    let (open, named) = (stdout.metadata()?, path.metadata()?);
+    if (open.dev(), open.ino()) == (named.dev(), named.ino()) {
+        return Ok(stdout);
+    }
+    OpenOptions::new().append(true).open(path)
 }
 
 fn inner<W: Write>(writer: BufWriter<W>) -> io::Result<W> {

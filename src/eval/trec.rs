@@ -2,12 +2,9 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::Write as _;
-use std::fs::File;
-use std::io::{BufWriter, Write as _};
 use std::path::Path;
 
 use super::{Evaluation, Measure};
-use crate::atomic::StagedFile;
 use crate::data::{Dataset, text_lines};
 use crate::error::{Error, Result};
 use crate::metrics::Ranked;
@@ -136,64 +133,44 @@ fn names(query: usize, document: usize) -> (String, String) {
     (format!("q{query}"), format!("q{query}-d{document}"))
 }
 
-/// Writes the ranking of `dataset`'s pairs by `scores` as a TREC run.
-///
-/// # Errors
-/// [`Error::Io`] from the disk.
-pub fn write_run(path: &Path, dataset: &Dataset, scores: &[f32], tag: &str) -> Result<()> {
+/// The ranking of `dataset`'s pairs by `scores` as the lines of a TREC run.
+#[must_use]
+pub fn run_lines(dataset: &Dataset, scores: &[f32], tag: &str) -> String {
+    let mut text = String::new();
     // The tag is one word.
     let tag = tag.replace(char::is_whitespace, "_");
-    write(path, |text| {
-        for (number, group) in dataset.groups().enumerate() {
-            let scores = &scores[group.start as usize..group.end as usize];
-            let mut order: Vec<usize> = (0..scores.len()).collect();
-            order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
-            for (rank, &hit) in order.iter().enumerate() {
-                let (query, document) = names(number + 1, hit + 1);
-                let score = scores[hit];
-                let _ = writeln!(text, "{query} Q0 {document} {} {score} {tag}", rank + 1);
-            }
+    for (number, group) in dataset.groups().enumerate() {
+        let scores = &scores[group.start as usize..group.end as usize];
+        let mut order: Vec<usize> = (0..scores.len()).collect();
+        order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
+        for (rank, &hit) in order.iter().enumerate() {
+            let (query, document) = names(number + 1, hit + 1);
+            let score = scores[hit];
+            let _ = writeln!(text, "{query} Q0 {document} {} {score} {tag}", rank + 1);
         }
-        Ok(())
-    })
+    }
+    text
 }
 
-/// Writes the labels of `dataset` as TREC judgements, under the names of [`write_run`].
+/// The labels of `dataset` as the lines of TREC judgements, under the names of [`run_lines`].
 ///
 /// # Errors
-/// [`Error::File`] for labels that are not whole numbers, which those files cannot hold;
-/// [`Error::Io`] from the disk.
-pub fn write_qrels(path: &Path, dataset: &Dataset) -> Result<()> {
-    write(path, |text| {
-        for (number, group) in dataset.groups().enumerate() {
-            for (hit, label) in dataset.labels(group).into_iter().enumerate() {
-                if label.fract() != 0.0 {
-                    return Err(Error::File {
-                        path: dataset.path.clone(),
-                        message: format!(
-                            "has the label {label}, but TREC judgements are whole numbers"
-                        ),
-                    });
-                }
-                let (query, document) = names(number + 1, hit + 1);
-                let _ = writeln!(text, "{query} 0 {document} {label}");
-            }
-        }
-        Ok(())
-    })
-}
-
-fn write(path: &Path, fill: impl FnOnce(&mut String) -> Result<()>) -> Result<()> {
+/// [`Error::File`] for labels that are not whole numbers, which those files cannot hold.
+pub fn qrels_lines(dataset: &Dataset) -> Result<String> {
     let mut text = String::new();
-    fill(&mut text)?;
-    let io = |source| Error::Io { path: path.to_owned(), action: "write", source };
-    if path.exists() && !path.is_file() {
-        // A pipe or a device.
-        return File::create(path).and_then(|mut file| file.write_all(text.as_bytes())).map_err(io);
+    for (number, group) in dataset.groups().enumerate() {
+        for (hit, label) in dataset.labels(group).into_iter().enumerate() {
+            if label.fract() != 0.0 {
+                return Err(Error::File {
+                    path: dataset.path.clone(),
+                    message: format!(
+                        "has the label {label}, but TREC judgements are whole numbers"
+                    ),
+                });
+            }
+            let (query, document) = names(number + 1, hit + 1);
+            let _ = writeln!(text, "{query} 0 {document} {label}");
+        }
     }
-    let staged = StagedFile::new(path)?;
-    let mut writer = BufWriter::new(staged.writer()?);
-    writer.write_all(text.as_bytes()).and_then(|()| writer.flush()).map_err(io)?;
-    drop(writer);
-    staged.publish()
+    Ok(text)
 }

@@ -1,0 +1,78 @@
+//! Where results go: files that appear whole, and what cannot.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+#[path = "common/launch.rs"]
+mod launch;
+
+use std::fs;
+use std::io::Read as _;
+use std::os::unix::fs::{FileTypeExt as _, symlink};
+use std::path::Path;
+
+use launch::{Outcome, copy_model, reranker, run};
+use rustix::fs::{CWD, Mode, OFlags};
+use tempfile::TempDir;
+
+const RECORDS: &str = r#"{"query": "tea", "content": "water", "label": 1}
+{"query": "tea", "content": "dog", "label": 0}
+"#;
+
+/// A command for each way to an output, without the output's name.
+const WRITERS: [&str; 5] = [
+    "convert --input records.jsonl --to grouped --output",
+    "score --model model --input records.jsonl --output",
+    "score --model model --output",
+    "eval --bm25 --data records.jsonl --write-run",
+    "eval --bm25 --data records.jsonl --per-query",
+];
+
+fn workplace() -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    copy_model("bert_tiny", &dir.path().join("model"));
+    fs::write(dir.path().join("records.jsonl"), RECORDS).unwrap();
+    dir
+}
+
+/// `reranker WORDS OUTPUT`, with the records as standard input.
+fn write_to(dir: &Path, words: &str, output: &str) -> Outcome {
+    let words: Vec<_> = words.split(' ').chain([output]).collect();
+    let outcome =
+        run(reranker(dir, &words).stdin(fs::File::open(dir.join("records.jsonl")).unwrap()));
+    assert_eq!(outcome.code, Some(0), "{words:?}: {outcome:?}");
+    outcome
+}
+
+#[test]
+fn what_lies_at_an_output_stays_what_it_is() {
+    let dir = workplace();
+    let dir = dir.path();
+    fs::create_dir(dir.join("there")).unwrap();
+    symlink("there/file", dir.join("link")).unwrap();
+    symlink("/proc/self/fd/1", dir.join("stdout")).unwrap();
+    rustix::fs::mkfifoat(CWD, dir.join("pipe"), Mode::RUSR | Mode::WUSR).unwrap();
+    // Open for both, so that nobody waits; what is written fits into the pipe.
+    let flags = OFlags::RDWR | OFlags::NONBLOCK;
+    let pipe = rustix::fs::open(dir.join("pipe"), flags, Mode::empty()).unwrap();
+    let mut pipe = fs::File::from(pipe);
+    for words in WRITERS {
+        write_to(dir, words, "plain");
+        let expected = fs::read_to_string(dir.join("plain")).unwrap();
+        assert!(!expected.is_empty(), "{words}");
+        // The first time the link leads nowhere.
+        write_to(dir, words, "link");
+        assert!(dir.join("link").is_symlink(), "{words}");
+        assert_eq!(fs::read_to_string(dir.join("there/file")).unwrap(), expected, "{words}");
+        assert_eq!(fs::read_dir(dir.join("there")).unwrap().count(), 1, "{words}: no leftovers");
+
+        write_to(dir, words, "pipe");
+        let mut text = vec![0; 1 << 16];
+        let length = pipe.read(&mut text).unwrap();
+        assert_eq!(String::from_utf8_lossy(&text[..length]), expected, "{words}");
+        assert!(fs::symlink_metadata(dir.join("pipe")).unwrap().file_type().is_fifo(), "{words}");
+
+        // What else goes there comes behind, not over it.
+        let outcome = write_to(dir, words, "stdout");
+        assert!(outcome.stdout.starts_with(&expected), "{words}: {outcome:?}");
+        assert!(dir.join("stdout").is_symlink(), "{words}");
+    }
+}
