@@ -1,10 +1,19 @@
 //! One error type for the library. Every variant ends in one clear line that says where the
 //! trouble is and what was expected.
 
+use std::fmt::Display;
+use std::io::Write as _;
 use std::path::PathBuf;
 
 /// The result of everything in this crate that a user, a disk or a peer can make fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Writes a line to stderr. Where that fails, on a full disk or for a reader that has left, it is lost:
+/// `eprintln!` would end the process over it.
+pub fn tell(line: impl Display) {
+    // One write, so that lines of several processes stay whole.
+    let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
+}
 
 /// What can go wrong. `Display` is the one line a user reads: lower case, no trailing full stop.
 #[derive(Debug, thiserror::Error)]

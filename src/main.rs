@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::Parser;
 use reranker::Error;
 use reranker::cli::{Cli, run};
+use reranker::error::tell;
 use reranker::torch_ext::runtime;
 
 /// A rank that lost another lets it end first: the kernel closes a process's connections a moment
@@ -23,7 +24,7 @@ fn main() -> ExitCode {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             let kind = if matches!(error, Error::Preempted) { "note" } else { "error" };
-            eprintln!("{kind}: {error}");
+            tell(format_args!("{kind}: {error}"));
             if matches!(error, Error::Comm { .. }) {
                 std::thread::sleep(CAUSE_FIRST);
             }

@@ -108,3 +108,15 @@ fn an_interrupt_ends_the_run() {
     assert_eq!(wait(&mut launcher), 130);
     assert_eq!(workers(&bench), Vec::<i32>::new());
 }
+
+#[test]
+fn a_log_that_nobody_reads_ends_no_training() {
+    let bench = Bench::new(0.0);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_reranker"));
+    command.current_dir(bench.root.path()).env_remove("RUST_LOG");
+    command.args(["train", "--device", "cpu", "--config", "t.yaml", "--set", "output_dir=run"]);
+    let mut worker = command.stderr(Stdio::piped()).spawn().unwrap();
+    drop(worker.stderr.take());
+    assert_eq!(wait(&mut worker), 0);
+    assert!(bench.root.path().join("run/model").exists());
+}

@@ -8,6 +8,7 @@ use std::fs;
 use std::io::Read as _;
 use std::os::unix::fs::{FileTypeExt as _, symlink};
 use std::path::Path;
+use std::process::Stdio;
 
 use launch::{Outcome, copy_model, reranker, run};
 use rustix::fs::{CWD, Mode, OFlags};
@@ -74,5 +75,27 @@ fn what_lies_at_an_output_stays_what_it_is() {
         let outcome = write_to(dir, words, "stdout");
         assert!(outcome.stdout.starts_with(&expected), "{words}: {outcome:?}");
         assert!(dir.join("stdout").is_symlink(), "{words}");
+    }
+}
+
+#[test]
+fn a_full_stderr_changes_no_result() {
+    let dir = workplace();
+    let dir = dir.path();
+    fs::create_dir(dir.join("there")).unwrap();
+    let told = |words: &str| run(&mut reranker(dir, &words.split(' ').collect::<Vec<_>>()));
+    for (words, code) in [
+        ("convert --input records.jsonl --to grouped --output out", 0),
+        ("score --model model --input records.jsonl --output out", 0),
+        ("score --model model --input records.jsonl --output there", 2),
+        ("convert --input none --to grouped", 2),
+    ] {
+        assert_eq!(told(words).code, Some(code), "{words}");
+        let expected = fs::read(dir.join("out")).unwrap();
+        let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let mut command = reranker(dir, &words.split(' ').collect::<Vec<_>>());
+        let status = command.stdout(Stdio::null()).stderr(full).status().unwrap();
+        assert_eq!(status.code(), Some(code), "{words}");
+        assert_eq!(fs::read(dir.join("out")).unwrap(), expected, "{words}");
     }
 }

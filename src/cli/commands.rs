@@ -97,11 +97,12 @@ pub(super) fn start_log(rank: usize) {
 struct LogLine(io::Stderr);
 
 impl Write for LogLine {
+    /// A line that cannot be written, to a full disk or a reader that has left, is lost: the job goes on.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         if self.0.is_terminal() {
-            self.0.write_all(b"\x1b[2K")?;
+            let _ = self.0.write_all(b"\x1b[2K");
         }
-        self.0.write_all(line)?;
+        let _ = self.0.write_all(line);
         Ok(line.len())
     }
 

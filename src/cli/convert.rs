@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use crate::config::LabelRange;
 use crate::convert::{ConvertOptions, Output, convert, merge};
 use crate::data::{RecordForm, SourceRecords};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, tell};
 
 /// Arguments of `convert`.
 #[derive(Debug, Args)]
@@ -88,7 +88,7 @@ fn merge_adapter(adapter: &str, target: &Path) -> Result<()> {
         return Err(Error::Usage("--merge writes a directory; name it by --output".into()));
     }
     let base = merge(adapter, target)?;
-    eprintln!("merged {adapter} into {base}: {}", target.display());
+    tell(format_args!("merged {adapter} into {base}: {}", target.display()));
     Ok(())
 }
 
@@ -126,7 +126,7 @@ fn convert_records(args: &ConvertArgs, form: RecordFormArg) -> Result<()> {
         Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         Err(error) => Err(error),
         Ok(report) => {
-            eprintln!("{report}");
+            tell(report);
             Ok(())
         }
     }

@@ -8,7 +8,7 @@ use rr_launch::contract::WorkerEnv;
 
 use super::{DeviceArg, seconds};
 use crate::config::Precision;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, tell};
 use crate::score::{CrossEncoder, DEFAULT_BATCH_SIZE, LoadOptions, ScoreOptions};
 use crate::torch_ext::runtime;
 
@@ -68,18 +68,18 @@ impl ModelArgs {
             return Ok(model);
         }
         if let Some(prompt) = model.assumed_prompt() {
-            eprintln!(
+            tell(format_args!(
                 "note: {} is a language model without a score head; asked by the prompt {} (--prompt)",
                 dir.display(),
                 prompt.name
-            );
+            ));
         }
         if !model.initialised().is_empty() {
-            eprintln!(
+            tell(format_args!(
                 "note: {} has no {}; random values stand in, so its scores mean nothing yet",
                 dir.display(),
                 model.initialised().join(", ")
-            );
+            ));
         }
         Ok(model)
     }

@@ -13,7 +13,7 @@ use super::output::Sink;
 use crate::atomic::whole_file;
 use crate::comm::{Communicator, join_hosts};
 use crate::data::{InputChunks, InputFormat};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, tell};
 use crate::score::{CrossEncoder, Earlier, FileJob, Progress, score_stream};
 
 /// The least time between two drawings of the status line.
@@ -132,11 +132,11 @@ fn score_ranks(
         Earlier::Nothing => 0,
         Earlier::OtherJob(keys) => {
             if env.rank == 0 {
-                eprintln!(
+                tell(format_args!(
                     "note: {} held scores of another job ({} differs), so all is scored anew",
                     store.dir().display(),
                     keys.join(", ")
-                );
+                ));
             }
             0
         }
@@ -148,7 +148,10 @@ fn score_ranks(
         let rate = scored as f64 / status.started.elapsed().as_secs_f64().max(1e-9);
         let kept = if kept > 0 { format!(", {kept} of them before") } else { String::new() };
         status.clear();
-        eprintln!("{}: {pairs} pairs scored{kept}; {rate:.1} pairs/s", args.output.display());
+        tell(format_args!(
+            "{}: {pairs} pairs scored{kept}; {rate:.1} pairs/s",
+            args.output.display()
+        ));
     }
     Ok(())
 }

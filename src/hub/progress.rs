@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 
+use crate::error::tell;
+
 /// The least time between two lines.
 const INTERVAL: Duration = Duration::from_secs(10);
 
@@ -18,7 +20,7 @@ impl Progress {
     /// Begins `name` of `total` bytes.
     pub(super) fn new(name: String, total: u64) -> Self {
         if !std::io::stderr().is_terminal() {
-            eprintln!("fetching {name}, {}", HumanBytes(total));
+            tell(format_args!("fetching {name}, {}", HumanBytes(total)));
             return Self::Lines { name, done: 0, total, told: Instant::now() };
         }
         let style = ProgressStyle::with_template(
@@ -36,7 +38,11 @@ impl Progress {
                 *done = bytes;
                 if told.elapsed() >= INTERVAL {
                     *told = Instant::now();
-                    eprintln!("fetching {name}, {} of {}", HumanBytes(*done), HumanBytes(*total));
+                    tell(format_args!(
+                        "fetching {name}, {} of {}",
+                        HumanBytes(*done),
+                        HumanBytes(*total)
+                    ));
                 }
             }
         }
@@ -46,7 +52,7 @@ impl Progress {
     pub(super) fn say(&self, message: &str) {
         match self {
             Self::Bar(bar) => bar.println(message),
-            Self::Lines { .. } => eprintln!("{message}"),
+            Self::Lines { .. } => tell(message),
         }
     }
 }
