@@ -111,6 +111,18 @@ fn columns_stay_apart_and_names_are_one_s_own() {
 }
 
 #[test]
+fn zeros_of_either_sign_are_equal_scores() {
+    let (dir, _) = golden();
+    let dir = dir.path();
+    fs::write(dir.join("zeros"), "q Q0 a 1 0.0 t\nq Q0 b 2 -0.0 t\n").unwrap();
+    fs::write(dir.join("labels"), "q 0 b 1\n").unwrap();
+    let args = ["eval", "--run", "zeros", "--qrels", "labels", "--json"];
+    let figures: Value = serde_json::from_str(&output_of(&mut reranker(dir, &args))).unwrap();
+    // As in trec_eval, of equal scores the greater name is first.
+    close(&figures["zeros"]["mrr@10"], 1.0, "zeros");
+}
+
+#[test]
 fn bad_lines_of_trec_files_are_named() {
     let (dir, _) = golden();
     let dir = dir.path();

@@ -7,7 +7,7 @@ use std::path::Path;
 use super::{Evaluation, Measure};
 use crate::data::{Dataset, text_lines};
 use crate::error::{Error, Result};
-use crate::metrics::Ranked;
+use crate::metrics::{Ranked, order};
 
 /// The judgements of each query: labels by document.
 pub type Qrels = BTreeMap<String, HashMap<String, f32>>;
@@ -74,7 +74,10 @@ pub fn read_run(path: &Path) -> Result<Run> {
 
 fn number(text: &str, what: &str) -> Result<f32, String> {
     let number = text.parse().ok().filter(|number: &f32| number.is_finite());
-    number.ok_or_else(|| format!("the {what} is {text:?}, expected a number"))
+    // −0 plus 0 is 0: the two are equal scores, but not to `total_cmp`.
+    number
+        .map(|number| number + 0.0)
+        .ok_or_else(|| format!("the {what} is {text:?}, expected a number"))
 }
 
 fn twice(document: &str, query: &str) -> String {
@@ -141,9 +144,9 @@ pub fn run_lines(dataset: &Dataset, scores: &[f32], tag: &str) -> String {
     let tag = tag.replace(char::is_whitespace, "_");
     for (number, group) in dataset.groups().enumerate() {
         let scores = &scores[group.start as usize..group.end as usize];
-        let mut order: Vec<usize> = (0..scores.len()).collect();
-        order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
-        for (rank, &hit) in order.iter().enumerate() {
+        let scores: Vec<f32> = scores.iter().map(|score| score + 0.0).collect();
+        let order = order(&scores);
+        for (rank, hit) in order.into_iter().enumerate() {
             let (query, document) = names(number + 1, hit + 1);
             let score = scores[hit];
             let _ = writeln!(text, "{query} Q0 {document} {} {score} {tag}", rank + 1);

@@ -31,9 +31,15 @@ pub fn ranked(scores: &[f32], labels: &[f32]) -> Result<Vec<f32>> {
         let message = format!("the score of document {} of {count} is NaN", at + 1);
         return Err(Error::Training(message));
     }
+    Ok(order(scores).into_iter().map(|document| labels[document]).collect())
+}
+
+/// The documents in the order of falling scores; equal ones, which 0 and −0 are, keep theirs.
+#[must_use]
+pub fn order(scores: &[f32]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..scores.len()).collect();
-    order.sort_by(|&a, &b| scores[b].total_cmp(&(scores[a])));
-    Ok(order.into_iter().map(|document| labels[document]).collect())
+    order.sort_by(|&a, &b| (scores[b] + 0.0).total_cmp(&(scores[a] + 0.0)));
+    order
 }
 
 /// What a relevant document is worth to nDCG.
@@ -343,7 +349,9 @@ mod tests {
     #[test]
     fn equal_scores_keep_the_input_order() {
         assert_eq!(reciprocal_rank_at_k(&[1.0; 3], &[0.0, 1.0, 0.0], 10).unwrap(), Some(0.5));
-        assert_eq!(reciprocal_rank_at_k(&[0.0, -0.0], &[0.0, 1.0], 10).unwrap(), Some(0.5));
+        for zeros in [[0.0, -0.0], [-0.0, 0.0]] {
+            assert_eq!(reciprocal_rank_at_k(&zeros, &[0.0, 1.0], 10).unwrap(), Some(0.5));
+        }
     }
 
     #[test]
