@@ -71,9 +71,9 @@ fn what_lies_at_an_output_stays_what_it_is() {
         assert_eq!(String::from_utf8_lossy(&text[..length]), expected, "{words}");
         assert!(fs::symlink_metadata(dir.join("pipe")).unwrap().file_type().is_fifo(), "{words}");
 
-        // What else goes there comes behind, not over it.
+        // What else goes there comes before or behind, not over it.
         let outcome = write_to(dir, words, "stdout");
-        assert!(outcome.stdout.starts_with(&expected), "{words}: {outcome:?}");
+        assert!(outcome.stdout.contains(&expected), "{words}: {outcome:?}");
         assert!(dir.join("stdout").is_symlink(), "{words}");
     }
 }
@@ -98,4 +98,53 @@ fn a_full_stderr_changes_no_result() {
         assert_eq!(status.code(), Some(code), "{words}");
         assert_eq!(fs::read(dir.join("out")).unwrap(), expected, "{words}");
     }
+}
+
+#[test]
+fn a_dash_is_never_a_file() {
+    let dir = workplace();
+    let dir = dir.path();
+    fs::write(dir.join("-"), "no record").unwrap();
+    let ways = [
+        "score --model model",
+        "score --model model --input -",
+        "eval --bm25 --data records.jsonl --write-run",
+    ];
+    for words in ways {
+        let words =
+            if words.starts_with("score") { format!("{words} --output") } else { words.into() };
+        let outcome = write_to(dir, &words, "-");
+        let expected = if words.starts_with("score") { "{\"index\":0," } else { "q1 Q0 q1-d1 1 " };
+        assert!(outcome.stdout.starts_with(expected), "{words}: {outcome:?}");
+        assert_eq!(fs::read_to_string(dir.join("-")).unwrap(), "no record", "{words}");
+    }
+    let outcome = run(&mut reranker(dir, &["eval", "--bm25", "--data", "-"]));
+    let message = "error: --data - is standard input, which eval does not read; name a file (./- \
+                   where it is called so)\n";
+    assert_eq!((outcome.code, outcome.stderr.as_str()), (Some(2), message));
+}
+
+#[test]
+fn eval_finds_wrong_paths_before_it_scores_and_loses_no_figures() {
+    let dir = workplace();
+    let dir = dir.path();
+    let eval = "eval --data records.jsonl --model model --write-qrels qrels";
+    let missing = "cannot create: No such file or directory (os error 2)";
+    for (more, message) in [
+        ("--per-query no/figures", format!("no/figures: {missing}")),
+        ("--write-run no/run", format!("no/run: {missing}")),
+        ("--write-run model", "model: cannot create: Is a directory (os error 21)".to_owned()),
+        ("--model no", "no directory \"no\" here, ".to_owned()),
+    ] {
+        let words = format!("{eval} {more}");
+        let outcome = run(&mut reranker(dir, &words.split(' ').collect::<Vec<_>>()));
+        assert!(outcome.stderr.starts_with(&format!("error: {message}")), "{outcome:?}");
+        assert_eq!((outcome.code, outcome.stdout.as_str()), (Some(2), ""), "{more}");
+        assert!(!dir.join("qrels").exists(), "{more}: work began");
+    }
+    let words = "eval --data records.jsonl --bm25 --per-query /dev/full";
+    let outcome = run(&mut reranker(dir, &words.split(' ').collect::<Vec<_>>()));
+    assert!(outcome.stdout.contains("nDCG@10"), "{outcome:?}");
+    assert!(outcome.stderr.starts_with("error: /dev/full: cannot write: "), "{outcome:?}");
+    assert_eq!(outcome.code, Some(2));
 }

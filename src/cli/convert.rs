@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 
+use super::output::STANDARD;
 use crate::config::LabelRange;
 use crate::convert::{ConvertOptions, Output, convert, merge};
 use crate::data::{RecordForm, SourceRecords};
@@ -84,7 +85,7 @@ pub(super) fn run(args: &ConvertArgs) -> Result<()> {
 
 /// An adapter and its base model to one model directory.
 fn merge_adapter(adapter: &str, target: &Path) -> Result<()> {
-    if target == Path::new("-") {
+    if target == Path::new(STANDARD) {
         return Err(Error::Usage("--merge writes a directory; name it by --output".into()));
     }
     let base = merge(adapter, target)?;
@@ -108,11 +109,11 @@ fn convert_records(args: &ConvertArgs, form: RecordFormArg) -> Result<()> {
         gather: args.gather,
         lossy: args.lossy,
     };
-    if args.output.is_dir() {
+    if args.output != Path::new(STANDARD) && args.output.is_dir() {
         let message = "is a directory, expected a file".to_owned();
         return Err(Error::File { path: args.output.clone(), message });
     }
-    let records = if args.input == Path::new("-") {
+    let records = if args.input == Path::new(STANDARD) {
         let name = Path::new("<stdin>");
         SourceRecords::from_reader(io::stdin(), name, &args.label_key, labels)?
     } else {

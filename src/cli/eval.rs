@@ -5,10 +5,12 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use rr_launch::contract::WorkerEnv;
+use serde_json::Value;
 
 use super::model::ModelArgs;
-use super::output::{Sink, print, write};
+use super::output::{STANDARD, print, write};
 use crate::comm::{Communicator, join_hosts};
+use crate::convert::Output;
 use crate::data::Dataset;
 use crate::error::{Error, Result};
 use crate::eval::{self, Evaluation, Measure, trec};
@@ -51,10 +53,10 @@ pub struct EvalArgs {
     /// Also write the figures of every query, a JSON line each; `-` for standard output
     #[arg(long, value_name = "FILE")]
     per_query: Option<PathBuf>,
-    /// Write the ranking, which has to be one, in TREC's form
+    /// Write the ranking, which has to be one, in TREC's form; `-` for standard output
     #[arg(long, value_name = "FILE")]
     write_run: Option<PathBuf>,
-    /// Write the labels in TREC's form
+    /// Write the labels in TREC's form; `-` for standard output
     #[arg(long, value_name = "FILE")]
     write_qrels: Option<PathBuf>,
     #[command(flatten)]
@@ -91,12 +93,22 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
             "two rankings would be called {name}, expected a name of its own for each"
         )));
     }
+    let read = [("--data", &args.data), ("--qrels", &args.qrels)];
+    let read = read.into_iter().filter_map(|(flag, path)| Some((flag, path.as_ref()?)));
+    let standard = Path::new(STANDARD);
+    let runs = args.run.iter().map(|path| ("--run", path));
+    if let Some((flag, _)) = read.chain(runs).find(|(_, path)| *path == standard) {
+        return Err(Error::Usage(format!(
+            "{flag} - is standard input, which eval does not read; name a file (./- where it is \
+             called so)"
+        )));
+    }
     match (&args.data, &args.qrels) {
         (Some(data), _) => {
             let comm = join_hosts(&env, args.options.timeout)?;
-            let outcome = models(args, &env, data, comm.as_ref()).and_then(|evaluation| {
+            let outcome = models(args, &env, data, comm.as_ref()).and_then(|measured| {
                 comm.leave()?;
-                Ok(evaluation)
+                Ok(measured)
             });
             if outcome.is_err() {
                 // The others, who may fail for want of this rank, must not be taken for the cause.
@@ -108,35 +120,47 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
             if env.rank != 0 {
                 return Ok(());
             }
+            args.check_outputs()?;
             let named = |path: &PathBuf| Ok((path.display().to_string(), trec::read_run(path)?));
             let runs = args.run.iter().map(named).collect::<Result<Vec<_>>>()?;
             let qrels = trec::read_qrels(qrels)?;
             let evaluation =
                 trec::evaluate(&runs, &qrels, args.measure(Gain::Linear), args.complete)?;
-            report(args, &env, &evaluation)
+            report(args, &env, &Measured { evaluation, run: None })
         }
         (None, None) => Err(Error::Usage("--data is missing".into())),
     }
 }
 
-/// BM25 and every model on grouped data, one after the other.
+/// What there is to report.
+struct Measured {
+    evaluation: Evaluation,
+    /// The one ranking in TREC's form, where it is asked for.
+    run: Option<String>,
+}
+
+/// BM25 and every model on grouped data, one after the other. What can be wrong with any of them, or
+/// with where results go, is found before the first is run.
 fn models(
     args: &EvalArgs,
     env: &WorkerEnv,
     data: &Path,
     comm: &dyn Communicator,
-) -> Result<Evaluation> {
+) -> Result<Measured> {
+    if env.rank == 0 {
+        args.check_outputs()?;
+    }
+    args.model.iter().try_for_each(|dir| args.options.examine(dir))?;
     let dataset = eval::load(data, &args.label_key)?;
     if let (Some(path), 0) = (&args.write_qrels, env.rank) {
         write(path, &trec::qrels_lines(&dataset)?)?;
     }
     let mut evaluation = Evaluation::new(args.measure(Gain::Exponential));
+    let mut run = None;
     let mut add = |name: &str, dataset: &Dataset, scores: &[f32]| -> Result<()> {
         evaluation.push(eval::rank(evaluation.row(name), dataset, scores)?);
-        match (&args.write_run, env.rank) {
-            (Some(path), 0) => write(path, &trec::run_lines(dataset, scores, name)),
-            _ => Ok(()),
-        }
+        run = args.write_run.as_ref().map(|_| trec::run_lines(dataset, scores, name));
+        Ok(())
     };
     if args.bm25 {
         add("bm25", &dataset, &eval::bm25_scores(&dataset))?;
@@ -153,7 +177,7 @@ fn models(
             })?;
         add(if args.model.len() == 1 { "model" } else { &path }, &dataset, &scores)?;
     }
-    Ok(evaluation)
+    Ok(Measured { evaluation, run })
 }
 
 impl EvalArgs {
@@ -166,6 +190,12 @@ impl EvalArgs {
             .then(|| all.into_iter().find(|name| !names.insert(*name)).map(Path::display))?
     }
 
+    /// Whether results can be written where they are to go.
+    fn check_outputs(&self) -> Result<()> {
+        let outputs = [&self.per_query, &self.write_run, &self.write_qrels];
+        outputs.into_iter().flatten().try_for_each(|path| Output::check(path))
+    }
+
     fn measure(&self, default: Gain) -> Measure {
         let gain = match self.gain {
             None => default,
@@ -176,15 +206,21 @@ impl EvalArgs {
     }
 }
 
-/// Rank 0 prints and writes what was asked for.
-fn report(args: &EvalArgs, env: &WorkerEnv, evaluation: &Evaluation) -> Result<()> {
+/// Rank 0 prints and writes what was asked for. The figures come last on standard output, but before
+/// any file: whatever becomes of that, they are not lost.
+fn report(args: &EvalArgs, env: &WorkerEnv, measured: &Measured) -> Result<()> {
     if env.rank != 0 {
         return Ok(());
     }
-    if let Some(path) = &args.per_query {
-        let mut sink = Sink::open(path)?;
-        evaluation.per_query().iter().try_for_each(|line| sink.line(&line.to_string()))?;
-        sink.finish()?;
-    }
-    if args.json { print(&evaluation.to_json().to_string()) } else { print(&evaluation.table()) }
+    let Measured { evaluation, run } = measured;
+    let lines = || evaluation.per_query().iter().map(Value::to_string).collect::<Vec<_>>();
+    let per_query = args.per_query.as_ref().map(|_| lines().join("\n"));
+    let outputs = [(&args.write_run, run), (&args.per_query, &per_query)];
+    let outputs =
+        outputs.into_iter().filter_map(|(path, text)| Some((path.as_ref()?, text.as_ref()?)));
+    let (standard, files): (Vec<_>, Vec<_>) =
+        outputs.partition(|(path, _)| *path == Path::new(STANDARD));
+    standard.into_iter().try_for_each(|(path, text)| write(path, text))?;
+    if args.json { print(&evaluation.to_json().to_string()) } else { print(&evaluation.table()) }?;
+    files.into_iter().try_for_each(|(path, text)| write(path, text))
 }

@@ -57,9 +57,7 @@ impl ModelArgs {
     /// The model for the worker `env`, once options that cannot work are refused: before any output
     /// is opened. Rank 0 says what a user may not expect of it.
     pub(super) fn load(&self, dir: &Path, env: &WorkerEnv) -> Result<CrossEncoder> {
-        if self.batch_size == 0 {
-            return Err(Error::Usage("--batch-size is 0, expected at least 1".into()));
-        }
+        self.check_batch_size()?;
         let device = runtime::device(self.device.map(Into::into), env.local_rank)?;
         let (precision, prompt) = (self.precision.into(), self.prompt.as_deref());
         let model = CrossEncoder::load(dir, LoadOptions { device, precision, prompt })?;
@@ -82,6 +80,19 @@ impl ModelArgs {
             ));
         }
         Ok(model)
+    }
+
+    /// Whether the model could be loaded, as far as that can be told without its weights.
+    pub(super) fn examine(&self, dir: &Path) -> Result<()> {
+        self.check_batch_size()?;
+        CrossEncoder::examine(dir, self.prompt.as_deref(), self.max_len).map(drop)
+    }
+
+    fn check_batch_size(&self) -> Result<()> {
+        if self.batch_size == 0 {
+            return Err(Error::Usage("--batch-size is 0, expected at least 1".into()));
+        }
+        Ok(())
     }
 
     /// The library's options.

@@ -6,6 +6,9 @@ use std::path::Path;
 use crate::convert::Output;
 use crate::error::{Error, Result};
 
+/// Stands for standard input or output, never for a file of that name.
+pub(super) const STANDARD: &str = "-";
+
 /// Where result lines go, as [`Output`] has it; whoever reads them may leave before the end.
 pub(super) struct Sink(Output);
 
@@ -43,7 +46,7 @@ pub(super) fn write(path: &Path, text: &str) -> Result<()> {
 
 /// Prints text on standard output.
 pub(super) fn print(text: &str) -> Result<()> {
-    let mut sink = Sink::open(Path::new("-"))?;
+    let mut sink = Sink::open(Path::new(STANDARD))?;
     sink.line(text.trim_end())?;
     sink.finish()
 }

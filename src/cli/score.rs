@@ -9,7 +9,7 @@ use rr_launch::contract::WorkerEnv;
 
 use super::commands::heed_preemption;
 use super::model::ModelArgs;
-use super::output::Sink;
+use super::output::{STANDARD, Sink};
 use crate::atomic::whole_file;
 use crate::comm::{Communicator, join_hosts};
 use crate::data::{InputChunks, InputFormat};
@@ -64,17 +64,17 @@ pub(super) fn run(args: &ScoreArgs) -> Result<()> {
         None if is_tsv(&args.input) => InputFormat::Tsv,
         Some(FormatArg::Jsonl) | None => InputFormat::JsonLines,
     };
-    if let (Ok(input), Ok(output)) = (args.input.canonicalize(), args.output.canonicalize())
-        && input == output
-        && input.is_file()
-    {
+    let named = |path: &Path| (path != Path::new(STANDARD)).then(|| path.to_owned());
+    let (input, output) = (named(&args.input).filter(|path| path.is_file()), named(&args.output));
+    let real = |path: &Option<PathBuf>| path.as_ref()?.canonicalize().ok();
+    if real(&input).is_some_and(|input| real(&output) == Some(input)) {
         return Err(Error::Usage(format!(
             "--output {} is the input, which scores would replace; name another file",
             args.output.display()
         )));
     }
-    if let (true, Some(output)) = (args.input.is_file(), can_appear_whole(&args.output)) {
-        let job = FileJob { input: args.input.clone(), format, output, echo: args.echo };
+    if let (Some(input), Some(output)) = (input, output.and_then(|output| whole_file(&output))) {
+        let job = FileJob { input, format, output, echo: args.echo };
         return score_file(args, &env, &job);
     }
     if env.world_size > 1 {
@@ -84,7 +84,7 @@ pub(super) fn run(args: &ScoreArgs) -> Result<()> {
             env.world_size
         )));
     }
-    let chunks = if args.input == Path::new("-") {
+    let chunks = if args.input == Path::new(STANDARD) {
         InputChunks::from_reader(io::stdin(), "<stdin>", format)?
     } else {
         InputChunks::open(&args.input, format)?
@@ -95,11 +95,6 @@ pub(super) fn run(args: &ScoreArgs) -> Result<()> {
         sink.line(&serde_json::to_string(scored).unwrap_or_default())
     })?;
     sink.finish()
-}
-
-/// The file that is built beside its place: none for standard output, a pipe or a device.
-fn can_appear_whole(output: &Path) -> Option<PathBuf> {
-    if output == Path::new("-") { None } else { whole_file(output) }
 }
 
 fn score_file(args: &ScoreArgs, env: &WorkerEnv, job: &FileJob) -> Result<()> {

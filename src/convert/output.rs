@@ -6,6 +6,9 @@ use std::os::fd::AsFd as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Access, access};
+use rustix::io::Errno;
+
 use crate::atomic::{StagedFile, whole_file};
 use crate::error::{Error, Result};
 
@@ -65,6 +68,28 @@ impl Output {
             Writer::Plain(BufWriter::with_capacity(buffer, Box::new(file)))
         };
         Ok(Self { path, writer, staged })
+    }
+
+    /// Whether [`Output::create`] would do, as far as that can be told without touching what is there:
+    /// for those who have much to do first.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when it would not.
+    pub fn check(path: &Path) -> Result<()> {
+        if path == Path::new(STANDARD) {
+            return Ok(());
+        }
+        if let Some(file) = whole_file(path) {
+            return StagedFile::new(&file).map(drop);
+        }
+        let refused =
+            if path.is_dir() { Err(Errno::ISDIR) } else { access(path, Access::WRITE_OK) };
+        let io = |errno: Errno| Error::Io {
+            path: path.to_owned(),
+            action: "create",
+            source: errno.into(),
+        };
+        refused.map_err(io)
     }
 
     /// Writes a line.
