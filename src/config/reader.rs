@@ -317,7 +317,8 @@ impl<'a> Fields<'a> {
     }
 
     /// A mapping inside this one, read by `read`, which must ask for every legal key. `read` runs
-    /// also when the mapping is absent, so that its names are known to `--set`.
+    /// also when the mapping is absent, so that its names are known to `--set`. `null` hides the
+    /// mappings of lower layers.
     /// Returns what `read` made, and the place of the mapping when it holds anything.
     ///
     /// # Errors
@@ -331,10 +332,20 @@ impl<'a> Fields<'a> {
         self.log.known.insert(name.clone());
         let mut layers: Vec<&'a [Entry]> = Vec::new();
         let mut place = None;
-        for layer in &self.layers {
-            let Some(found) = entry(layer, key).filter(|entry| !entry.node.is_null()) else {
+        let mut null: Option<&'a Entry> = None;
+        for &layer in &self.layers {
+            let Some(found) = entry(layer, key) else { continue };
+            if let Some(high) = null {
+                // As of a scalar: what is above says that there is none.
+                if !found.node.is_null() {
+                    self.log.notices.push(overridden(&name, &high.node, &found.node));
+                }
                 continue;
-            };
+            }
+            if found.node.is_null() {
+                null = Some(found);
+                continue;
+            }
             let Value::Mapping(mapping) = &found.node.value else {
                 let what = found.node.describe();
                 let message = format!("{name}: expected a mapping, found {what}");
@@ -352,7 +363,8 @@ impl<'a> Fields<'a> {
         Ok((value, place))
     }
 
-    /// As [`Fields::section`]; `None` where no layer has the mapping. An empty one is there.
+    /// As [`Fields::section`]; `None` where no layer has the mapping, or the highest that has the key
+    /// says `null`. An empty one is there.
     ///
     /// # Errors
     /// As [`Fields::section`].
@@ -363,7 +375,8 @@ impl<'a> Fields<'a> {
     ) -> Result<Option<T>> {
         let mut given = self.layers.iter().filter_map(|layer| entry(layer, key));
         let origin = given
-            .find(|entry| !entry.node.is_null())
+            .next()
+            .filter(|entry| !entry.node.is_null())
             .map(|entry| Origin { key: key.to_owned(), place: entry.place.clone() });
         let (value, _) = self.section(key, read)?;
         let is_given = origin.is_some();

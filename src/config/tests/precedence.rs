@@ -137,6 +137,20 @@ fn what_loses_is_reported_once() {
     );
 }
 
+/// `null` is the absence of a section as it is of a value, from the layer that says so down.
+#[test]
+fn null_takes_a_section_away() {
+    let case = Case::new("lora: {r: 4}\n").set("lora=null");
+    assert!(case.resolve().unwrap().training.lora.is_none());
+    assert_eq!(case.notices(), ["lora: null from --set overrides {r: 4} from training.yaml:4"]);
+    let case = Case::new("teacher: {model_name_or_path: big}\n").set("teacher=~");
+    assert!(case.resolve().unwrap().data.teacher.is_none());
+    // Below it is nothing to take away.
+    let case = Case::new("lora:\n").set("lora.r=2");
+    assert_eq!(case.resolve().unwrap().training.lora.unwrap().r, 2);
+    assert_eq!(Case::new("lora:\n").set("lora=null").notices(), [""; 0]);
+}
+
 #[test]
 fn auto_takes_the_training_yaml_s_value() {
     let deepspeed = "distributed_type: DEEPSPEED\ndeepspeed_config:\n  \
