@@ -65,8 +65,10 @@ fn value_node(value: &str, place: Place) -> Node {
     let typed = Some(value.to_owned());
     match parse(value, &place) {
         Ok(Some(node)) => Node { place, typed, ..node },
+        // White space or a comment is nothing to YAML, but somebody has typed it.
         Ok(None) => {
-            Node { value: Value::Scalar { text: String::new(), plain: true }, typed, place }
+            let plain = value.is_empty();
+            Node { value: Value::Scalar { text: value.into(), plain }, typed, place }
         }
         Err(_) => Node { value: Value::Scalar { text: value.into(), plain: false }, typed, place },
     }
@@ -137,6 +139,32 @@ mod tests {
         assert!(
             matches!(&node("special_lr_groups").value, Value::Sequence(items) if items.len() == 1)
         );
+    }
+
+    #[test]
+    fn a_text_is_what_was_typed() {
+        for (typed, text) in [
+            ("runs/exp #3", "runs/exp #3"),
+            (" ", " "),
+            (" a ", " a "),
+            ("a\nb", "a\nb"),
+            ("# a", "# a"),
+            ("&a b", "&a b"),
+            ("' a'", " a"),
+            ("\"a\\nb\"", "a\nb"),
+            ("{}", "{}"),
+            ("[D] {}", "[D] {}"),
+        ] {
+            let set = overrides(&[&format!("seq={typed}")]).unwrap();
+            let node = &entry(&set.mapping, "seq").unwrap().node;
+            assert!(!node.is_null(), "{typed:?}");
+            assert_eq!(node.verbatim(), Some(text), "{typed:?}");
+        }
+        let set = overrides(&["seq= null", "special_token=''", "lr= 1e-5 # less"]).unwrap();
+        let node = |key| &entry(&set.mapping, key).unwrap().node;
+        assert!(node("seq").is_null());
+        assert_eq!(node("special_token").verbatim(), Some(""));
+        assert_eq!(node("lr").float(), Some(1e-5));
     }
 
     #[test]

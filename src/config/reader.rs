@@ -160,7 +160,7 @@ impl<'a> Fields<'a> {
     /// # Errors
     /// A list or a mapping.
     pub fn string(&mut self, key: &'static str) -> Result<Option<Setting<String>>> {
-        self.read(&[key], "text", |node| node.text().map(str::to_owned))
+        self.read(&[key], "text", |node| node.verbatim().map(str::to_owned))
     }
 
     /// A finite number.
@@ -279,7 +279,7 @@ impl<'a> Fields<'a> {
                 let texts = items.iter().map(|item| item.text().map(str::to_owned));
                 texts.collect::<Option<_>>().map(OneOrMany::Many)
             }
-            _ => node.text().map(|text| OneOrMany::One(text.to_owned())),
+            _ => node.verbatim().map(|text| OneOrMany::One(text.to_owned())),
         })
     }
 
@@ -483,7 +483,7 @@ pub fn unknown_override(overrides: &Mapping, prefix: &str, known: &BTreeSet<Stri
 /// Whether two layers say the same, however they spell it.
 fn same(high: &Node, low: &Node) -> bool {
     high.show() == low.show()
-        || (high.text().is_some() && high.text() == low.text())
+        || (high.verbatim().is_some() && high.verbatim() == low.verbatim())
         || (high.float().is_some() && high.float() == low.float())
 }
 

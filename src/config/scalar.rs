@@ -31,6 +31,14 @@ impl Node {
         self.scalar().map(|(text, _)| text).or(self.typed.as_deref())
     }
 
+    /// As [`Node::text`], but of the command line as it was typed, unless it is quoted: white space at
+    /// its ends, ` #` and line breaks are part of a text there.
+    #[must_use]
+    pub fn verbatim(&self) -> Option<&str> {
+        let is_quoted = self.scalar().is_some_and(|(_, plain)| !plain);
+        if is_quoted { self.text() } else { self.typed.as_deref().or_else(|| self.text()) }
+    }
+
     /// `true`, `yes`, `on` and their opposites.
     #[must_use]
     pub fn boolean(&self) -> Option<bool> {
@@ -78,7 +86,10 @@ impl Node {
     pub fn show(&self) -> String {
         match &self.value {
             _ if self.is_null() => "null".into(),
-            Value::Scalar { text, plain: true } => text.clone(),
+            Value::Scalar { text, plain: true } => match &self.typed {
+                Some(typed) if typed.trim() != text => format!("{typed:?}"),
+                _ => text.clone(),
+            },
             Value::Scalar { text, plain: false } => format!("{text:?}"),
             Value::Sequence(items) => {
                 let items: Vec<_> = items.iter().map(Self::show).collect();
