@@ -2,7 +2,8 @@
 //!
 //! The rules are those of `PyYAML` (YAML 1.1), which users of accelerate know, with its two traps
 //! removed: `5e-5` is a number although it has no dot, and `no` is text where text is wanted
-//! (`mixed_precision: no`). A quoted scalar is always text.
+//! (`mixed_precision: no`). A quoted scalar is text, or a number where one with a fraction is wanted:
+//! `RAG-Retrieval` calls `float` on what it reads, and its users have quoted `"5e-5"`.
 
 use super::tree::{Node, Value};
 
@@ -45,10 +46,10 @@ impl Node {
         boolean(self.plain()?)
     }
 
-    /// A finite number.
+    /// A finite number, with or without quotes.
     #[must_use]
     pub fn float(&self) -> Option<f64> {
-        float(self.plain()?)
+        float(self.scalar()?.0)
     }
 
     /// An integer, also written `1_000`, `2.0` or `1e3`.
@@ -173,7 +174,8 @@ mod tests {
             ("-0.25", Some(-0.25)),
             ("+3", Some(3.0)),
             ("1_000", Some(1000.0)),
-            ("\"5e-5\"", None),
+            ("\"5e-5\"", Some(5e-5)),
+            ("'fast'", None),
             ("nan", None),
             (".inf", None),
             ("inf", None),
@@ -220,6 +222,6 @@ mod tests {
             assert!(node(text).is_null(), "{text}");
             assert!(!node(&format!("'{text}'")).is_null(), "{text}");
         }
-        assert_eq!(node("!!str 5").float(), None);
+        assert_eq!(node("!!str 5").integer(), None);
     }
 }

@@ -12,8 +12,8 @@ fn settings_of_the_wrong_type_are_one_line_with_a_position() {
     let table = [
         ("lr: fast", "training.yaml:4:5: lr: expected a number, found the text \"fast\""),
         (
-            "lr: \"5e-5\"",
-            "training.yaml:4:5: lr: expected a number, found the text \"5e-5\" (remove the quotes)",
+            "epochs: \"3\"",
+            "training.yaml:4:9: epochs: expected an integer, found the text \"3\" (remove the quotes)",
         ),
         ("lr: [1e-5]", "training.yaml:4:5: lr: expected a number, found a list"),
         ("lr: {}", "training.yaml:4:5: lr: expected a number, found a mapping"),
