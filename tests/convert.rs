@@ -212,6 +212,30 @@ fn what_the_target_cannot_hold_is_refused_or_counted() {
 }
 
 #[test]
+fn a_table_of_several_forms_is_converted() {
+    let dir = dir_with(
+        "in.jsonl",
+        r#"{"query":"a","content":"x","label":1,"hits":null,"pos":null}
+{"query":"b","content":null,"label":null,"hits":[{"content":"y","label":0}],"pos":null}
+"#,
+    );
+    let grouped = converted(dir.path(), "--input in.jsonl --to grouped");
+    assert_eq!(
+        lines(&grouped),
+        [
+            json!({"query": "a", "hits": [{"content": "x", "label": 1}]}),
+            json!({"query": "b", "hits": [{"content": "y", "label": 0}]}),
+        ]
+    );
+    // A text beside a content is no part of the record, and not lost without a word.
+    refused(
+        r#"{"query":"a","content":"x","label":1,"neg":["y"]}"#,
+        "--to grouped",
+        "in.jsonl:1: \"neg\" has no place in grouped records; pass --lossy to leave such keys out",
+    );
+}
+
+#[test]
 fn bad_input_is_named_and_the_old_output_stays() {
     for (data, message) in [
         ("", "in.jsonl: holds no records, expected one JSON object a line"),

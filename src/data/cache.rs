@@ -28,8 +28,8 @@ use crate::atomic::{StagedDir, create_dir, write_synced};
 use crate::error::{Error, Result};
 use crate::mapped::Mapped;
 
-/// Changes with the layout of the sections.
-const FORMAT: u32 = 1;
+/// Changes with the layout of the sections, and with what a line is read as.
+const FORMAT: u32 = 2;
 
 const HEADER: &str = "header.json";
 

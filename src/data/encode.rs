@@ -12,7 +12,7 @@ use super::lines::{Line, Lines, too_long};
 use super::record::{LabelRule, Record, RecordError, detect_kind, parse_object, parse_record};
 use super::report::DropReason;
 use super::store::Form;
-use super::{DatasetKind, estimated_tokens};
+use super::{DatasetKind, RecordForm, estimated_tokens};
 use crate::error::{Error, Result};
 
 /// Turns texts into tokens while a file is loaded.
@@ -118,6 +118,7 @@ pub(super) struct EncodedRecord {
     pub(super) key: QueryKey,
     pub(super) query: Piece,
     pub(super) documents: Vec<(Piece, f32)>,
+    /// One `"content"` rather than a list.
     pub(super) is_single: bool,
     /// Its documents come with labels that were not written but taken from the label range.
     pub(super) implied_labels: bool,
@@ -239,7 +240,7 @@ fn encode(
     texts: &mut Vec<u8>,
     last_query: &mut Option<(String, Range<usize>)>,
 ) -> Result<EncodedRecord> {
-    let Record { query, documents, is_single, implied_labels } = record;
+    let Record { query, documents, form, implied_labels } = record;
     let key = QueryKey::of(&query);
     let query_estimate = estimated_tokens(&query) as u32;
     // Pointwise records of a query often stand together.
@@ -265,7 +266,7 @@ fn encode(
         key,
         query: Piece { place, estimate: query_estimate },
         documents,
-        is_single,
+        is_single: form == RecordForm::Pointwise,
         implied_labels,
         empty_documents,
         repeated_documents,

@@ -7,8 +7,9 @@ use std::sync::Arc;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+use super::RecordForm;
 use super::lines::{Line, Lines, too_long, utf8};
-use super::record::{RecordError, list_at, parse_object, string_at, strip, wrong_type};
+use super::record::{RecordError, form, list_at, parse_object, string_at, strip, wrong_type};
 use crate::error::{Error, Result};
 
 /// Lines and bytes after which a chunk ends: enough to sort by length and to fill a GPU, few enough
@@ -165,19 +166,21 @@ fn json_pairs(line: &[u8]) -> Result<Vec<InputPair>, String> {
 
 /// The documents of a record of any form, in order; of a pos/neg record the positives first.
 fn documents(object: &Map<String, Value>) -> Result<Vec<&str>, RecordError> {
-    let has = |key| object.contains_key(key);
-    if has("content") || !["hits", "pos", "neg"].into_iter().any(has) {
+    if matches!(form(object), None | Some(RecordForm::Pointwise)) {
         return Ok(vec![string_at(object, "content", "")?]);
     }
     let mut documents = Vec::new();
-    for (i, hit) in list_at(object, "hits")?.iter().enumerate() {
+    let list = |key| {
+        if object.get(key) == Some(&Value::Null) { Ok(&[][..]) } else { list_at(object, key) }
+    };
+    for (i, hit) in list("hits")?.iter().enumerate() {
         documents.push(match hit {
             Value::Object(hit) => string_at(hit, "content", &format!("hits[{i}]."))?,
             other => return wrong_type(&format!("hits[{i}]"), other, "an object"),
         });
     }
     for key in ["pos", "neg"] {
-        for (i, text) in list_at(object, key)?.iter().enumerate() {
+        for (i, text) in list(key)?.iter().enumerate() {
             documents.push(match text {
                 Value::String(text) => text,
                 other => return wrong_type(&format!("{key}[{i}]"), other, "a string"),
@@ -245,8 +248,10 @@ mod tests {
     fn records_of_several_documents_give_a_pair_for_each() {
         let lines = r#"{"query": "a", "hits": [{"content": "1", "label": 2}, {"content": "2"}]}
                        {"query": "b", "neg": ["4"], "pos": [" 3"]}
-                       {"query": "c", "content": "5", "pos": ["no"]}"#;
-        let expected = owned(&[("a", "1"), ("a", "2"), ("b", "3"), ("b", "4"), ("c", "5")]);
+                       {"query": "c", "content": "5", "pos": ["no"]}
+                       {"query": "d", "content": null, "hits": null, "neg": ["6"]}"#;
+        let expected =
+            owned(&[("a", "1"), ("a", "2"), ("b", "3"), ("b", "4"), ("c", "5"), ("d", "6")]);
         assert_eq!(pairs_of(lines.as_bytes(), InputFormat::JsonLines).unwrap(), expected);
     }
 

@@ -129,6 +129,33 @@ fn the_kind_comes_from_the_first_record() {
     }
 }
 
+/// Keys of other forms are as good as any other key beside a text, and `null` as good as no key.
+#[test]
+fn a_text_as_content_makes_a_record_pointwise() {
+    for more in [
+        r#""hits": 12"#,
+        r#""pos": "NOUN""#,
+        r#""neg": ["other"]"#,
+        r#""hits": [{"content": "other", "label": 1}]"#,
+        r#""hits": null, "pos": null"#,
+    ] {
+        let record = format!(r#"{{"query": "q", "content": "d", "label": 1, {more}}}"#);
+        let (dataset, report) = load_with(record.as_bytes(), |_| {}).unwrap();
+        assert_eq!(
+            (report.kind, rows(&dataset)),
+            (DatasetKind::Pointwise, vec![("q", "d", 1.0, 1)])
+        );
+        let (dataset, _) = load(&record, DatasetKind::Grouped);
+        assert_eq!(rows(&dataset), [("q", "d", 1.0, 1)], "{more}");
+    }
+    let text = r#"{"query": "a", "content": null, "hits": [{"content": "x", "label": 1}], "pos": null}
+                  {"query": "b", "content": "y", "label": 0, "hits": null, "pos": null}
+                  {"query": "c", "content": null, "hits": null, "pos": ["z"]}"#;
+    let expected = vec![("a", "x", 1.0, 1), ("b", "y", 0.0, 2), ("c", "z", 1.0, 3)];
+    let (dataset, report) = load_with(text.as_bytes(), |_| {}).unwrap();
+    assert_eq!((report.kind, rows(&dataset)), (DatasetKind::Grouped, expected));
+}
+
 #[test]
 fn compressed_files_are_known_by_their_first_bytes() {
     let plain = load(POINTWISE, DatasetKind::Pointwise).0;

@@ -2,8 +2,8 @@
 
 use serde_json::{Map, Value};
 
-use super::DatasetKind;
 use super::report::DropReason;
+use super::{DatasetKind, RecordForm};
 
 /// Why a record cannot be used.
 #[derive(Debug, PartialEq)]
@@ -30,8 +30,8 @@ pub(crate) struct Record {
     pub(crate) query: String,
     /// Stripped contents with labels, at least one; 32 bits can hold the labels.
     pub(crate) documents: Documents,
-    /// One `"content"` rather than a list.
-    pub(crate) is_single: bool,
+    /// How it was written.
+    pub(crate) form: RecordForm,
     /// Labels come from the label range, because positives or negatives have no scores.
     pub(crate) implied_labels: bool,
 }
@@ -110,14 +110,34 @@ fn broken_json<T>(text: &str, error: &serde_json::Error) -> RecordResult<T> {
     bad(DropReason::BrokenJson, message)
 }
 
+/// How a record is written, if it has documents: a text as `content` decides, whatever else there is,
+/// then `hits`, then `pos` and `neg`. `null` is as good as nothing, since tables that hold several forms
+/// are written with it.
+pub(crate) fn form(object: &Map<String, Value>) -> Option<RecordForm> {
+    let given = |key| object.get(key).is_some_and(|value| !value.is_null());
+    let has = |key| object.contains_key(key);
+    if object.get("content").is_some_and(Value::is_string) {
+        Some(RecordForm::Pointwise)
+    } else if given("hits") {
+        Some(RecordForm::Grouped)
+    } else if given("pos") || given("neg") {
+        Some(RecordForm::PosNeg)
+    } else if has("content") {
+        // None of the forms: whoever reads it as the likeliest says what is wrong.
+        Some(RecordForm::Pointwise)
+    } else if has("hits") {
+        Some(RecordForm::Grouped)
+    } else {
+        (has("pos") || has("neg")).then_some(RecordForm::PosNeg)
+    }
+}
+
 /// What a first record says about the whole file, if it says anything.
 pub(crate) fn detect_kind(object: &Map<String, Value>) -> Option<DatasetKind> {
-    let has = |key| object.contains_key(key);
-    if has("hits") || has("pos") || has("neg") {
-        Some(DatasetKind::Grouped)
-    } else {
-        has("content").then_some(DatasetKind::Pointwise)
-    }
+    form(object).map(|form| match form {
+        RecordForm::Pointwise => DatasetKind::Pointwise,
+        RecordForm::Grouped | RecordForm::PosNeg => DatasetKind::Grouped,
+    })
 }
 
 /// Reads any of the three record forms.
@@ -126,23 +146,17 @@ pub(crate) fn parse_record(object: &Map<String, Value>, rule: &LabelRule) -> Rec
     if query.is_empty() {
         return bad(DropReason::EmptyQuery, "\"query\" is empty, expected text");
     }
-    let has = |key| object.contains_key(key);
-    let prefers_content = rule.kind == DatasetKind::Pointwise && has("content");
-    let mut implied_labels = false;
-    let (documents, is_single) = if has("hits") && !prefers_content {
-        (hits(object, rule)?, false)
-    } else if (has("pos") || has("neg")) && !prefers_content {
-        let (documents, implied) = positives_and_negatives(object, rule)?;
-        implied_labels = implied;
-        (documents, false)
-    } else if has("content") {
-        (vec![document(object, rule, "")?], true)
-    } else {
+    let Some(form) = form(object) else {
         let forms = "\"content\", \"hits\", or \"pos\" and \"neg\"";
         let message = format!("no documents ({}), expected {forms}", keys_of(object));
         return bad(DropReason::MissingKey, message);
     };
-    Ok(Record { query: query.to_owned(), documents, is_single, implied_labels })
+    let (documents, implied_labels) = match form {
+        RecordForm::Pointwise => (vec![document(object, rule, "")?], false),
+        RecordForm::Grouped => (hits(object, rule)?, false),
+        RecordForm::PosNeg => positives_and_negatives(object, rule)?,
+    };
+    Ok(Record { query: query.to_owned(), documents, form, implied_labels })
 }
 
 /// A `{"content", label_key}` object; `place` is its path in the record, such as `hits[2].`.

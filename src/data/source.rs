@@ -147,13 +147,7 @@ fn source(
     rule: &LabelRule,
 ) -> SourceRecord {
     let label_key = rule.key.as_deref().unwrap_or_default();
-    let form = if record.is_single {
-        RecordForm::Pointwise
-    } else if object.contains_key("hits") {
-        RecordForm::Grouped
-    } else {
-        RecordForm::PosNeg
-    };
+    let form = record.form;
     let known: &[&str] = match form {
         RecordForm::Pointwise => &["query", "content", label_key],
         RecordForm::Grouped => &["query", "hits"],
@@ -163,7 +157,10 @@ fn source(
         let others = object.keys().filter(|key| !known.contains(&key.as_str()));
         others.map(|key| format!("{place}{key}")).collect()
     };
+    // Tables write the keys of all forms into every record.
+    let absent = ["content", "hits", "pos", "neg", "pos_scores", "neg_scores", label_key];
     let mut other_keys = others(object, known, "");
+    other_keys.retain(|key| !(absent.contains(&key.as_str()) && object[key].is_null()));
     let list = |key| object.get(key).and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
     if form == RecordForm::Grouped {
         for (i, hit) in list("hits").iter().enumerate() {
