@@ -9,7 +9,9 @@ use serde_json::{Map, Value};
 
 use super::RecordForm;
 use super::lines::{Line, Lines, too_long, utf8};
-use super::record::{RecordError, form, list_at, parse_object, string_at, strip, wrong_type};
+use super::record::{
+    RecordError, form, is_absent, list_at, parse_object, string_at, strip, wrong_type,
+};
 use crate::error::{Error, Result};
 
 /// Lines and bytes after which a chunk ends: enough to sort by length and to fill a GPU, few enough
@@ -171,11 +173,13 @@ fn documents(object: &Map<String, Value>) -> Result<Vec<&str>, RecordError> {
     }
     let mut documents = Vec::new();
     let list = |key| {
-        if object.get(key) == Some(&Value::Null) { Ok(&[][..]) } else { list_at(object, key) }
+        if object.get(key).is_some_and(is_absent) { Ok(&[][..]) } else { list_at(object, key) }
     };
-    for (i, hit) in list("hits")?.iter().enumerate() {
-        documents.push(match hit {
-            Value::Object(hit) => string_at(hit, "content", &format!("hits[{i}]."))?,
+    for (i, record) in list("hits")?.iter().enumerate() {
+        documents.push(match record {
+            Value::Object(hit) if !is_absent(record) => {
+                string_at(hit, "content", &format!("hits[{i}]."))?
+            }
             other => return wrong_type(&format!("hits[{i}]"), other, "an object"),
         });
     }
@@ -274,7 +278,7 @@ mod tests {
 
     #[test]
     fn bad_lines_are_named() {
-        let cases: [(&[u8], InputFormat, &str); 10] = [
+        let cases: [(&[u8], InputFormat, &str); 11] = [
             (
                 b"{\"query\":\"q\"}",
                 InputFormat::JsonLines,
@@ -299,6 +303,11 @@ mod tests {
                 b"{\"query\":\"q\",\"hits\":[3]}",
                 InputFormat::JsonLines,
                 "in:2: \"hits[0]\" is a number, expected an object",
+            ),
+            (
+                b"{\"query\":\"q\",\"hits\":[NaN]}",
+                InputFormat::JsonLines,
+                "in:2: \"hits[0]\" is not a number, expected an object",
             ),
             (
                 b"{\"query\":\"q\",\"pos\":[null]}",

@@ -156,6 +156,31 @@ fn a_text_as_content_makes_a_record_pointwise() {
     assert_eq!((report.kind, rows(&dataset)), (DatasetKind::Grouped, expected));
 }
 
+/// Python writes these where nobody looks; only where a label is read they are refused.
+#[test]
+fn words_for_no_number_do_no_harm_in_keys_that_are_ignored() {
+    for (more, ok) in [
+        (r#""meta": NaN"#, true),
+        (r#""meta": [{"a": -Infinity, "b": ["NaN \" Infinity", Infinity]}], "hits": NaN"#, true),
+        (r#""meta": NaNs"#, false),
+    ] {
+        let record = format!(r#"{{"query": "q", "content": "NaN \"", "label": 1, {more}}}"#);
+        let loaded = load_with(record.as_bytes(), |_| {});
+        match loaded {
+            Ok((dataset, _)) => {
+                assert_eq!((rows(&dataset), ok), (vec![("q", "NaN \"", 1.0, 1)], true), "{more}");
+            }
+            Err(error) => assert!(!ok && error.to_string().contains("broken JSON at"), "{error}"),
+        }
+    }
+    let unread = r#"{"query": "q", "content": "d", "label": NaN}"#;
+    load_with(unread.as_bytes(), |options| options.label_key = None).unwrap();
+    // Behind a word columns are still those of the line.
+    let broken = r#"{"query": "q", "meta": NaN, "content": }"#;
+    let error = load_with(broken.as_bytes(), |_| {}).unwrap_err();
+    assert!(error.to_string().contains("broken JSON at column 40: "), "{error}");
+}
+
 #[test]
 fn compressed_files_are_known_by_their_first_bytes() {
     let plain = load(POINTWISE, DatasetKind::Pointwise).0;
@@ -235,6 +260,15 @@ const BAD_POINTWISE: &[BadLine] = &[
         br#"{"query": "q", "content": "d", "label": -Infinity}"#,
         "-Infinity at column 41, expected a finite number",
     ),
+    (
+        br#"{"query": "q", "hits": [{"content": "d", "label": 1}, NaN]}"#,
+        "\"hits[1]\" is not a number, expected an object",
+    ),
+    (
+        br#"{"query": "q", "content": NaN, "label": 1}"#,
+        "\"content\" is not a number, expected a string",
+    ),
+    (br"NaN", "not a number, expected one JSON object a line"),
     (
         br#"{"query": "q", "content": "d", "label": 1e999}"#,
         "broken JSON at column 45: number out of range; expected one object a line",

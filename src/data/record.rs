@@ -1,6 +1,7 @@
 //! One line of JSON to one record, or one line of text that says why not.
 
-use serde_json::{Map, Value};
+use serde::de::IgnoredAny;
+use serde_json::{Map, Value, json};
 
 use super::report::DropReason;
 use super::{DatasetKind, RecordForm};
@@ -83,38 +84,92 @@ pub(crate) fn parse_object(line: &[u8]) -> RecordResult<Map<String, Value>> {
     };
     match serde_json::from_str(text) {
         Ok(Value::Object(object)) => Ok(object),
-        Ok(other) => {
-            let message = format!("{}, expected one JSON object a line", type_name(&other));
-            bad(DropReason::WrongType, message)
-        }
-        Err(error) => broken_json(text, &error),
+        Ok(other) => not_an_object(&other),
+        Err(error) => match with_words(text) {
+            None => broken_json(&error),
+            Some(words) => match serde_json::from_str(&words.marked) {
+                Ok(Value::Object(object)) if word(&object).is_none() => Ok(object),
+                Ok(other) => not_an_object(&other),
+                // The columns of the line itself.
+                Err(_) => match serde_json::from_str::<IgnoredAny>(&words.padded) {
+                    Ok(IgnoredAny) => broken_json(&error),
+                    Err(error) => broken_json(&error),
+                },
+            },
+        },
     }
 }
 
-fn broken_json<T>(text: &str, error: &serde_json::Error) -> RecordResult<T> {
+fn not_an_object<T>(found: &Value) -> RecordResult<T> {
+    let message = format!("{}, expected one JSON object a line", type_name(found));
+    bad(DropReason::WrongType, message)
+}
+
+fn broken_json<T>(error: &serde_json::Error) -> RecordResult<T> {
     let column = error.column();
-    // Python writes these three, JSON has none of them.
-    let before = text.as_bytes().get(..column.saturating_sub(1)).unwrap_or_default();
-    let rest = text.as_bytes().get(before.len()..).unwrap_or_default();
-    for name in ["NaN", "Infinity"] {
-        if rest.starts_with(name.as_bytes()) {
-            let (sign, column) =
-                if before.ends_with(b"-") { ("-", column - 1) } else { ("", column) };
-            let message = format!("{sign}{name} at column {column}, expected a finite number");
-            return bad(DropReason::LabelNotFinite, message);
-        }
-    }
     let full = error.to_string();
     let what = full.split(" at line ").next().unwrap_or(&full);
     let message = format!("broken JSON at column {column}: {what}; expected one object a line");
     bad(DropReason::BrokenJson, message)
 }
 
+/// The key of the object that stands for a word: no text that anybody writes.
+const WORD: &str = "\0word";
+
+/// A line with the words that Python and pandas write for numbers that are none, which JSON lacks.
+/// Where nobody looks they do no harm, so they are not refused before a key that is read holds one.
+struct Words {
+    /// With an object in place of each, which [`word`] knows.
+    marked: String,
+    /// With a number of the same length, so that columns stay.
+    padded: String,
+}
+
+/// `None` where the line has none of the words.
+fn with_words(line: &str) -> Option<Words> {
+    let mut words = Words { marked: String::new(), padded: String::new() };
+    let (mut copied, mut at, mut in_text) = (0, 0, false);
+    let bytes = line.as_bytes();
+    while at < bytes.len() {
+        match bytes[at] {
+            b'"' => in_text = !in_text,
+            b'\\' if in_text => at += 1,
+            _ if in_text => {}
+            _ => {
+                let found = ["NaN", "Infinity", "-NaN", "-Infinity"].into_iter();
+                if let Some(name) =
+                    found.clone().find(|name| bytes[at..].starts_with(name.as_bytes()))
+                {
+                    for out in [&mut words.marked, &mut words.padded] {
+                        out.push_str(&line[copied..at]);
+                    }
+                    let mark = format!("{name} at column {}", at + 1);
+                    words.marked += &json!({WORD: mark}).to_string();
+                    words.padded.push('0');
+                    words.padded.extend(std::iter::repeat_n(' ', name.len() - 1));
+                    at += name.len();
+                    copied = at;
+                    continue;
+                }
+            }
+        }
+        at += 1;
+    }
+    words.marked.push_str(&line[copied..]);
+    words.padded.push_str(&line[copied..]);
+    (copied > 0).then_some(words)
+}
+
+/// The word that an object stands for, with its column.
+fn word(object: &Map<String, Value>) -> Option<&str> {
+    object.get(WORD)?.as_str()
+}
+
 /// How a record is written, if it has documents: a text as `content` decides, whatever else there is,
 /// then `hits`, then `pos` and `neg`. `null` is as good as nothing, since tables that hold several forms
 /// are written with it.
 pub(crate) fn form(object: &Map<String, Value>) -> Option<RecordForm> {
-    let given = |key| object.get(key).is_some_and(|value| !value.is_null());
+    let given = |key| object.get(key).is_some_and(|value| !is_absent(value));
     let has = |key| object.contains_key(key);
     if object.get("content").is_some_and(Value::is_string) {
         Some(RecordForm::Pointwise)
@@ -130,6 +185,11 @@ pub(crate) fn form(object: &Map<String, Value>) -> Option<RecordForm> {
     } else {
         (has("pos") || has("neg")).then_some(RecordForm::PosNeg)
     }
+}
+
+/// Whether a value only says that there is none, as tables do: `null`, or Python's `NaN`.
+pub(crate) fn is_absent(value: &Value) -> bool {
+    value.is_null() || value.as_object().is_some_and(|object| word(object).is_some())
 }
 
 /// What a first record says about the whole file, if it says anything.
@@ -188,7 +248,9 @@ fn hits(object: &Map<String, Value>, rule: &LabelRule) -> RecordResult<Documents
     hits.iter()
         .enumerate()
         .map(|(i, hit)| match hit {
-            Value::Object(hit) => document(hit, rule, &format!("hits[{i}].")),
+            Value::Object(hit) if word(hit).is_none() => {
+                document(hit, rule, &format!("hits[{i}]."))
+            }
             other => wrong_type(&format!("hits[{i}]"), other, "an object"),
         })
         .collect()
@@ -243,6 +305,9 @@ fn positives_and_negatives(
 fn label(value: &Value, rule: &LabelRule, place: &str) -> RecordResult<f64> {
     match value {
         Value::Number(number) => rule.apply(number.as_f64().unwrap_or(f64::NAN), place),
+        Value::Object(object) if let Some(word) = word(object) => {
+            bad(DropReason::LabelNotFinite, format!("{word}, expected a finite number"))
+        }
         other => {
             let message = format!("{place} is {}, expected a number", type_name(other));
             bad(DropReason::WrongType, message)
@@ -289,7 +354,7 @@ fn type_name(value: &Value) -> &'static str {
         Value::Number(_) => "a number",
         Value::String(_) => "a string",
         Value::Array(_) => "a list",
-        Value::Object(_) => "an object",
+        Value::Object(object) => word(object).map_or("an object", |_| "not a number"),
     }
 }
 

@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 
 use super::DatasetKind;
 use super::lines::{Line, Lines, too_long};
-use super::record::{LabelRule, Record, parse_object, parse_record};
+use super::record::{LabelRule, Record, is_absent, parse_object, parse_record};
 use crate::config::LabelRange;
 use crate::error::{Error, Result};
 
@@ -160,7 +160,7 @@ fn source(
     // Tables write the keys of all forms into every record.
     let absent = ["content", "hits", "pos", "neg", "pos_scores", "neg_scores", label_key];
     let mut other_keys = others(object, known, "");
-    other_keys.retain(|key| !(absent.contains(&key.as_str()) && object[key].is_null()));
+    other_keys.retain(|key| !(absent.contains(&key.as_str()) && is_absent(&object[key])));
     let list = |key| object.get(key).and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
     if form == RecordForm::Grouped {
         for (i, hit) in list("hits").iter().enumerate() {
