@@ -2,9 +2,13 @@
 
 use std::fs::{self, File};
 use std::io::Write;
+use std::os::fd::{AsFd, AsRawFd as _};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, PROC_SUPER_MAGIC, RenameFlags, renameat_with, statfs};
+use rustix::fs::{
+    AtFlags, CWD, Mode, OFlags, PROC_SUPER_MAGIC, RenameFlags, linkat, openat, renameat_with,
+    statfs,
+};
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
@@ -186,6 +190,11 @@ pub(crate) fn remove(path: &Path) -> std::io::Result<()> {
     if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }
 }
 
+/// The directory of a file, also of one that is named without.
+fn parent_of(file: &Path) -> &Path {
+    file.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
 /// The file that is built and moved into place so that an output appears whole at `path`: itself, or
 /// what a symbolic link there leads to. `None` where bytes can only be written to what is there: a
 /// pipe, a device, or an open file by its number, such as `/dev/stdout`.
@@ -200,8 +209,7 @@ pub fn whole_file(path: &Path) -> Option<PathBuf> {
         if !found.is_file() && !found.is_symlink() {
             return None;
         }
-        let parent = file.parent().filter(|parent| !parent.as_os_str().is_empty());
-        let parent = parent.unwrap_or(Path::new("."));
+        let parent = parent_of(&file);
         // A number there leads to a file that is open already, whatever its name is by now.
         if statfs(parent).is_ok_and(|system| system.f_type == PROC_SUPER_MAGIC) {
             return None;
@@ -218,7 +226,9 @@ pub fn whole_file(path: &Path) -> Option<PathBuf> {
 /// removed again.
 #[derive(Debug)]
 pub struct StagedFile {
-    file: Option<File>,
+    file: File,
+    /// Whether it lies at `staging` already.
+    named: bool,
     staging: PathBuf,
     target: PathBuf,
 }
@@ -229,10 +239,25 @@ impl StagedFile {
     /// # Errors
     /// [`Error::Io`] when it cannot be created.
     pub fn new(target: &Path) -> Result<Self> {
-        let name = target.file_name().unwrap_or_default().to_string_lossy();
-        let staging = target.with_file_name(format!(".{name}.{}.partial", std::process::id()));
+        let staging = Self::staging(target);
         let file = File::create(&staging).map_err(io(target, "create"))?;
-        Ok(Self { file: Some(file), staging, target: target.to_owned() })
+        Ok(Self { file, named: true, staging, target: target.to_owned() })
+    }
+
+    /// As [`StagedFile::new`], but where the file system can, it has no name until it is published, so
+    /// that not even a process that is killed leaves it behind. For what takes long and is closed then:
+    /// whoever looks at a handle (`lsof`) takes the file for a deleted one.
+    ///
+    /// # Errors
+    /// As [`StagedFile::new`].
+    pub fn unnamed(target: &Path) -> Result<Self> {
+        let Some(file) = unnamed(parent_of(target)) else { return Self::new(target) };
+        Ok(Self { file, named: false, staging: Self::staging(target), target: target.to_owned() })
+    }
+
+    fn staging(target: &Path) -> PathBuf {
+        let name = target.file_name().unwrap_or_default().to_string_lossy();
+        target.with_file_name(format!(".{name}.{}.partial", std::process::id()))
     }
 
     /// The file, to be written to.
@@ -240,8 +265,7 @@ impl StagedFile {
     /// # Errors
     /// [`Error::Io`] when the system gives no second handle.
     pub fn writer(&self) -> Result<File> {
-        let handle = self.file.as_ref().map_or_else(|| File::open(&self.staging), File::try_clone);
-        handle.map_err(io(&self.target, "write"))
+        self.file.try_clone().map_err(io(&self.target, "write"))
     }
 
     /// Flushes the file to the disk and moves it to its place, replacing what is there.
@@ -249,8 +273,37 @@ impl StagedFile {
     /// # Errors
     /// [`Error::Io`]; the old file is then untouched.
     pub fn publish(mut self) -> Result<()> {
-        let file = self.file.take().map_or_else(|| File::open(&self.staging), Ok);
-        publish(&file.map_err(io(&self.target, "flush"))?, &self.staging, &self.target)
+        if !self.named {
+            // Flushed before it has a name: the time in which a kill leaves it behind is short.
+            self.file.sync_all().map_err(io(&self.target, "flush"))?;
+            link(&self.file, &self.staging).map_err(io(&self.target, "name"))?;
+            self.named = true;
+        }
+        publish(&self.file, &self.staging, &self.target)
+    }
+}
+
+/// A file without a name in `dir`, where the file system has such and it can be given a name later.
+fn unnamed(dir: &Path) -> Option<File> {
+    let mode = Mode::from_raw_mode(0o666);
+    let file = openat(CWD, dir, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, mode).ok()?;
+    // It is named by its number, which a system without `/proc` does not tell.
+    by_number(&file).symlink_metadata().is_ok().then(|| File::from(file))
+}
+
+fn by_number(file: impl AsFd) -> PathBuf {
+    format!("/proc/self/fd/{}", file.as_fd().as_raw_fd()).into()
+}
+
+/// Gives an unnamed file the name `path`, in the place of a leftover of that name.
+fn link(file: &File, path: &Path) -> std::io::Result<()> {
+    let link = || linkat(CWD, by_number(file), CWD, path, AtFlags::SYMLINK_FOLLOW);
+    match link() {
+        Err(Errno::EXIST) => {
+            fs::remove_file(path)?;
+            Ok(link()?)
+        }
+        result => Ok(result?),
     }
 }
 
@@ -262,13 +315,15 @@ impl StagedFile {
 pub fn publish(file: &File, staging: &Path, target: &Path) -> Result<()> {
     file.sync_all().map_err(io(target, "flush"))?;
     fs::rename(staging, target).map_err(io(target, "rename to"))?;
-    sync_dir(target.parent().unwrap_or(Path::new(".")))
+    sync_dir(parent_of(target))
 }
 
 impl Drop for StagedFile {
     fn drop(&mut self) {
-        // After a rename it is not there any more; otherwise a leftover is the worst.
-        let _ = fs::remove_file(&self.staging);
+        if self.named {
+            // After a rename it is not there any more; otherwise a leftover is the worst.
+            let _ = fs::remove_file(&self.staging);
+        }
     }
 }
 
@@ -343,6 +398,35 @@ mod tests {
         StagedDir::new(&target).unwrap().publish().unwrap();
         assert_eq!(fs::read_dir(&target).unwrap().count(), 0);
     }
+    #[test]
+    fn a_staged_file_has_no_name_before_its_own() {
+        let root = tempfile::tempdir().unwrap();
+        let target = root.path().join("out");
+        fs::write(&target, "old").unwrap();
+        let plain = target.metadata().unwrap().permissions();
+        let leftover = root.path().join(format!(".out.{}.partial", std::process::id()));
+        let entries = || fs::read_dir(root.path()).unwrap().count();
+        for (text, is_published) in [("first", true), ("never", false), ("second", true)] {
+            let staged = StagedFile::unnamed(&target).unwrap();
+            if !staged.named {
+                assert_eq!(entries(), 1, "a kill now leaves nothing");
+                // As of an earlier process of the same number.
+                fs::write(&leftover, "leftover").unwrap();
+            }
+            staged.writer().unwrap().write_all(text.as_bytes()).unwrap();
+            if is_published {
+                staged.publish().unwrap();
+                assert_eq!(fs::read_to_string(&target).unwrap(), text);
+                assert_eq!(target.metadata().unwrap().permissions(), plain);
+            } else {
+                drop(staged);
+                assert_eq!(fs::read_to_string(&target).unwrap(), "first");
+                let _ = fs::remove_file(&leftover);
+            }
+            assert_eq!(entries(), 1);
+        }
+    }
+
     #[test]
     fn an_output_is_whole_where_a_file_can_be_moved() {
         let root = tempfile::tempdir().unwrap();

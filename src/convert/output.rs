@@ -48,7 +48,7 @@ impl Output {
             });
         }
         let path = path.to_owned();
-        let staged = whole_file(&path).map(|file| StagedFile::new(&file)).transpose()?;
+        let staged = whole_file(&path).map(|file| StagedFile::unnamed(&file)).transpose()?;
         let (file, buffer) = match &staged {
             Some(staged) => (staged.writer()?, STAGED_BYTES),
             None => match open_straight(&path) {
@@ -80,7 +80,7 @@ impl Output {
             return Ok(());
         }
         if let Some(file) = whole_file(path) {
-            return StagedFile::new(&file).map(drop);
+            return StagedFile::unnamed(&file).map(drop);
         }
         let refused =
             if path.is_dir() { Err(Errno::ISDIR) } else { access(path, Access::WRITE_OK) };
