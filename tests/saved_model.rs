@@ -40,6 +40,13 @@ impl Trained {
     fn new(settings: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         copy_model("bert_tiny", &dir.path().join("base"));
+        // As sentence-transformers writes rerankers whose scores are logits.
+        let path = dir.path().join("base/config.json");
+        let mut config: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+        let identity = "torch.nn.modules.linear.Identity";
+        config["sentence_transformers"] = json!({"activation_fn": identity, "version": "5.1.0"});
+        config["sbert_ce_default_activation_function"] = json!(identity);
+        fs::write(path, config.to_string()).unwrap();
         let pointwise = TEXTS.iter().flat_map(|(query, good, bad)| {
             [(good, 2), (bad, 0)]
                 .map(|(content, label)| json!({"query": query, "content": content, "label": label}))
@@ -151,6 +158,10 @@ fn a_run_leaves_a_model_directory_and_metrics() {
     assert_eq!(saved["architectures"], json!(["BertForSequenceClassification"]));
     assert_eq!(saved["id2label"], json!({"0": "LABEL_0"}));
     assert_eq!(saved["label2id"], json!({"LABEL_0": 0}));
+    // sentence-transformers takes its default for one label then: the sigmoid, as `score`.
+    for key in ["sentence_transformers", "sbert_ce_default_activation_function"] {
+        assert!(!base[key].is_null() && saved[key].is_null(), "{key}");
+    }
     for key in ["model_type", "hidden_size", "num_hidden_layers", "vocab_size", "hidden_act"] {
         assert_eq!(saved[key], base[key], "{key}");
     }

@@ -191,6 +191,11 @@ fn saved_config(config: &ModelConfig, base: &Path) -> Result<Value> {
     for stale in ["_name_or_path", "torch_dtype", "num_labels", "auto_map"] {
         raw.remove(stale);
     }
+    // What sentence-transformers makes of a logit. Its own rule for one label is the sigmoid, which is
+    // what `score` gives; a base model of its may say that the logit itself is the score.
+    for activation in ["sentence_transformers", "sbert_ce_default_activation_function"] {
+        raw.remove(activation);
+    }
     raw.insert("architectures".into(), json!([config.architecture()]));
     raw.insert("dtype".into(), json!("float32"));
     raw.insert("id2label".into(), json!({"0": "LABEL_0"}));
