@@ -79,6 +79,20 @@ fn what_lies_at_an_output_stays_what_it_is() {
 }
 
 #[test]
+fn an_output_is_compressed_by_its_name() {
+    let dir = workplace();
+    let dir = dir.path();
+    for words in [WRITERS[1], WRITERS[2], WRITERS[3]] {
+        write_to(dir, words, "plain");
+        write_to(dir, words, "out.gz");
+        let mut text = String::new();
+        let file = fs::File::open(dir.join("out.gz")).unwrap();
+        flate2::read::MultiGzDecoder::new(file).read_to_string(&mut text).unwrap();
+        assert_eq!(text, fs::read_to_string(dir.join("plain")).unwrap(), "{words}");
+    }
+}
+
+#[test]
 fn a_full_stderr_changes_no_result() {
     let dir = workplace();
     let dir = dir.path();

@@ -12,6 +12,7 @@ use super::model::ModelArgs;
 use super::output::{STANDARD, Sink};
 use crate::atomic::whole_file;
 use crate::comm::{Communicator, join_hosts};
+use crate::convert::Compression;
 use crate::data::{InputChunks, InputFormat};
 use crate::error::{Error, Result, tell};
 use crate::score::{CrossEncoder, Earlier, FileJob, Progress, score_stream};
@@ -33,7 +34,8 @@ pub struct ScoreArgs {
     #[arg(long, value_enum)]
     format: Option<FormatArg>,
     /// Where the scores go, `-` for standard output: a JSON line for each pair, in order. A file
-    /// appears whole, and the same command goes on where a killed one was
+    /// appears whole, and the same command goes on where a killed one was; not so one that is
+    /// compressed, by its name in .gz or .zst
     #[arg(long, value_name = "FILE", default_value = "-")]
     output: PathBuf,
     /// Repeat the texts in the output
@@ -52,8 +54,8 @@ pub enum FormatArg {
     Tsv,
 }
 
-/// Scores pairs: from a file to a file by any number of ranks so that it can go on after a kill, and
-/// otherwise as a stream.
+/// Scores pairs: from a file to a plain file by any number of ranks so that it can go on after a kill,
+/// and otherwise as a stream.
 ///
 /// # Errors
 /// What reading, scoring or writing reports.
@@ -73,14 +75,15 @@ pub(super) fn run(args: &ScoreArgs) -> Result<()> {
             args.output.display()
         )));
     }
-    if let (Some(input), Some(output)) = (input, output.and_then(|output| whole_file(&output))) {
+    let plain = output.filter(|output| Compression::of(output).is_none());
+    if let (Some(input), Some(output)) = (input, plain.and_then(|output| whole_file(&output))) {
         let job = FileJob { input, format, output, echo: args.echo };
         return score_file(args, &env, &job);
     }
     if env.world_size > 1 {
         return Err(Error::Usage(format!(
             "{} workers share a file of pairs and write one file of scores: give both --input FILE \
-             and --output FILE",
+             and --output FILE, without .gz or .zst",
             env.world_size
         )));
     }

@@ -18,7 +18,7 @@ use crate::data::{QueryKey, RecordForm, SourceRecord, SourceRecords};
 use crate::error::{Error, Result};
 
 pub use merge::merge;
-pub use output::Output;
+pub use output::{Compression, Output};
 
 /// How to convert.
 #[derive(Debug, Clone, PartialEq)]

@@ -23,6 +23,27 @@ pub struct Output {
     staged: Option<StagedFile>,
 }
 
+/// How a file is compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Compression {
+    /// `.gz`
+    Gzip,
+    /// `.zst`
+    Zstd,
+}
+
+impl Compression {
+    /// What the name of an output asks for, if anything.
+    #[must_use]
+    pub fn of(path: &Path) -> Option<Self> {
+        match path.extension()?.to_str()? {
+            "gz" => Some(Self::Gzip),
+            "zst" => Some(Self::Zstd),
+            _ => None,
+        }
+    }
+}
+
 enum Writer {
     Plain(BufWriter<Box<dyn Write>>),
     Gzip(BufWriter<flate2::write::GzEncoder<File>>),
@@ -56,16 +77,17 @@ impl Output {
                 Err(source) => return Err(Error::Io { path, action: "create", source }),
             },
         };
-        let extension = path.extension().unwrap_or_default();
-        let writer = if extension == "gz" {
-            let encoder = flate2::write::GzEncoder::new(file, flate2::Compression::default());
-            Writer::Gzip(BufWriter::with_capacity(buffer, encoder))
-        } else if extension == "zst" {
-            let encoder = zstd::Encoder::new(file, zstd::DEFAULT_COMPRESSION_LEVEL)
-                .map_err(|source| Error::Io { path: path.clone(), action: "write", source })?;
-            Writer::Zstd(BufWriter::with_capacity(buffer, encoder))
-        } else {
-            Writer::Plain(BufWriter::with_capacity(buffer, Box::new(file)))
+        let writer = match Compression::of(&path) {
+            Some(Compression::Gzip) => {
+                let encoder = flate2::write::GzEncoder::new(file, flate2::Compression::default());
+                Writer::Gzip(BufWriter::with_capacity(buffer, encoder))
+            }
+            Some(Compression::Zstd) => {
+                let encoder = zstd::Encoder::new(file, zstd::DEFAULT_COMPRESSION_LEVEL)
+                    .map_err(|source| Error::Io { path: path.clone(), action: "write", source })?;
+                Writer::Zstd(BufWriter::with_capacity(buffer, encoder))
+            }
+            None => Writer::Plain(BufWriter::with_capacity(buffer, Box::new(file))),
         };
         Ok(Self { path, writer, staged })
     }
