@@ -100,6 +100,22 @@ fn an_epoch_of_which_nothing_is_left_is_over() {
     assert!(said.contains("trained 80 pairs"), "{said}");
 }
 
+/// What a run that found no room is told to do has an effect before the next checkpoint needs room.
+#[test]
+fn fewer_checkpoints_are_kept_from_the_start_on() {
+    let bench = Bench::new(0.0);
+    let settings = ["batch_size=4", "num_max_checkpoints=9", "epochs=3"];
+    killed_at("before_states:5@0", &mut command(&bench, "run", 1, &settings));
+    let fewer = [&settings[..], &["num_max_checkpoints=1"]].concat();
+    killed_at("before_states:1@0", &mut command(&bench, "run", 1, &fewer));
+    let entries = fs::read_dir(bench.root.path().join("run/checkpoints")).unwrap();
+    let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let whole: Vec<String> = names.filter(|name| !name.starts_with('.')).collect();
+    assert_eq!(whole, ["step-8"]);
+    let said = succeed(&mut command(&bench, "run", 1, &fewer));
+    assert!(said.contains("going on from run/checkpoints/step-8"), "{said}");
+}
+
 #[test]
 fn a_vocabulary_alone_is_a_tokenizer_and_its_settings_belong_to_the_run() {
     let bench = Bench::new(0.0);

@@ -8,6 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 use common::training::Bench;
 use reranker::checkpoint::training::Store;
@@ -170,6 +171,24 @@ fn a_model_that_cannot_be_saved_ends_the_run_and_the_next_start_saves_it() {
             assert!(bench.root.path().join("run").join(model).exists(), "{model}");
         }
     }
+}
+
+/// A large model on a slow disk: rank 0 writes, and the others wait for it no longer than they would for
+/// any other reason, but as often as it takes.
+#[test]
+fn a_disk_may_be_slower_than_ranks_wait_for_one_another() {
+    let bench = Bench::new(0.0);
+    // Checkpoints are written beside the steps, the last one and the model at the end.
+    let mut slow = command(&bench, &["save_steps=14", "val_dataset=null"]);
+    slow.args(["--timeout", "2"]).env("LD_PRELOAD", fault_disk()).env("FAULT_PATH", "partial");
+    slow.envs([("FAULT_CALL", "fsync"), ("FAULT_RANK", "0"), ("FAULT_SLOW_MS", "700")]);
+    let begun = Instant::now();
+    let output = slow.output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{stderr}");
+    // So that it was slow enough to count.
+    assert!(begun.elapsed() > Duration::from_secs(8), "{:?}", begun.elapsed());
+    assert!(bench.root.path().join("run/model/model.safetensors").exists());
 }
 
 #[test]

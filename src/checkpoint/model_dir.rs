@@ -4,6 +4,7 @@
 
 use std::ops::Range;
 use std::path::Path;
+use std::thread::JoinHandle;
 
 use serde_json::{Map, Value, json};
 use tch::Tensor;
@@ -12,7 +13,7 @@ use super::sidecar::Sidecar;
 use super::training::fail_point;
 use super::weight_writer::{WeightForm, WeightWriter};
 use crate::atomic::{StagedDir, write_synced};
-use crate::comm::Groups;
+use crate::comm::{Groups, Reduction, reduce_values, wait_together};
 use crate::config::ModelKind;
 use crate::error::{Error, Result};
 use crate::model::ModelConfig;
@@ -109,8 +110,11 @@ pub fn write_model_files(dir: &Path, model: &ModelFiles, metrics: Option<&Value>
 /// [`Error::Io`] or [`Error::File`] with the file that could not be written, on rank 0 alone and
 /// after all has been collected; [`Error::Comm`] from the communicator.
 pub fn save_model(model: SavedModel<'_>, target: &Path, groups: &Groups) -> Result<usize> {
-    if groups.world.rank() != 0 {
-        return collect(model.units, groups, |_, _| ());
+    let world = groups.world.as_ref();
+    if world.rank() != 0 {
+        let most_held = collect(model.units, groups, |_, _| ())?;
+        wait_together(world, || true)?;
+        return Ok(most_held);
     }
     let mut building = Building::begin(model, target);
     let most_held = collect(model.units, groups, |unit, whole| {
@@ -121,11 +125,10 @@ pub fn save_model(model: SavedModel<'_>, target: &Path, groups: &Groups) -> Resu
             building = Err(error);
         }
     })?;
-    let Building { staged, files, .. } = building?;
-    write_model_files(staged.path(), &files, None)?;
-    fail_point("before_model_moves");
-    staged.publish()?;
-    fail_point("after_model_moves");
+    let ending = building.map(|building| std::thread::spawn(|| building.end()));
+    wait_together(world, || ending.as_ref().is_ok_and(JoinHandle::is_finished) || ending.is_err())?;
+    let broken = |_| Error::Training("the thread that saves the model panicked".into());
+    ending?.join().map_err(broken)??;
     Ok(most_held)
 }
 
@@ -151,6 +154,16 @@ impl Building {
         Ok(Self { staged, files, writer })
     }
 
+    /// Adds what is no weight, and moves the directory to its place.
+    fn end(self) -> Result<()> {
+        let Self { staged, files, .. } = self;
+        write_model_files(staged.path(), &files, None)?;
+        fail_point("before_model_moves");
+        staged.publish()?;
+        fail_point("after_model_moves");
+        Ok(())
+    }
+
     /// Writes the next unit, whose parameters are `whole`.
     fn add(&mut self, unit: &FlatUnit, whole: &Tensor) -> Result<()> {
         for (spec, range) in parts(unit) {
@@ -162,7 +175,7 @@ impl Building {
 }
 
 /// Collects one stage's parameters after the other, in fp32, and lends each to `take` before the
-/// next. Returns the most bytes of parameters that this rank held meanwhile.
+/// next, at which all ranks meet. Returns the most bytes of parameters that this rank held meanwhile.
 fn collect(
     units: &[FlatUnit],
     groups: &Groups,
@@ -178,6 +191,8 @@ fn collect(
         let collected = if lent { 0 } else { storage::held_bytes(&whole) };
         most_held = most_held.max(own + collected);
         take(unit, &whole);
+        // Rank 0 may need longer for all of them than a rank waits for another.
+        reduce_values(groups.world.as_ref(), &mut [0.0], Reduction::Max)?;
     }
     Ok(most_held)
 }

@@ -172,3 +172,21 @@ pub fn reduce_values(comm: &dyn Communicator, values: &mut [f64], op: Reduction)
     tensor.f_copy_data(values, values.len())?;
     Ok(())
 }
+
+/// Returns on all ranks when `is_done` holds on each, however long that takes: they meet again and again
+/// meanwhile, so that a rank that ends is noticed, and none is waited for longer than its deadline.
+///
+/// # Errors
+/// As [`Communicator::all_reduce`].
+pub fn wait_together(comm: &dyn Communicator, is_done: impl Fn() -> bool) -> Result<()> {
+    let mut pause = Duration::from_millis(5);
+    loop {
+        let mut left = [f64::from(u8::from(!is_done()))];
+        reduce_values(comm, &mut left, Reduction::Max)?;
+        if left[0] == 0.0 {
+            return Ok(());
+        }
+        std::thread::sleep(pause);
+        pause = (2 * pause).min(Duration::from_millis(500));
+    }
+}

@@ -458,6 +458,7 @@ impl Job<'_> {
     /// validation; returns the most bytes of parameters that this rank held meanwhile.
     fn save(&self, name: &str) -> Result<usize> {
         heartbeat::working(format_args!("saving the model"));
+        self.groups.set_place(None);
         let started = Instant::now();
         let target = self.plan.saving.output_dir.join(name);
         let metrics = self.metrics.clone();

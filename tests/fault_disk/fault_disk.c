@@ -1,7 +1,7 @@
 // A disk that fails: preloaded into a program, it makes calls named $FAULT_CALL (fsync, write or
 // open) on files whose path holds $FAULT_PATH fail with the error number $FAULT_ERRNO, from the
 // $FAULT_AFTER-th such call on, in the process of rank $FAULT_RANK; $FAULT_TIMES calls fail, all
-// where it is not set.
+// where it is not set. With $FAULT_SLOW_MS they take so much longer instead.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -27,6 +27,11 @@ static int fails(const char *call, const char *path) {
   if (strcmp(rank, victim) != 0 || strcmp(kind, call) != 0 || strstr(path, wanted) == NULL) return 0;
   const long now = atomic_fetch_add(&calls, 1) + 1, after = number("FAULT_AFTER", 1);
   if (now < after || now >= after + number("FAULT_TIMES", 1000000)) return 0;
+  const long slow = number("FAULT_SLOW_MS", 0);
+  if (slow > 0) {
+    usleep((useconds_t)slow * 1000);
+    return 0;
+  }
   errno = (int)number("FAULT_ERRNO", EIO);
   return 1;
 }

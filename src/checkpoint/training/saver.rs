@@ -15,13 +15,16 @@ use super::store::Store;
 use super::{fail_point, io, model, read};
 use crate::atomic::{create_dir, create_dir_synced, sync_dir, write_synced};
 use crate::checkpoint::model_dir::ModelFiles;
-use crate::comm::{Groups, Reduction, reduce_values};
+use crate::comm::{Groups, Reduction, reduce_values, wait_together};
 use crate::error::{Error, Result};
 use crate::optim::LossScale;
 use crate::shard::FlatUnit;
 
 /// Between two looks of rank 0 for the other ranks' receipts.
 const LOOK: Duration = Duration::from_millis(10);
+
+/// What is said of an old checkpoint that cannot be removed.
+const STAYS: &str = "it takes up room until the next save or start removes it";
 
 /// Room that must be left beside a checkpoint's own files, for manifests and the like.
 const SPARE_BYTES: u64 = 1 << 20;
@@ -165,7 +168,7 @@ impl Saver {
             return;
         }
         if let Err(error) = self.store.trim(self.options.keep, step) {
-            warn!("{error}; it takes up room until the next save removes it");
+            warn!("{error}; {STAYS}");
         }
     }
 
@@ -211,6 +214,12 @@ impl Saver {
         let others = agree(outcome, groups);
         if waits_for_others {
             self.cancel.store(others.is_err(), Ordering::Relaxed);
+        }
+        // Rank 0 may write for longer than a rank waits for another.
+        let is_writing =
+            || self.writing.as_ref().is_some_and(|writing| !writing.thread.is_finished());
+        wait_together(groups.world.as_ref(), || !waits_for_others || !is_writing())?;
+        if waits_for_others {
             let staging = self.writing.as_ref().map(|writing| writing.staging.clone());
             let own = self.join();
             self.cancel.store(false, Ordering::Relaxed);
@@ -357,7 +366,7 @@ impl Job {
         self.store.publish(&self.staging, manifest.progress.step)?;
         // The checkpoint is whole: an old one that stays ends no run.
         if let Err(error) = self.store.prune(self.options.keep, manifest.progress.step) {
-            warn!("{error}; it takes up room until the next save or start removes it");
+            warn!("{error}; {STAYS}");
         }
         Ok(manifest.files.iter().map(|file| file.bytes).sum())
     }

@@ -119,8 +119,11 @@ impl Store {
     /// Removes whole checkpoints beyond the newest `keep` up to `newest`, and nothing else.
     pub(super) fn trim(&self, keep: usize, newest: usize) -> Result<()> {
         let counts = |step: &usize| *step <= newest && self.looks_whole(*step);
-        let steps = self.steps()?.into_iter().filter(counts);
-        steps.skip(keep.max(1)).try_for_each(|step| self.remove(step))
+        let mut outcome = Ok(());
+        for step in self.steps()?.into_iter().filter(counts).skip(keep.max(1)) {
+            outcome = outcome.and(self.remove(step));
+        }
+        outcome
     }
 
     /// Whether the manifest of a checkpoint is in order and all of its files have their lengths.
