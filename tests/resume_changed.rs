@@ -10,7 +10,7 @@ use std::fs;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
-use common::training::Bench;
+use common::training::{Bench, end, killed_at, succeed};
 use reranker::checkpoint::training::Manifest;
 use serde_json::Value;
 
@@ -21,26 +21,10 @@ fn command(bench: &Bench, name: &str, ranks: usize, more: &[&str]) -> Command {
     command
 }
 
-fn end(command: &mut Command) -> (i32, String) {
-    let output = command.output().unwrap();
-    (output.status.code().unwrap(), String::from_utf8_lossy(&output.stderr).into_owned())
-}
-
-fn succeed(command: &mut Command) -> String {
-    let (code, said) = end(command);
-    assert_eq!(code, 0, "{command:?}: {said}");
-    said
-}
-
 fn refused(command: &mut Command) -> String {
     let (code, said) = end(command);
     assert_eq!(code, 2, "{command:?}: {said}");
     said
-}
-
-fn killed_at(place: &str, command: &mut Command) {
-    let (code, said) = end(command.env("RR_FAIL_POINT", place));
-    assert_eq!(code, 137, "{place}: {said}");
 }
 
 fn metrics(run: &Path) -> Vec<Value> {

@@ -8,7 +8,7 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use common::training::Bench;
+use common::training::{Bench, end, killed_at, succeed};
 use reranker::checkpoint::training::Manifest;
 use serde_json::Value;
 
@@ -19,24 +19,6 @@ fn command(bench: &Bench, name: &str, more: &[&str]) -> Command {
     let mut command = bench.command(name, 2, &settings);
     command.env("OMP_NUM_THREADS", "1").stdin(Stdio::null());
     command
-}
-
-/// The exit code of a command, and what it said.
-fn end(command: &mut Command) -> (i32, String) {
-    let output = command.output().unwrap();
-    (output.status.code().unwrap(), String::from_utf8_lossy(&output.stderr).into_owned())
-}
-
-fn succeed(command: &mut Command) -> String {
-    let (code, said) = end(command);
-    assert_eq!(code, 0, "{command:?}: {said}");
-    said
-}
-
-/// Starts a run that dies at this place of its saves.
-fn killed_at(place: &str, command: &mut Command) {
-    let (code, said) = end(command.env("RR_FAIL_POINT", place));
-    assert_eq!(code, 137, "{place}: {said}");
 }
 
 fn weights(dir: &Path) -> Vec<u8> {

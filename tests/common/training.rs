@@ -106,3 +106,22 @@ impl Bench {
         command
     }
 }
+
+/// The exit code of a command, and what it said.
+pub fn end(command: &mut Command) -> (i32, String) {
+    let output = command.output().unwrap();
+    (output.status.code().unwrap(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+/// Runs a command that succeeds; returns what it said.
+pub fn succeed(command: &mut Command) -> String {
+    let (code, said) = end(command);
+    assert_eq!(code, 0, "{command:?}: {said}");
+    said
+}
+
+/// Starts a run that dies at this place of its saves.
+pub fn killed_at(place: &str, command: &mut Command) {
+    let (code, said) = end(command.env("RR_FAIL_POINT", place));
+    assert_eq!(code, 137, "{place}: {said}");
+}
