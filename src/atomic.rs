@@ -16,6 +16,9 @@ use crate::error::{Error, Result};
 /// What the old version ends with while it makes place for the new one.
 const OLD: &str = "old";
 
+/// What the new version ends with where the old one has to be removed to make place for it.
+pub(crate) const READY: &str = "ready";
+
 fn io(path: &Path, action: &'static str) -> impl FnOnce(std::io::Error) -> Error {
     let path = path.to_owned();
     move |source| Error::Io { path, action, source }
@@ -112,16 +115,24 @@ impl StagedDir {
 
     /// Removes what an earlier run left half-built for `target`. A run that ended between the steps
     /// of an exchange on a file system that needs several has left the old version beside its
-    /// place: it goes back where nothing else is there.
+    /// place: it goes back where nothing else is there. A new version that was whole and waited for its
+    /// place takes it.
     ///
     /// # Errors
     /// [`Error::Io`] when something cannot be removed or moved.
     pub fn clear_leftovers(target: &Path) -> Result<()> {
         let staging = Self::staging(target);
-        let aside = staging.with_extension(OLD);
+        let (aside, ready) = (staging.with_extension(OLD), staging.with_extension(READY));
+        if ready.exists() {
+            if target.exists() {
+                remove(target).map_err(io(target, "remove the old version of"))?;
+            }
+            fs::rename(&ready, target).map_err(io(target, "rename to"))?;
+            sync_dir(parent_of(target))?;
+        }
         if aside.exists() && !target.exists() {
             fs::rename(&aside, target).map_err(io(target, "put back"))?;
-            sync_dir(target.parent().unwrap_or(Path::new(".")))?;
+            sync_dir(parent_of(target))?;
         }
         for leftover in [staging, aside] {
             if leftover.exists() {
@@ -140,14 +151,15 @@ impl StagedDir {
     /// Moves the directory to its place in one step, replacing what is there.
     ///
     /// # Errors
-    /// [`Error::Io`] when it cannot be moved; the old directory is then untouched.
+    /// [`Error::Io`] when it cannot be moved; the old directory is then untouched, or the new one lies
+    /// whole beside it and takes its place at the next start.
     pub fn publish(mut self) -> Result<()> {
         sync_dir(&self.staging)?;
         if self.target.exists() {
             let aside = self.staging.with_extension(OLD);
-            exchange(&self.staging, &self.target, &aside)
+            replace(&self.staging, &self.target, &aside)
                 .map_err(io(&self.target, "put the new version in place of"))?;
-            // The old version now lies at the staging path; the drop removes it.
+            // The old version, if it is still there, lies at the staging path; the drop removes it.
         } else {
             fs::rename(&self.staging, &self.target).map_err(io(&self.target, "rename to"))?;
             self.published = true;
@@ -156,15 +168,24 @@ impl StagedDir {
     }
 }
 
-/// Swaps two directories of one file system: in one step where it can, in three over `aside` (with a
-/// moment in which nothing is at `target`) where it cannot, such as NFS.
+/// Puts one directory in the place of another of the same file system, which then lies at `staging` or
+/// is gone: in one step where it can; in three over `aside` (with a moment in which nothing is at
+/// `target`) where it cannot, such as on NFS. A directory in a layer of a container's image cannot be
+/// moved at all: it is removed, while the new one waits beside it under a name that says it is whole.
 ///
 /// # Errors
-/// What the system says; `target` is then as it was.
-pub(crate) fn exchange(staging: &Path, target: &Path, aside: &Path) -> std::io::Result<()> {
+/// What the system says; `target` is then as it was, but for a part of it that could not be removed.
+pub(crate) fn replace(staging: &Path, target: &Path, aside: &Path) -> std::io::Result<()> {
     match renameat_with(CWD, staging, CWD, target, RenameFlags::EXCHANGE) {
         Ok(()) => return Ok(()),
         Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => {}
+        Err(Errno::XDEV) => {
+            let ready = staging.with_extension(READY);
+            fs::rename(staging, &ready)?;
+            File::open(parent_of(&ready))?.sync_all()?;
+            remove(target)?;
+            return fs::rename(&ready, target);
+        }
         Err(errno) => return Err(errno.into()),
     }
     fs::rename(target, aside)?;
@@ -377,6 +398,18 @@ mod tests {
         StagedDir::clear_leftovers(&target).unwrap();
         assert_eq!(fs::read_to_string(target.join("a")).unwrap(), "new");
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1, "no leftovers");
+        // Killed while the old one was removed to make place, and when it was gone.
+        let ready = root.path().join(".model.ready");
+        for text in ["newer", "newest"] {
+            fs::create_dir(&ready).unwrap();
+            fs::write(ready.join("a"), text).unwrap();
+            StagedDir::clear_leftovers(&target).unwrap();
+            assert_eq!(fs::read_to_string(target.join("a")).unwrap(), text);
+            assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1, "no leftovers");
+            if text == "newer" {
+                fs::remove_dir_all(&target).unwrap();
+            }
+        }
     }
 
     #[test]

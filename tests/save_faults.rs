@@ -318,3 +318,45 @@ fn a_directory_that_cannot_be_written_is_seen_before_training() {
     assert!(said.contains("run") && said.contains("Read-only file system"), "{said}");
     assert!(!said.contains("trained step"), "{said}");
 }
+
+/// What an image's layer holds cannot be moved (EXDEV), only removed.
+#[test]
+fn a_run_in_a_layer_of_an_image_can_be_replaced() {
+    let bench = Bench::new(0.1);
+    let root = bench.root.path();
+    let probe = Command::new("unshare").args(["-m", "true"]).stderr(Stdio::null()).status();
+    if !probe.is_ok_and(|status| status.success()) {
+        println!("skipped: mount namespaces cannot be made here (needs root)");
+        return;
+    }
+    let first = command(&bench, &["num_max_checkpoints=2"]).output().unwrap();
+    assert!(first.status.success(), "{}", String::from_utf8_lossy(&first.stderr));
+    fs::write(root.join("run/model/of-the-image"), "").unwrap();
+    let start = command(&bench, &["num_max_checkpoints=2", "seed=7"]);
+    let mut again = Command::new("unshare");
+    // Its own work directory cannot lie on another overlay: one in memory.
+    let script = "mv run image && mkdir run layers && mount -t tmpfs tmpfs layers && \
+                  mkdir layers/upper layers/work && mount -t overlay overlay \
+                  -o lowerdir=image,upperdir=layers/upper,workdir=layers/work run || exit 99; \
+                  \"$@\"; code=$?; mkdir copy && cp -a run copy/; exit $code";
+    again.args(["-m", "sh", "-c", script, "sh"]).current_dir(root).stdin(Stdio::null());
+    again.arg(start.get_program()).args(start.get_args()).arg("--overwrite");
+    let output = again.env("OMP_NUM_THREADS", "1").output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    if output.status.code() == Some(99) {
+        println!("skipped: an overlay cannot be mounted here: {said}");
+        return;
+    }
+    assert!(output.status.success(), "{said}");
+    let copy = root.join("copy");
+    assert_eq!(whole_steps(&copy), [12, 14], "{said}");
+    let model = copy.join("run/model");
+    assert!(model.join("model.safetensors").exists() && !model.join("of-the-image").exists());
+    for dir in [copy.join("run"), copy.join("run/checkpoints")] {
+        for entry in fs::read_dir(dir).unwrap() {
+            let name = entry.unwrap().file_name().into_string().unwrap();
+            let leftovers = [".partial", ".ready", ".removed", ".old"];
+            assert!(!leftovers.iter().any(|end| name.ends_with(end)), "{name}");
+        }
+    }
+}

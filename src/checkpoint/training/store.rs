@@ -1,7 +1,7 @@
 //! The directory of a run's checkpoints: which there are, building one, removing old ones.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -9,9 +9,9 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use tracing::warn;
 
-use super::manifest::{FileRecord, Manifest};
+use super::manifest::{self, FileRecord, Manifest};
 use super::{fail_point, io, states};
-use crate::atomic::{exchange, remove, sync_dir};
+use crate::atomic::{READY, remove, replace, sync_dir};
 use crate::error::{Error, Result};
 
 /// What a checkpoint's directory begins with.
@@ -52,7 +52,7 @@ impl Store {
     pub fn steps(&self) -> Result<Vec<usize>> {
         let entries = match fs::read_dir(&self.root) {
             Ok(entries) => entries,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
             Err(error) => return Err(io(&self.root, "read")(error)),
         };
         let mut steps = Vec::new();
@@ -71,7 +71,9 @@ impl Store {
         let Ok(entries) = fs::read_dir(&self.root) else { return };
         for entry in entries.flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
-            if name.starts_with('.') && (name.ends_with(PARTIAL) || name.ends_with(REMOVED)) {
+            if name.starts_with('.')
+                && [PARTIAL, REMOVED, READY].iter().any(|end| name.ends_with(end))
+            {
                 let path = entry.path();
                 if let Err(error) = remove(&path) {
                     warn!("{}: cannot remove the leftover: {error}", path.display());
@@ -88,14 +90,17 @@ impl Store {
         let target = self.path(step);
         let replaces = target.exists();
         if replaces {
-            exchange(staging, &target, &self.aside(step)).map_err(io(&target, "replace"))?;
+            replace(staging, &target, &self.aside(step)).map_err(io(&target, "replace"))?;
         } else {
             fs::rename(staging, &target).map_err(io(&target, "rename to"))?;
         }
         fail_point("after_rename");
         sync_dir(&self.root)?;
         fail_point("after_sync");
-        if replaces && let Err(error) = fs::remove_dir_all(staging) {
+        if replaces
+            && staging.exists()
+            && let Err(error) = fs::remove_dir_all(staging)
+        {
             warn!("{}: cannot remove what was replaced: {error}", staging.display());
         }
         Ok(())
@@ -146,9 +151,24 @@ impl Store {
     /// Takes a checkpoint out of sight in one step, then removes it.
     fn remove(&self, step: usize) -> Result<()> {
         let (path, aside) = (self.path(step), self.aside(step));
-        fs::rename(&path, &aside).map_err(io(&path, "remove"))?;
-        fail_point("in_remove");
-        fs::remove_dir_all(&aside).map_err(io(&aside, "remove"))
+        match fs::rename(&path, &aside) {
+            // A layer of a container's image holds it there: without its manifest it is none any more.
+            Err(error) if error.kind() == ErrorKind::CrossesDevices => {
+                match fs::remove_file(path.join(manifest::FILE_NAME)) {
+                    Err(error) if error.kind() != ErrorKind::NotFound => {
+                        return Err(io(&path, "remove the manifest of")(error));
+                    }
+                    _ => {}
+                }
+                fail_point("in_remove");
+                fs::remove_dir_all(&path).map_err(io(&path, "remove"))
+            }
+            renamed => {
+                renamed.map_err(io(&path, "remove"))?;
+                fail_point("in_remove");
+                fs::remove_dir_all(&aside).map_err(io(&aside, "remove"))
+            }
+        }
     }
 
     /// Where a checkpoint lies out of sight on its way out.
