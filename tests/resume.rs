@@ -427,6 +427,29 @@ fn other_workers_go_on_in_data_order() {
     assert_eq!(loss(&dir).last().unwrap() + 32.0, *loss(&whole).last().unwrap());
 }
 
+/// A line of metrics averages the steps since the last one, of which some were before the kill.
+#[test]
+fn the_lines_of_metrics_are_those_of_a_run_never_interrupted() {
+    let bench = Bench::new(0.1);
+    let every_third = |run| command(&bench, run, &["log_interval=3"]);
+    succeed(&mut every_third("whole"));
+    fail(every_third("run").env("RR_FAIL_POINT", "before_states:3@0"));
+    let said = succeed(&mut every_third("run"));
+    assert!(said.contains("going on from run/checkpoints/step-4"), "{said}");
+    let lines = |run: &str| -> Vec<Value> {
+        let path = bench.root.path().join(run).join("runs/metrics.jsonl");
+        let text = fs::read_to_string(path).unwrap();
+        let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        let told = ["step", "epoch", "loss", "lr", "grad_norm"];
+        lines
+            .filter(|line| line["type"] == "train")
+            .map(|line| told.iter().map(|&key| line[key].clone()).collect())
+            .collect()
+    };
+    assert_eq!(lines("run"), lines("whole"));
+    assert!(lines("run").len() >= 5);
+}
+
 #[test]
 fn one_run_at_a_time_in_a_directory() {
     let bench = Bench::new(0.1);

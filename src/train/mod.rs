@@ -145,11 +145,16 @@ fn train(
         (Some(_), Some(path)) => Some(format!("{:08x}", file_crc32(path)?)),
         _ => None,
     };
+    let mut reporter =
+        Reporter::new(plan, inputs, about.as_ref(), (progress.step, schedule.total()))?;
+    if let Some(manifest) = &earlier {
+        reporter.take_up(&manifest.job["untold"]);
+    }
     let mut job = Job {
         plan,
         inputs,
         groups,
-        reporter: Reporter::new(plan, inputs, about.as_ref(), (progress.step, schedule.total()))?,
+        reporter,
         schedule,
         best,
         validation_data,
@@ -341,7 +346,8 @@ impl Job<'_> {
                 let step = self.progress.step;
                 self.reporter.step(step, epoch, lr, step_plan.pairs(), &report);
                 let is_over = self.validate_where_due(epoch, ends_epoch)? == Verdict::Stop;
-                let kept = || kept(self.best, self.validation_data.as_ref(), &self.metrics);
+                let (reporter, data) = (&self.reporter, self.validation_data.as_ref());
+                let kept = || kept(self.best, data, &self.metrics, reporter);
                 let (progress, engine, groups) = (self.progress, &self.engine, self.groups);
                 self.checkpoints.after_step(progress, kept, engine, groups, report.stop)?;
                 if report.stop {
@@ -490,12 +496,12 @@ impl Job<'_> {
 }
 
 /// What a checkpoint keeps beside states and progress.
-fn kept(best: Option<Best>, data: Option<&String>, metrics: &Value) -> Value {
+fn kept(best: Option<Best>, data: Option<&String>, metrics: &Value, reporter: &Reporter) -> Value {
     let mut best = best.map_or(Value::Null, Best::to_json);
     if let Some(data) = data {
         best[best::DATA] = json!(data);
     }
-    json!({"best": best, "metrics": metrics})
+    json!({"best": best, "metrics": metrics, "untold": reporter.untold()})
 }
 
 /// One thread keeps up with a CPU worker many times over; a GPU step needs two.

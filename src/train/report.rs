@@ -164,6 +164,19 @@ impl Reporter {
         })
     }
 
+    /// The losses that no line has told of yet: a checkpoint keeps them, so that the lines of a run that
+    /// goes on are those of one never interrupted.
+    pub(super) fn untold(&self) -> Value {
+        json!({"steps": self.window.steps, "loss": self.window.loss})
+    }
+
+    /// Takes up the [`Reporter::untold`] of a checkpoint; nothing from one that has none.
+    pub(super) fn take_up(&mut self, untold: &Value) {
+        if let (Some(steps), Some(loss)) = (untold["steps"].as_u64(), untold["loss"].as_f64()) {
+            self.window = Window { steps: steps as usize, loss, ..Window::default() };
+        }
+    }
+
     /// Training begins now.
     pub(super) fn start(&mut self) {
         self.started = Instant::now();
