@@ -169,9 +169,9 @@ pub mod exit_code {
     }
 }
 
-/// Slurm and Open MPI jobs listen here when `MASTER_PORT` is unset: below Linux's range of
-/// outgoing ports (32768 and up), so that no outgoing connection can sit on the port.
-const DERIVED_PORTS: std::ops::Range<u16> = 15_000..31_000;
+/// Where rank 0 listens when `MASTER_PORT` is unset: below Linux's range of outgoing ports (32768 and
+/// up), so that no outgoing connection can sit on the port, and below what Kubernetes gives to services (30000).
+pub(crate) const DERIVED_PORTS: std::ops::Range<u16> = 15_000..30_000;
 
 /// The only address that a world on one host needs.
 pub(crate) const LOOPBACK: &str = "127.0.0.1";

@@ -3,13 +3,14 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
+use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::io::{self, IsTerminal as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::args::WorkerCommand;
 use crate::binding::Share;
-use crate::contract::{LOOPBACK, WorkerEnv, vars};
+use crate::contract::{DERIVED_PORTS, LOOPBACK, WorkerEnv, vars};
 use crate::devices::Placement;
 use crate::error::LaunchError;
 use crate::nodes::Place;
@@ -36,9 +37,9 @@ impl Rendezvous {
     /// A rendezvous on the loopback address, at `port` or at a free one. Refuses a taken port. The
     /// port is let go again for rank 0 to take; nothing can hold it for another process.
     pub fn on_this_host(port: Option<u16>) -> Result<Self, LaunchError> {
-        let free = listen(port.unwrap_or(0)).and_then(|listener| listener.local_addr());
+        let free = port.map_or_else(free_port, |port| listen(port).map(|_| port));
         match (free, port) {
-            (Ok(address), _) => Ok(Self { addr: loopback(), port: address.port() }),
+            (Ok(port), _) => Ok(Self { addr: loopback(), port }),
             (Err(error), Some(port)) if error.kind() == io::ErrorKind::AddrInUse => {
                 Err(LaunchError::Usage(format!(
                     "--master-port: port {port} is taken by another program; choose another, or \
@@ -82,6 +83,22 @@ pub fn listen(port: u16) -> io::Result<TcpListener> {
         // A host without IPv6.
         _ => TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)),
     })
+}
+
+/// A port that nothing listens on, chosen at random among those that Linux gives to nobody by itself:
+/// rank 0 takes it seconds later, when on a busy host an outgoing connection may have got one that was
+/// free before. One of the system's choice where so many are taken.
+fn free_port() -> io::Result<u16> {
+    const TRIES: usize = 64;
+    let count = DERIVED_PORTS.end - DERIVED_PORTS.start;
+    for _ in 0..TRIES {
+        let random = RandomState::new().build_hasher().finish();
+        let port = DERIVED_PORTS.start + (random % u64::from(count)) as u16;
+        if listen(port).is_ok() {
+            return Ok(port);
+        }
+    }
+    Ok(listen(0)?.local_addr()?.port())
 }
 
 /// Where the workers of a node stand among those of all.
@@ -358,7 +375,7 @@ mod tests {
     #[test]
     fn a_free_port_is_found_and_a_taken_one_refused() {
         let free = Rendezvous::on_this_host(None).unwrap().port;
-        assert_ne!(free, 0);
+        assert!(DERIVED_PORTS.contains(&free), "no outgoing connection gets it");
         let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let port = taken.local_addr().unwrap().port();
         let error = Rendezvous::on_this_host(Some(port)).unwrap_err();
