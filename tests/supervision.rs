@@ -106,6 +106,20 @@ fn a_preempted_run_saves_and_goes_on_bit_for_bit() {
 }
 
 #[test]
+fn a_request_that_comes_before_workers_have_begun_is_heard() {
+    let bench = Bench::new(0.1);
+    let launcher = start(&mut command(&bench, "early", &LONG, &[]));
+    let deadline = Instant::now() + PATIENCE;
+    while workers(launcher.id()).len() < 2 {
+        assert!(Instant::now() < deadline, "no workers");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    send("USR1", launcher.id());
+    let (code, said) = end(launcher);
+    assert_eq!(code, 41, "{said}");
+}
+
+#[test]
 fn one_worker_that_hears_of_it_is_enough_and_needs_no_launcher() {
     let bench = Bench::new(0.1);
     let program = env!("CARGO_BIN_EXE_reranker");

@@ -90,6 +90,7 @@ impl Worker {
             environment: [&common.environment, &own],
             streams: [common.stdin.as_fd(), its_stdout.as_fd(), its_stderr.as_fd()],
             cpus: plan.cpus(index),
+            held_back: plan.held_back(),
             roster: guardian.roster(),
             mark: guardian.mark(),
         };

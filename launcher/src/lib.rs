@@ -37,7 +37,7 @@ use std::ffi::OsString;
 use std::io::Write as _;
 
 use args::{Args, DeviceRequest, Invocation, Work, WorkerCommand};
-use contract::vars;
+use contract::{preemption, vars};
 use devices::Placement;
 use error::LaunchError;
 use nodes::Meeting;
@@ -193,6 +193,10 @@ fn plan(args: &Args, prepared: Prepared, rendezvous: Rendezvous) -> Result<Plan,
         let last = plan.workers() - 1;
         let trouble = format!("--show: there is no rank {rank}; ranks go from 0 to {last}");
         return Err(LaunchError::Usage(trouble));
+    }
+    if is_ours {
+        // They listen as soon as they run; libtorch takes a second to load, or many from a cold disk.
+        plan.hold_back(preemption::signals(options.preempt_signal));
     }
     if let Some(signal) = options.preempt_signal {
         plan.share(vars::RR_PREEMPT_SIGNAL, sys::signal_name(signal));

@@ -131,6 +131,8 @@ pub struct Plan {
     shared: Vec<(&'static str, String)>,
     /// The CPUs of each worker, where they are bound.
     shares: Option<Vec<Share>>,
+    /// Signals that wait until a worker listens to them.
+    held_back: Vec<i32>,
     /// Whether rank 0 may draw a progress bar.
     progress: bool,
     /// What the check said the run will do.
@@ -161,6 +163,7 @@ impl Plan {
             restart_count: 0,
             shares: None,
             shared,
+            held_back: Vec::new(),
             progress: io::stderr().is_terminal(),
             text,
         }
@@ -219,6 +222,16 @@ impl Plan {
     /// Sets a variable for all workers.
     pub fn share(&mut self, name: &'static str, value: String) {
         self.shared.push((name, value));
+    }
+
+    /// Has these signals wait until a worker listens to them, rather than end it.
+    pub fn hold_back(&mut self, signals: Vec<i32>) {
+        self.held_back = signals;
+    }
+
+    /// Signals that wait until a worker listens to them.
+    pub fn held_back(&self) -> &[i32] {
+        &self.held_back
     }
 
     /// Binds workers to CPUs.

@@ -14,12 +14,16 @@ use tempfile::TempDir;
 /// A folder with a `reranker` that writes every command line it gets into `calls`, answers `check`
 /// with `check`, and trains by printing its rank.
 fn stand_in(check: &str) -> TempDir {
+    stand_in_that(check, "echo \"training $RANK of $WORLD_SIZE\"")
+}
+
+/// As [`stand_in`], with another training.
+fn stand_in_that(check: &str, train: &str) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("reranker");
     let calls = folder.path().join("calls");
     let script = format!(
-        "#!/bin/sh\necho \"$*\" >> '{}'\nif [ \"$1\" = check ]; then\n{check}\nelse\necho \
-         \"training $RANK of $WORLD_SIZE\"\nfi\n",
+        "#!/bin/sh\necho \"$*\" >> '{}'\nif [ \"$1\" = check ]; then\n{check}\nelse\n{train}\nfi\n",
         calls.display()
     );
     fs::write(&path, script).unwrap();
@@ -70,6 +74,25 @@ fn the_check_runs_once_and_all_workers_train_with_the_same_flags() {
     assert_eq!(calls[0], format!("check --for-launch {shared} --nproc 3 --device cpu"));
     assert_eq!(calls[1..], [(); 3].map(|()| format!("train {shared} --device cpu")));
     assert!(outcome.stdout.contains("[2] training 2 of 3"), "{}", outcome.stdout);
+}
+
+#[test]
+fn a_request_to_make_room_waits_for_workers_that_do_not_listen_yet() {
+    let train = r#"exec python3 -c "
+import os, signal, sys, time
+print(os.getpid(), file=open('$DIR/$RANK', 'w'))
+while not signal.sigpending(): time.sleep(0.01)
+sys.exit(41)""#;
+    for (signal, flags) in [("USR1", &[][..]), ("TERM", &["--preempt-signal", "TERM"])] {
+        let (folder, pids) = (stand_in_that(PLAN, train), tempfile::tempdir().unwrap());
+        let mut command = launcher();
+        command.env("RR_RERANKER", folder.path().join("reranker")).env("DIR", pids.path());
+        let launch = Launch::start(command.args(flags).args(["--config", "t.yaml"]));
+        common::pids(pids.path(), 2);
+        launch.signal(signal);
+        let outcome = launch.wait();
+        assert_eq!(outcome.code, Some(41), "{}", outcome.stderr);
+    }
 }
 
 #[test]

@@ -41,8 +41,9 @@ pub fn parse_signal(text: &str) -> Option<i32> {
 }
 
 /// From now on the signals end this process no more, but are remembered; after the first, TERM does
-/// not interrupt the saving either, which a scheduler sends when its patience ends. To be called
-/// before the process has other threads.
+/// not interrupt the saving either, which a scheduler sends when its patience ends. One that came
+/// before counts, where whoever started this process has it blocked until now, as rr-launch does. To be
+/// called before the process has other threads.
 ///
 /// # Errors
 /// [`ContractError`] where [`vars::RR_PREEMPT_SIGNAL`] names no signal, and where no thread can be started.

@@ -31,6 +31,8 @@ pub struct Start<'a> {
     pub streams: [BorrowedFd<'a>; 3],
     /// The CPUs that it is bound to.
     pub cpus: Option<&'a [usize]>,
+    /// Signals that wait until it asks for them. It hands that down to what it starts.
+    pub held_back: &'a [libc::c_int],
     /// Where it enters itself before its program begins, so that there is no moment at which the
     /// guardian does not know of it.
     pub roster: Roster,
@@ -45,7 +47,7 @@ struct Order<'a> {
     environment: Vec<*const c_char>,
     cpus: Option<libc::cpu_set_t>,
     mark: Option<libc::rlimit>,
-    no_signals: libc::sigset_t,
+    blocked: libc::sigset_t,
     parent: Pid,
     /// Why it could not run its program, an `errno`.
     failure: libc::c_int,
@@ -53,7 +55,8 @@ struct Order<'a> {
 
 impl Start<'_> {
     /// Starts it as the leader of a group of its own, which is killed when this thread ends and may be
-    /// traced by this process, with an empty signal mask and the usual answer to a broken pipe.
+    /// traced by this process, with no signal blocked but those that are held back and the usual answer
+    /// to a broken pipe.
     ///
     /// # Errors
     /// What the system says, of the new process or of its program.
@@ -64,7 +67,7 @@ impl Start<'_> {
             environment: pointers(&self.environment),
             cpus: self.cpus.map(cpu_set),
             mark: super::marked_limit(self.mark),
-            no_signals: signal_set(&[]),
+            blocked: signal_set(self.held_back),
             parent: own_pid(),
             failure: 0,
         };
@@ -131,8 +134,8 @@ impl Order<'_> {
             die_with(self.parent)?;
             // What finds no place still dies with its parent.
             self.start.roster.enter(libc::getpid());
-            let none = &raw const self.no_signals;
-            checked(libc::sigprocmask(libc::SIG_SETMASK, none, ptr::null_mut()))?;
+            let blocked = &raw const self.blocked;
+            checked(libc::sigprocmask(libc::SIG_SETMASK, blocked, ptr::null_mut()))?;
             let (arguments, environment) = (self.arguments.as_ptr(), self.environment.as_ptr());
             libc::execvpe(self.start.program.as_ptr(), arguments, environment);
         }
