@@ -392,6 +392,23 @@ pub fn is_writable(fd: BorrowedFd<'_>) -> bool {
     !matches!(ready, Ok(0))
 }
 
+/// The device whose every opening makes a new terminal.
+const PTMX: libc::dev_t = libc::makedev(5, 2);
+
+/// A terminal once more, for writes that never wait: of the same device, but a description of this
+/// process alone, so that nobody else's writes change.
+///
+/// # Errors
+/// What the system says; also of the upper end of a pseudoterminal, which cannot be opened twice.
+pub fn reopen_terminal(terminal: BorrowedFd<'_>) -> io::Result<File> {
+    use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+    let path = format!("/proc/self/fd/{}", terminal.as_raw_fd());
+    if std::fs::metadata(&path)?.rdev() == PTMX {
+        return Err(io::ErrorKind::Unsupported.into());
+    }
+    File::options().write(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)
+}
+
 /// The width of a terminal in columns.
 pub fn terminal_width(fd: BorrowedFd<'_>) -> Option<usize> {
     let mut size = MaybeUninit::<libc::winsize>::zeroed();

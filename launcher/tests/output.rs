@@ -176,6 +176,32 @@ fn a_stuck_reader_does_not_keep_a_signal_out() {
 }
 
 #[test]
+fn a_terminal_that_is_not_read_does_not_keep_a_signal_out() {
+    let own = env!("CARGO_BIN_EXE_rr-launch");
+    // Once the launcher writes no more, it is signalled: the second time over its last output.
+    let program = format!(
+        "import os, pty, subprocess, time
+master, slave = pty.openpty()
+launch = subprocess.Popen([{own:?}, '--cpu', '--', 'yes', 'x' * 100],
+    stdin=slave, stdout=slave, stderr=slave)
+written, before = 0, -1
+while written < 4096 or written != before:
+    time.sleep(0.1)
+    before = written
+    with open(f'/proc/{{launch.pid}}/io') as io:
+        written = int(dict(line.split(': ') for line in io)['wchar'])
+for _ in range(200):
+    launch.terminate()
+    time.sleep(0.05)
+    if launch.poll() is not None: break
+print(launch.poll())
+launch.kill()"
+    );
+    let output = Command::new("python3").args(["-c", &program]).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "143\n", "{output:?}");
+}
+
+#[test]
 fn a_stuck_reader_at_the_end_costs_no_time_and_a_signal_then_does_not_change_the_outcome() {
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let logs = tempfile::tempdir().unwrap();

@@ -6,9 +6,10 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use crate::sys;
 
-/// What a write to a pipe or a terminal may hold without the danger of waiting, once it is known
-/// to have room: POSIX's smallest `PIPE_BUF` of Linux, one page. The stream may be shared with
-/// other programs, so it cannot be switched to non-blocking.
+/// What a write to a pipe may hold without the danger of waiting, once it is known to have room:
+/// POSIX's smallest `PIPE_BUF` of Linux, one page. The stream may be shared with other programs, so it
+/// cannot be switched to non-blocking. A terminal says that it has room when it has less: see
+/// [`sys::reopen_terminal`].
 const WRITE_AT_ONCE: usize = 4096;
 
 /// From this many queued bytes on the workers' pipes are not read, so that they wait as they would
@@ -58,7 +59,7 @@ pub struct Sink {
 impl Sink {
     /// A sink for an open stream.
     pub fn new(stream: BorrowedFd<'_>) -> io::Result<Self> {
-        let file = File::from(stream.try_clone_to_owned()?);
+        let mut file = File::from(stream.try_clone_to_owned()?);
         let kind = if file.is_terminal() {
             Kind::Terminal
         } else if file.metadata()?.is_file() {
@@ -66,6 +67,10 @@ impl Sink {
         } else {
             Kind::Other
         };
+        if kind == Kind::Terminal {
+            // One that may not be opened (it is another user's) is written to as it is.
+            file = sys::reopen_terminal(stream).unwrap_or(file);
+        }
         Ok(Self {
             file,
             kind,
