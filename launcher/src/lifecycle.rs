@@ -201,6 +201,8 @@ enum Phase {
 pub struct Lifecycle {
     grace: Duration,
     inspection: Duration,
+    /// The signal by which workers are told to end where nobody has sent one.
+    ending: i32,
     restarts: Restarts,
     phase: Phase,
     cause: Option<Cause>,
@@ -217,13 +219,14 @@ pub struct Lifecycle {
 }
 
 impl Lifecycle {
-    /// All workers run; `grace` is the time from TERM to KILL, `inspection` that for looking at
-    /// workers that hang.
-    pub fn new(grace: Duration, inspection: Duration, restarts: Restarts) -> Self {
+    /// All workers run; `ending` is the signal that ends them where nobody has sent one, `grace` the time
+    /// from it to KILL, `inspection` that for looking at workers that hang.
+    pub fn new(grace: Duration, inspection: Duration, ending: i32, restarts: Restarts) -> Self {
         let (phase, verdict) = (Phase::Running, Verdict::End);
         Self {
             grace,
             inspection,
+            ending,
             restarts,
             phase,
             cause: None,
@@ -242,10 +245,10 @@ impl Lifecycle {
             Event::Signalled(signal) => self.signalled(signal, now),
             Event::PreemptionAsked(signal) => self.preemption_asked(signal, now),
             Event::Hung { rank } => self.inspect(Cause::Hang { rank }, now),
-            Event::Inspected => self.end_inspection(libc::SIGTERM, now),
+            Event::Inspected => self.end_inspection(self.ending, now),
             Event::OutputClosed => {
                 self.call_off(Cause::OutputClosed);
-                self.stop(Cause::OutputClosed, libc::SIGTERM, now)
+                self.stop(Cause::OutputClosed, self.ending, now)
             }
             Event::PeerEnds(cause) => self.peer_ends(cause, now),
             Event::PeerKills => self.may_kill().then(|| self.kill(now)),
@@ -286,7 +289,7 @@ impl Lifecycle {
                 }
                 order
             }
-            _ => self.stop(Cause::Failure { rank, exit }, libc::SIGTERM, now),
+            _ => self.stop(Cause::Failure { rank, exit }, self.ending, now),
         }
     }
 
@@ -330,7 +333,7 @@ impl Lifecycle {
                 self.cause = Some(cause);
                 self.end_saving(now)
             }
-            _ => self.stop(cause, libc::SIGTERM, now),
+            _ => self.stop(cause, self.ending, now),
         }
     }
 
@@ -378,7 +381,7 @@ impl Lifecycle {
             return None;
         }
         match self.phase {
-            Phase::Inspecting { .. } => self.end_inspection(libc::SIGTERM, now),
+            Phase::Inspecting { .. } => self.end_inspection(self.ending, now),
             Phase::Killing { .. } => {
                 self.phase = Phase::Abandoned;
                 Some(Order::Abandon)
@@ -467,7 +470,7 @@ impl Lifecycle {
     fn end_saving(&mut self, now: Instant) -> Option<Order> {
         self.is_saving().then(|| {
             self.phase = Phase::Stopping { kill_at: now.checked_add(self.grace) };
-            Order::Signal(libc::SIGTERM)
+            Order::Signal(self.ending)
         })
     }
 

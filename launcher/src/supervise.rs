@@ -143,7 +143,12 @@ impl Supervisor {
         let attempt = Attempt::start(&plan, 0, &guardian, &epoll, &mut output, timeout)?;
         let restarts = Restarts::new(options.max_restarts);
         Ok(Self {
-            lifecycle: Lifecycle::new(options.grace, options.stack_timeout, restarts),
+            lifecycle: Lifecycle::new(
+                options.grace,
+                options.stack_timeout,
+                requests.ending_signal(),
+                restarts,
+            ),
             summary: Summary { run_id: plan.run_id().to_owned(), attempts: Vec::new() },
             plan,
             options,

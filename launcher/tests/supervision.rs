@@ -121,6 +121,25 @@ fn a_request_to_make_room_is_handed_on_and_its_answer_is_the_exit_code() {
 }
 
 #[test]
+fn a_failure_is_not_taken_for_a_request_where_term_is_one() {
+    // A worker that saves on TERM would wait in vain for the rank that has failed.
+    let folder = tempfile::tempdir().unwrap();
+    let worker = format!(
+        "[ $RANK = 0 ] && {{ while [ ! -e {0} ]; do sleep 0.01; done; exit 7; }}
+        trap '' TERM; : > {0}; sleep 300",
+        folder.path().join("ready").display()
+    );
+    let flags = ["--grace", "100", "--preempt-signal", "TERM"];
+    let begin = Instant::now();
+    let outcome = run(&mut shell(2, &flags, &worker));
+    assert_eq!(outcome.code, Some(7), "{}", outcome.stderr);
+    // By INT; by HUP where the tests run with INT ignored.
+    assert!(outcome.stderr.contains("rank 1 was killed by SIG"), "{}", outcome.stderr);
+    assert!(!outcome.stderr.contains("SIGKILL"), "{}", outcome.stderr);
+    assert!(begin.elapsed() < Duration::from_secs(50));
+}
+
+#[test]
 fn saving_is_not_interrupted_but_bounded() {
     let folder = tempfile::tempdir().unwrap();
     // Saving takes a second; a scheduler's TERM comes meanwhile.

@@ -8,7 +8,7 @@ const GRACE: Duration = Duration::from_secs(10);
 const INSPECTION: Duration = Duration::from_secs(5);
 
 fn life(max_restarts: u32) -> Lifecycle {
-    Lifecycle::new(GRACE, INSPECTION, Restarts::new(max_restarts))
+    Lifecycle::new(GRACE, INSPECTION, SIGTERM, Restarts::new(max_restarts))
 }
 
 fn ended(rank: usize, code: i32) -> Event {
@@ -97,7 +97,7 @@ fn a_closed_output_ends_the_job_like_sigpipe() {
 
 #[test]
 fn an_endless_grace_has_no_deadline() {
-    let mut life = Lifecycle::new(Duration::MAX, INSPECTION, Restarts::new(0));
+    let mut life = Lifecycle::new(Duration::MAX, INSPECTION, SIGTERM, Restarts::new(0));
     life.on(Event::Signalled(SIGINT), Instant::now());
     assert_eq!(life.deadline(), None);
 }
@@ -131,6 +131,28 @@ fn who_does_not_save_in_time_is_killed() {
     assert_eq!(life.on(killed(0, libc::SIGKILL), now + GRACE), None);
     assert_eq!(life.on(GONE, now + GRACE), None);
     assert_eq!(life.exit_code(), 138);
+}
+
+#[test]
+fn where_term_asks_to_make_room_another_signal_ends() {
+    let int = Some(Order::Signal(SIGINT));
+    let asked = (Event::PreemptionAsked(SIGTERM), Some(Order::Ask(SIGTERM)));
+    let (now, hang) = (Instant::now(), Event::Hung { rank: None });
+    let lost = Event::PeerEnds(Cause::NodeLost { node: 1 });
+    for (events, code) in [
+        (vec![(ended(1, 3), int), (killed(0, SIGINT), None)], 3),
+        (vec![(hang, Some(Order::Inspect)), (Event::Inspected, int)], 40),
+        (vec![(Event::OutputClosed, int)], 141),
+        (vec![(lost, int)], 44),
+        (vec![asked, (killed(1, SIGTERM), int), (killed(0, SIGINT), None)], 143),
+        (vec![asked, (ended(1, 4), int), (killed(0, SIGINT), None)], 4),
+    ] {
+        let mut life = Lifecycle::new(GRACE, INSPECTION, SIGINT, Restarts::new(0));
+        for &(event, order) in &events {
+            assert_eq!(life.on(event, now), order, "{event:?} of {events:?}");
+        }
+        assert_eq!(life.exit_code(), code, "{events:?}");
+    }
 }
 
 #[test]
