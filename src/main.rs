@@ -15,6 +15,7 @@ const CAUSE_FIRST: Duration = Duration::from_millis(200);
 
 fn main() -> ExitCode {
     runtime::keep_freed_memory();
+    runtime::outlive_file_size_limit();
     let cli = Cli::parse();
     if cli.command.computes() {
         runtime::sleep_while_waiting();

@@ -79,6 +79,7 @@ struct Prepared {
 /// From flags to the job's exit code.
 fn launch(args: &Args) -> Result<u8, LaunchError> {
     sys::wait_for_own_children();
+    sys::outlive_file_size_limit();
     let mut options = args.supervision()?;
     let requests = Requests::take_over(options.preempt_signal)?;
     let place = args.nodes.place()?;

@@ -15,11 +15,11 @@ use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 pub use roster::Roster;
-use signals::signal_set;
 pub use signals::{
-    SignalFd, is_ignored, remember_signals, remembered_signal, signal_name, signal_number,
-    wait_for_own_children,
+    SignalFd, is_ignored, outlive_file_size_limit, remember_signals, remembered_signal,
+    signal_name, signal_number, wait_for_own_children,
 };
+use signals::{signal_set, start_with_default_signals};
 pub use spawn::Start;
 
 /// A process id, or the id of the process group that the process leads.
@@ -229,8 +229,7 @@ pub fn die_with_parent(command: &mut Command) {
     unsafe {
         command.pre_exec(move || {
             die_with(parent)?;
-            checked(libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut()))
-                .map(drop)
+            start_with_default_signals(&none)
         });
     }
 }
@@ -270,7 +269,7 @@ pub fn prepare_watched(command: &mut Command, roster: Roster) {
     unsafe {
         command.pre_exec(move || {
             die_with(parent)?;
-            checked(libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut()))?;
+            start_with_default_signals(&none)?;
             // What finds no place still dies with its parent.
             roster.enter(libc::getpid());
             Ok(())

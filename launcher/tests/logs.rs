@@ -158,6 +158,24 @@ fn a_full_disk_costs_lines_and_one_warning_but_not_the_job() {
 }
 
 #[test]
+fn a_limit_on_the_size_of_files_costs_lines_and_one_warning_but_not_the_job() {
+    let folder = tempfile::tempdir().unwrap();
+    // A program has its usual answer to it, which is to end by SIGXFSZ.
+    let worker = format!(
+        "yes | head -n 10000 > /dev/stderr; head -c 9999 /dev/zero > {}/file; kill -l $?",
+        folder.path().display()
+    );
+    let launch = shell(1, &["--log-dir", folder.path().to_str().unwrap()], &worker);
+    let mut limited = std::process::Command::new("sh");
+    limited.args(["-c", "ulimit -f 8 && exec \"$@\"", "sh"]).arg(launch.get_program());
+    let output = limited.args(launch.get_args()).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{said:.9999}");
+    assert_eq!(said.matches("the job goes on, its log files lack lines").count(), 1);
+    assert_eq!(output.stdout, b"[0] XFSZ\n");
+}
+
+#[test]
 fn a_log_directory_that_cannot_be_is_refused_before_anything_starts() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("file");

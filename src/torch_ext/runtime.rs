@@ -40,6 +40,13 @@ pub fn keep_freed_memory() {
     }
 }
 
+/// Has a write beyond the limit on the size of files (`ulimit -f`) fail, as on a full disk, where it would
+/// end this process by SIGXFSZ.
+pub fn outlive_file_size_limit() {
+    // SAFETY: no handler of this program is replaced.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+}
+
 /// Runs this program anew with OpenMP threads that sleep where they wait for one another, unless the
 /// environment says how they are to wait or there is but one. By default each spins for milliseconds
 /// at the end of every parallel loop, of which a step has thousands. On cores that other programs use as

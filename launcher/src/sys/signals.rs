@@ -39,6 +39,26 @@ pub fn wait_for_own_children() {
     }
 }
 
+/// From now on a write beyond the limit on the size of files (`ulimit -f`) fails, as on a full disk. By
+/// default it ends the process.
+pub fn outlive_file_size_limit() {
+    // SAFETY: no handler of ours is replaced.
+    unsafe {
+        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+    }
+}
+
+/// In the child between fork and exec: undoes what this process has set for itself, and blocks no signal
+/// but `blocked`.
+pub(super) fn start_with_default_signals(blocked: &libc::sigset_t) -> io::Result<()> {
+    // SAFETY: async-signal-safe calls; the set is initialised, a null old set is allowed.
+    unsafe {
+        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+        libc::signal(libc::SIGXFSZ, libc::SIG_DFL);
+        checked(libc::sigprocmask(libc::SIG_SETMASK, blocked, std::ptr::null_mut())).map(drop)
+    }
+}
+
 /// Signals as a stream: blocked for the process, and read from a descriptor.
 pub struct SignalFd(OwnedFd);
 

@@ -11,7 +11,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 use std::ptr;
 
-use super::signals::signal_set;
+use super::signals::{signal_set, start_with_default_signals};
 use super::{Pid, Roster, checked, cpu_set, die_with, own_pid};
 
 /// Bytes of the child's stack, beside its list of arguments, which `execvpe` may copy there: it also
@@ -55,8 +55,8 @@ struct Order<'a> {
 
 impl Start<'_> {
     /// Starts it as the leader of a group of its own, which is killed when this thread ends and may be
-    /// traced by this process, with no signal blocked but those that are held back and the usual answer
-    /// to a broken pipe.
+    /// traced by this process, with no signal blocked but those that are held back and the usual answers
+    /// to a broken pipe and to a file that grows too large.
     ///
     /// # Errors
     /// What the system says, of the new process or of its program.
@@ -130,12 +130,10 @@ impl Order<'_> {
             // Where Yama (`ptrace_scope` 1) else allows only ancestors to trace it, for its stacks. It
             // outlasts exec; a kernel without Yama does not know it, and needs no permission.
             libc::prctl(libc::PR_SET_PTRACER, self.parent as libc::c_ulong, 0, 0, 0);
-            libc::signal(libc::SIGPIPE, libc::SIG_DFL);
             die_with(self.parent)?;
             // What finds no place still dies with its parent.
             self.start.roster.enter(libc::getpid());
-            let blocked = &raw const self.blocked;
-            checked(libc::sigprocmask(libc::SIG_SETMASK, blocked, ptr::null_mut()))?;
+            start_with_default_signals(&self.blocked)?;
             let (arguments, environment) = (self.arguments.as_ptr(), self.environment.as_ptr());
             libc::execvpe(self.start.program.as_ptr(), arguments, environment);
         }
