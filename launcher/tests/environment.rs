@@ -127,6 +127,21 @@ fn a_worker_has_an_empty_stdin_and_default_signals() {
 }
 
 #[test]
+fn a_worker_that_turns_to_the_terminal_fails_and_is_not_stopped_for_ever() {
+    let own = env!("CARGO_BIN_EXE_rr-launch");
+    let program = format!(
+        "import os, pty, sys
+code = pty.spawn([{own:?}, '--cpu', '--', 'sh', '-c', 'read answer < /dev/tty; echo $? $answer'])
+sys.exit(os.waitstatus_to_exitcode(code))"
+    );
+    let mut command = std::process::Command::new("timeout");
+    let output = command.args(["-s", "KILL", "60", "python3", "-c", &program]).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    assert!(said.contains("/dev/tty") && said.contains("[0] 2"), "{said}");
+}
+
+#[test]
 fn a_dry_run_shows_everything_and_starts_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let witness = folder.path().join("started");

@@ -54,7 +54,7 @@ struct Order<'a> {
 }
 
 impl Start<'_> {
-    /// Starts it as the leader of a group of its own, which is killed when this thread ends and may be
+    /// Starts it as the leader of a session and a group of its own, which is killed when this thread ends and may be
     /// traced by this process, with no signal blocked but those that are held back and the usual answers
     /// to a broken pipe and to a file that grows too large.
     ///
@@ -119,7 +119,7 @@ impl Order<'_> {
             for (stream, number) in self.start.streams.iter().zip(0..) {
                 checked(libc::dup2(stream.as_raw_fd(), number))?;
             }
-            checked(libc::setpgid(0, 0))?;
+            checked(libc::setsid())?;
             if let Some(cpus) = &self.cpus {
                 checked(libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), cpus))?;
             }
