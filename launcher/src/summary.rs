@@ -166,8 +166,8 @@ impl RankRecord {
             "elapsed_s": self.elapsed.map(|elapsed| elapsed.as_secs_f64()),
             "step": self.step,
             "phase": self.phase,
-            "log": self.log,
-            "stacks": self.stacks,
+            "log": self.log.as_deref().map(Path::to_string_lossy),
+            "stacks": self.stacks.as_deref().map(Path::to_string_lossy),
             "error": self.error.as_ref().map(|error| json!({
                 "message": error.message,
                 "traceback": error.traceback,
@@ -181,6 +181,9 @@ impl RankRecord {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test may end with a panic")]
+
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt as _;
 
     use super::*;
 
@@ -208,10 +211,10 @@ mod tests {
 
     #[test]
     fn the_summary_is_json_with_every_rank() {
-        let summary = Summary {
-            run_id: "r".to_owned(),
-            attempts: vec![record(&[Exit::Code(1), Exit::Signal(libc::SIGKILL)])],
-        };
+        let mut attempt = record(&[Exit::Code(1), Exit::Signal(libc::SIGKILL)]);
+        // A directory of another encoding than UTF-8.
+        attempt.ranks[1].log = Some(OsStr::from_bytes(b"logs-\xe9/rank-0.log").into());
+        let summary = Summary { run_id: "r".to_owned(), attempts: vec![attempt] };
         let folder = tempfile::tempdir().unwrap();
         summary.write(folder.path(), Verdict::Exhausted, Some(42)).unwrap();
         let text = fs::read_to_string(folder.path().join(FILE_NAME)).unwrap();
@@ -225,6 +228,7 @@ mod tests {
         assert_eq!(attempt["ranks"][1]["signal"], "SIGKILL");
         assert_eq!(attempt["ranks"][1]["exit_code"], 137);
         assert_eq!(attempt["ranks"][0]["last_lines"][0], "x");
+        assert_eq!(attempt["ranks"][1]["log"], "logs-\u{fffd}/rank-0.log");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nothing half-written is left");
         let last = summary.attempts[0].cause;
         assert_eq!(outcome(Verdict::Restart(1), last, 2), "launcher_failed");
