@@ -24,6 +24,13 @@ use crate::sys::{self, Epoll, Interest};
 /// CPU. The kernel takes memory for what is in it only.
 const PIPE_SIZE: i32 = 256 * 1024;
 
+/// What the pipes of all workers are to hold together at most, a quarter of what the kernel grants the pipes
+/// of a user (`pipe-user-pages-soft`). One who has used that up gets pipes of a page or two.
+const ALL_PIPES: i32 = 16 * 1024 * 1024;
+
+/// What a pipe holds that nobody has widened.
+const NARROW: i32 = 64 * 1024;
+
 /// What a descriptor in the epoll set stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Token {
@@ -120,7 +127,9 @@ impl Attempt {
         output.note(&format!("run {run}, attempt {number}: {}", report::workers(plan.workers())));
         let voices = output.voices(number, plan.ranks())?;
         let mut pipes = Vec::new();
-        let workers = fleet::start(plan, guardian, |worker| watch(worker, &mut pipes, epoll))?;
+        let size = pipe_size(plan.workers());
+        let workers =
+            fleet::start(plan, guardian, |worker| watch(worker, &mut pipes, size, epoll))?;
         let started = Instant::now();
         Ok(Self {
             number,
@@ -230,14 +239,27 @@ impl Attempt {
     }
 }
 
-/// Watches a worker's end and output.
-fn watch(worker: &mut Worker, pipes: &mut Vec<Pipe>, epoll: &Epoll) -> io::Result<()> {
+/// What each pipe of so many workers is to hold.
+fn pipe_size(workers: usize) -> i32 {
+    let share = ALL_PIPES / i32::try_from(2 * workers).unwrap_or(i32::MAX);
+    share.clamp(NARROW, PIPE_SIZE)
+}
+
+/// Watches a worker's end and output, in pipes of this size.
+fn watch(
+    worker: &mut Worker,
+    pipes: &mut Vec<Pipe>,
+    pipe_size: i32,
+    epoll: &Epoll,
+) -> io::Result<()> {
     if let Some(end) = worker.end_of_life() {
         epoll.add(end, Interest::Read, Token::End(worker.index).pack())?;
     }
     for stream in [Stream::Stdout, Stream::Stderr] {
         let Some(pipe) = worker.take_pipe(stream) else { continue };
-        sys::widen_pipe(pipe.as_fd(), PIPE_SIZE);
+        if pipe_size > NARROW {
+            sys::widen_pipe(pipe.as_fd(), pipe_size);
+        }
         epoll.add(pipe.as_fd(), Interest::Read, Token::Pipe(pipes.len()).pack())?;
         pipes.push(Pipe {
             file: Some(pipe.into()),
@@ -247,4 +269,15 @@ fn watch(worker: &mut Worker, pipes: &mut Vec<Pipe>, epoll: &Epoll) -> io::Resul
         });
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pipes_of_many_workers_leave_others_theirs() {
+        assert_eq!([1, 8, 32].map(pipe_size), [PIPE_SIZE; 3]);
+        assert_eq!([64, 128, 1000].map(pipe_size), [PIPE_SIZE / 2, NARROW, NARROW]);
+    }
 }
