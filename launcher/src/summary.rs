@@ -16,6 +16,9 @@ use crate::sys;
 /// The summary's name in the log directory.
 pub const FILE_NAME: &str = "launch.json";
 
+/// The outcome where all workers have done what they were started for.
+const SUCCESS: &str = "success";
+
 /// The outcome where a launcher cannot start its workers, or not go on.
 const LAUNCHER_FAILED: &str = "launcher_failed";
 
@@ -119,10 +122,12 @@ fn outcome(verdict: Verdict, cause: Option<Cause>, code: u8) -> &'static str {
         // The end although another attempt was to begin, or before there was one.
         (Verdict::Restart(_), _) => LAUNCHER_FAILED,
         (_, None) if code != exit_code::OK => LAUNCHER_FAILED,
-        (_, None) => "success",
+        (_, None) => SUCCESS,
         (Verdict::Exhausted, _) => "out_of_restarts",
         (Verdict::NoProgress, _) => "no_progress",
         (Verdict::CalledOff(by), _) => kind(by),
+        // Its workers were done before they heard of it.
+        (Verdict::End, Some(Cause::Preempted { .. })) if code == exit_code::OK => SUCCESS,
         (Verdict::End, Some(cause)) => kind(cause),
     }
 }
@@ -234,5 +239,9 @@ mod tests {
         assert_eq!(outcome(Verdict::Restart(1), last, 2), "launcher_failed");
         assert_eq!(outcome(Verdict::End, None, 2), "launcher_failed");
         assert_eq!(outcome(Verdict::End, None, 0), "success");
+        let asked = Some(Cause::Preempted { signal: Some(libc::SIGUSR1) });
+        assert_eq!(outcome(Verdict::End, asked, 0), "success");
+        assert_eq!(outcome(Verdict::End, asked, 41), "preempted");
+        assert_eq!(outcome(Verdict::End, asked, 138), "preempted");
     }
 }
