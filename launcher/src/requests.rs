@@ -91,7 +91,7 @@ impl AsFd for Requests {
 }
 
 /// The signals that the launcher handles. One that it inherited as ignored (`nohup`, a background
-/// job of a script) stays ignored.
+/// job of a script) stays ignored, but for TERM, by which schedulers end a job.
 fn handled_signals(preempting: &[i32]) -> Vec<i32> {
     let mut signals = vec![libc::SIGTERM, libc::SIGCHLD];
     let asked = [libc::SIGINT, libc::SIGHUP].iter().chain(preempting);

@@ -320,6 +320,18 @@ fn an_ignored_hangup_stays_ignored() {
 }
 
 #[test]
+fn term_ends_a_job_also_where_it_was_ignored() {
+    let folder = tempfile::tempdir().unwrap();
+    let worker = format!("echo $$ > {}/0; sleep 300", folder.path().display());
+    let launch = launch_ignoring("SIGTERM", &worker);
+    pids(folder.path(), 1);
+    launch.signal("TERM");
+    let outcome = launch.wait();
+    assert_eq!(outcome.code, Some(143), "{}", outcome.stderr);
+    assert!(!outcome.stderr.contains("killing"), "{}", outcome.stderr);
+}
+
+#[test]
 fn exit_codes_are_not_lost_where_the_parent_ignores_sigchld() {
     for code in [0, 7] {
         let outcome = launch_ignoring("SIGCHLD", &format!("exit {code}")).wait();

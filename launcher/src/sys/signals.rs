@@ -49,12 +49,13 @@ pub fn outlive_file_size_limit() {
 }
 
 /// In the child between fork and exec: undoes what this process has set for itself, and blocks no signal
-/// but `blocked`.
+/// but `blocked`. Nor is TERM ignored, which this process heeds however it was started.
 pub(super) fn start_with_default_signals(blocked: &libc::sigset_t) -> io::Result<()> {
     // SAFETY: async-signal-safe calls; the set is initialised, a null old set is allowed.
     unsafe {
-        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
-        libc::signal(libc::SIGXFSZ, libc::SIG_DFL);
+        for signal in [libc::SIGPIPE, libc::SIGXFSZ, libc::SIGTERM] {
+            libc::signal(signal, libc::SIG_DFL);
+        }
         checked(libc::sigprocmask(libc::SIG_SETMASK, blocked, std::ptr::null_mut())).map(drop)
     }
 }
