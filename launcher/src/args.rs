@@ -284,7 +284,7 @@ impl Args {
     /// The variable names no signal.
     pub(crate) fn supervision(&self) -> Result<supervise::Options, LaunchError> {
         let inherited = || -> Result<Option<i32>, LaunchError> {
-            let Ok(text) = std::env::var(vars::RR_PREEMPT_SIGNAL) else { return Ok(None) };
+            let Some(text) = preemption::variable() else { return Ok(None) };
             let signal = preempting_signal(&text).map_err(|reason| {
                 LaunchError::Usage(format!("{} is `{text}`: {reason}", vars::RR_PREEMPT_SIGNAL))
             })?;

@@ -200,7 +200,7 @@ fn plan(args: &Args, prepared: Prepared, rendezvous: Rendezvous) -> Result<Plan,
         plan.hold_back(preemption::signals(options.preempt_signal));
     }
     if let Some(signal) = options.preempt_signal {
-        plan.share(vars::RR_PREEMPT_SIGNAL, sys::signal_name(signal));
+        plan.share(vars::RR_PREEMPT_SIGNAL, preemption::value(signal));
     }
     Ok(plan)
 }

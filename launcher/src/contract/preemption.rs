@@ -40,6 +40,19 @@ pub fn parse_signal(text: &str) -> Option<i32> {
     sys::signal_number(text).filter(|signal| !NOT_ASKING.contains(signal))
 }
 
+/// What [`vars::RR_PREEMPT_SIGNAL`] holds. Empty it counts as unset.
+#[must_use]
+pub fn variable() -> Option<String> {
+    std::env::var(vars::RR_PREEMPT_SIGNAL).ok().filter(|text| !text.is_empty())
+}
+
+/// What it is to hold for a signal: its name, where [`parse_signal`] knows that, or its number.
+#[must_use]
+pub fn value(signal: i32) -> String {
+    let name = sys::signal_name(signal);
+    if parse_signal(&name) == Some(signal) { name } else { signal.to_string() }
+}
+
 /// From now on the signals end this process no more, but are remembered; after the first, TERM does
 /// not interrupt the saving either, which a scheduler sends when its patience ends. One that came
 /// before counts, where whoever started this process has it blocked until now, as rr-launch does. To be
@@ -48,13 +61,13 @@ pub fn parse_signal(text: &str) -> Option<i32> {
 /// # Errors
 /// [`ContractError`] where [`vars::RR_PREEMPT_SIGNAL`] names no signal, and where no thread can be started.
 pub fn listen() -> Result<(), ContractError> {
-    let also = match std::env::var(vars::RR_PREEMPT_SIGNAL) {
-        Ok(text) => Some(parse_signal(&text).ok_or(ContractError::Invalid {
+    let also = match variable() {
+        Some(text) => Some(parse_signal(&text).ok_or(ContractError::Invalid {
             name: vars::RR_PREEMPT_SIGNAL,
             value: text,
             expected: "a signal that can ask for it, such as TERM or USR1".to_owned(),
         })?),
-        Err(_) => None,
+        None => None,
     };
     sys::remember_signals(&signals(also)).map_err(|error| ContractError::Signals(error.to_string()))
 }
@@ -63,4 +76,17 @@ pub fn listen() -> Result<(), ContractError> {
 #[must_use]
 pub fn is_requested() -> bool {
     sys::remembered_signal()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn workers_understand_every_signal_that_the_launcher_takes() {
+        assert_eq!(value(libc::SIGTERM), "SIGTERM");
+        for signal in (1..64).filter(|signal| !NOT_ASKING.contains(signal)) {
+            assert_eq!(parse_signal(&value(signal)), Some(signal));
+        }
+    }
 }
