@@ -1,5 +1,6 @@
 //! What a run leaves on disk: the Hugging Face model directory.
 
+mod growing;
 pub mod model_dir;
 pub mod sidecar;
 pub mod training;

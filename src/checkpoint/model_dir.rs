@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 use serde_json::{Map, Value, json};
 use tch::Tensor;
 
+use super::growing::tell_saving;
 use super::sidecar::Sidecar;
 use super::training::fail_point;
 use super::weight_writer::{WeightForm, WeightWriter};
@@ -113,7 +114,7 @@ pub fn save_model(model: SavedModel<'_>, target: &Path, groups: &Groups) -> Resu
     let world = groups.world.as_ref();
     if world.rank() != 0 {
         let most_held = collect(model.units, groups, |_, _| ())?;
-        wait_together(world, || true)?;
+        wait_together(world, || true, || ())?;
         return Ok(most_held);
     }
     let mut building = Building::begin(model, target);
@@ -126,7 +127,8 @@ pub fn save_model(model: SavedModel<'_>, target: &Path, groups: &Groups) -> Resu
         }
     })?;
     let ending = building.map(|building| std::thread::spawn(|| building.end()));
-    wait_together(world, || ending.as_ref().is_ok_and(JoinHandle::is_finished) || ending.is_err())?;
+    let is_done = || ending.as_ref().is_ok_and(JoinHandle::is_finished) || ending.is_err();
+    wait_together(world, is_done, tell_saving)?;
     let broken = |_| Error::Training("the thread that saves the model panicked".into());
     ending?.join().map_err(broken)??;
     Ok(most_held)
@@ -169,6 +171,7 @@ impl Building {
         for (spec, range) in parts(unit) {
             let values = whole.f_narrow(0, range.start as i64, range.len() as i64)?;
             self.writer.write(&spec, &values)?;
+            tell_saving();
         }
         Ok(())
     }

@@ -1,7 +1,6 @@
 //! Weight files written a tensor at a time, so that nobody holds a model to save it.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
@@ -9,6 +8,7 @@ use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use serde_json::json;
 use tch::Tensor;
 
+use super::growing::GrowingFile;
 use crate::atomic::write_synced;
 use crate::error::{Error, Result};
 use crate::model::lora::peft;
@@ -56,7 +56,7 @@ pub struct WeightWriter {
 #[derive(Debug)]
 struct OpenFile {
     path: PathBuf,
-    out: BufWriter<File>,
+    out: BufWriter<GrowingFile>,
     left: VecDeque<TensorSpec>,
 }
 
@@ -119,13 +119,13 @@ impl WeightWriter {
         }
         let OpenFile { path, out, .. } = file;
         let inner = out.into_inner().map_err(|error| io(&path, "write")(error.into_error()))?;
-        inner.sync_all().map_err(io(&path, "flush"))
+        inner.sync().map_err(io(&path, "flush"))
     }
 
     fn begin_file(&mut self) -> Result<OpenFile> {
         let (name, specs) = self.planned.pop_front().expect("a tensor that was not announced");
         let path = self.dir.join(name);
-        let file = File::create(&path).map_err(io(&path, "create"))?;
+        let file = GrowingFile::create(&path).map_err(io(&path, "create"))?;
         let mut out = BufWriter::new(file);
         let named: Vec<TensorSpec> = specs
             .iter()

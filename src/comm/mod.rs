@@ -174,19 +174,45 @@ pub fn reduce_values(comm: &dyn Communicator, values: &mut [f64], op: Reduction)
 }
 
 /// Returns on all ranks when `is_done` holds on each, however long that takes: they meet again and again
-/// meanwhile, so that a rank that ends is noticed, and none is waited for longer than its deadline.
+/// meanwhile, so that a rank that ends is noticed, and none is waited for longer than its deadline. One that
+/// is not done says so by `tell`, over and over.
 ///
 /// # Errors
 /// As [`Communicator::all_reduce`].
-pub fn wait_together(comm: &dyn Communicator, is_done: impl Fn() -> bool) -> Result<()> {
+pub fn wait_together(
+    comm: &dyn Communicator,
+    is_done: impl Fn() -> bool,
+    tell: impl Fn(),
+) -> Result<()> {
     let mut pause = Duration::from_millis(5);
     loop {
-        let mut left = [f64::from(u8::from(!is_done()))];
+        let works = !is_done();
+        let mut left = [f64::from(u8::from(works))];
         reduce_values(comm, &mut left, Reduction::Max)?;
         if left[0] == 0.0 {
             return Ok(());
         }
+        // Behind the collective, whose own heartbeats are the same every time.
+        if works {
+            tell();
+        }
         std::thread::sleep(pause);
         pause = (2 * pause).min(Duration::from_millis(500));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may panic")]
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[test]
+    fn a_rank_that_is_not_done_says_so_each_time() {
+        let (looks, told) = (Cell::new(0), Cell::new(0));
+        let is_done = || looks.replace(looks.get() + 1) == 3;
+        wait_together(&Solo, is_done, || told.set(told.get() + 1)).unwrap();
+        assert_eq!((looks.get(), told.get()), (4, 3));
     }
 }

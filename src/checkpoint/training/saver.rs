@@ -14,13 +14,14 @@ use super::states::{self, StateFiles, UnitStates};
 use super::store::Store;
 use super::{fail_point, io, model, read};
 use crate::atomic::{create_dir, create_dir_synced, sync_dir, write_synced};
+use crate::checkpoint::growing::tell_saving;
 use crate::checkpoint::model_dir::ModelFiles;
 use crate::comm::{Groups, Reduction, reduce_values, wait_together};
 use crate::error::{Error, Result};
 use crate::optim::LossScale;
 use crate::shard::FlatUnit;
 
-/// Between two looks of rank 0 for the other ranks' receipts.
+/// Between two looks for a rank's receipt, or for the end of a thread that writes.
 const LOOK: Duration = Duration::from_millis(10);
 
 /// What is said of an old checkpoint that cannot be removed.
@@ -218,7 +219,8 @@ impl Saver {
         // Rank 0 may write for longer than a rank waits for another.
         let is_writing =
             || self.writing.as_ref().is_some_and(|writing| !writing.thread.is_finished());
-        wait_together(groups.world.as_ref(), || !waits_for_others || !is_writing())?;
+        let is_done = || !waits_for_others || !is_writing();
+        wait_together(groups.world.as_ref(), is_done, tell_saving)?;
         if waits_for_others {
             let staging = self.writing.as_ref().map(|writing| writing.staging.clone());
             let own = self.join();
@@ -234,6 +236,10 @@ impl Saver {
 
     fn join(&mut self) -> Result<()> {
         let Some(writing) = self.writing.take() else { return Ok(()) };
+        while !writing.thread.is_finished() {
+            tell_saving();
+            std::thread::sleep(LOOK);
+        }
         match writing.thread.join() {
             Ok((buffers, outcome)) => {
                 self.buffers = Some(buffers);

@@ -11,6 +11,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::manifest::{FileRecord, Manifest, UnitRecord};
 use super::{damaged, io};
+use crate::checkpoint::growing::GrowingFile;
 use crate::checkpoint::weight_writer::header;
 use crate::error::Result;
 use crate::model::stage::TensorSpec;
@@ -86,7 +87,7 @@ pub(super) fn write(dir: &Path, name: &str, units: &[UnitStates]) -> Result<File
             })
         })
         .collect();
-    let file = File::create(&path).map_err(io(&path, "create"))?;
+    let file = GrowingFile::create(&path).map_err(io(&path, "create"))?;
     let mut out = Summed {
         inner: BufWriter::with_capacity(BLOCK, file),
         bytes: 0,
@@ -106,7 +107,7 @@ pub(super) fn write(dir: &Path, name: &str, units: &[UnitStates]) -> Result<File
     }
     let Summed { inner, bytes, crc32 } = out;
     let file = inner.into_inner().map_err(|error| io(&path, "write")(error.into_error()))?;
-    file.sync_all().map_err(io(&path, "flush"))?;
+    file.sync().map_err(io(&path, "flush"))?;
     Ok(FileRecord { name: name.to_owned(), bytes, crc32: crc32.finalize() })
 }
 
