@@ -3,18 +3,20 @@
 
 use std::ffi::CString;
 use std::fs::File;
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::FileExt as _;
 use std::os::unix::process::ExitStatusExt as _;
+use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::{Duration, Instant, SystemTime};
 use std::{env, io, iter};
 
-use crate::contract::error_file::{self, WorkerError};
+use crate::contract::error_file::WorkerError;
 use crate::contract::heartbeat::{self, Beat};
 use crate::contract::vars;
 use crate::error::LaunchError;
+use crate::error_files::ErrorFile;
 use crate::guardian::Guardian;
 use crate::lifecycle::Exit;
 use crate::output::Stream;
@@ -62,7 +64,7 @@ pub struct Worker {
     /// Where it writes its heartbeats; they outlive it.
     heartbeat: File,
     /// Where a PyTorch program records the exception that ends it.
-    error_file: File,
+    error_file: ErrorFile,
     started: Instant,
     started_at: SystemTime,
     /// How it ended, and after how long.
@@ -73,13 +75,11 @@ impl Worker {
     fn start(plan: &Plan, index: usize, common: &Common, guardian: &Guardian) -> io::Result<Self> {
         let heartbeat = sys::memory_file(c"rr-heartbeat")?;
         heartbeat.write_all_at(&heartbeat::blank(), 0)?;
-        // Named through this process rather than inherited: a descriptor would be lost in programs
-        // that start others, and leak into those that close none.
-        let path = |file: &File| format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
-        let error_file = sys::memory_file(c"rr-error-file")?;
+        let rank = plan.first_rank() + index;
+        let error_file = ErrorFile::new(common.error_dir.as_deref(), rank)?;
         let mut own = plan.worker_vars(index);
-        own.push((vars::RR_HEARTBEAT, path(&heartbeat)));
-        own.push((vars::TORCHELASTIC_ERROR_FILE, path(&error_file)));
+        own.push((vars::RR_HEARTBEAT, sys::path_of(&heartbeat)));
+        own.push((vars::TORCHELASTIC_ERROR_FILE, error_file.name()));
         let own = own.iter().map(|(name, value)| CString::new(format!("{name}={value}")));
         let own = own.collect::<Result<Vec<_>, _>>()?;
         let started_at = SystemTime::now();
@@ -97,7 +97,7 @@ impl Worker {
         let pid = start.run()?;
         Ok(Self {
             index,
-            rank: plan.first_rank() + index,
+            rank,
             pid,
             stdout: Some(stdout.into()),
             stderr: Some(stderr.into()),
@@ -125,12 +125,7 @@ impl Worker {
 
     /// The exception that it has recorded.
     pub fn error(&self) -> Option<WorkerError> {
-        let meta = self.error_file.metadata().ok().filter(|meta| meta.len() > 0)?;
-        let after = meta.modified().ok()?.duration_since(self.started_at).unwrap_or_default();
-        let size = usize::try_from(meta.len()).unwrap_or(usize::MAX).min(error_file::MOST_BYTES);
-        let mut record = vec![0; size];
-        self.error_file.read_exact_at(&mut record, 0).ok()?;
-        WorkerError::decode(&record, after)
+        self.error_file.read(self.started_at)
     }
 
     /// What becomes readable when the worker ends.
@@ -250,10 +245,12 @@ struct Common {
     /// Of this process's environment what no worker has a variable of its own for.
     environment: Vec<CString>,
     stdin: File,
+    /// Where they record exceptions.
+    error_dir: Option<PathBuf>,
 }
 
 impl Common {
-    fn new(plan: &Plan) -> io::Result<Self> {
+    fn new(plan: &Plan, error_dir: Option<&Path>) -> io::Result<Self> {
         // A variable of one worker is one of all, but for the progress of one.
         let own: Vec<&str> = [vars::RR_PROGRESS, vars::RR_HEARTBEAT, vars::TORCHELASTIC_ERROR_FILE]
             .into_iter()
@@ -267,6 +264,7 @@ impl Common {
             arguments: words.map(|word| CString::new(word.as_bytes())).collect::<Result<_, _>>()?,
             environment: inherited.collect::<Result<_, _>>()?,
             stdin: File::open("/dev/null")?,
+            error_dir: error_dir.map(Path::to_owned),
         })
     }
 }
@@ -304,7 +302,8 @@ pub fn start(
     guardian: &Guardian,
     mut watch: impl FnMut(&mut Worker) -> io::Result<()>,
 ) -> Result<Vec<Worker>, LaunchError> {
-    let common = Common::new(plan).map_err(|source| cannot_start(plan, 0, source))?;
+    let common =
+        Common::new(plan, guardian.error_dir()).map_err(|source| cannot_start(plan, 0, source))?;
     (0..plan.workers())
         .map(|index| {
             let started = Worker::start(plan, index, &common, guardian).and_then(|mut worker| {

@@ -15,9 +15,11 @@
 
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::time::Duration;
 
 use crate::contract::{fnv1a, vars};
+use crate::error_files::{self, ErrorDir};
 use crate::procfs;
 use crate::sys::{self, Pid, Roster};
 
@@ -52,6 +54,7 @@ pub struct Guardian {
     socket: Option<OwnedFd>,
     roster: Roster,
     launcher_id: String,
+    error_dir: ErrorDir,
     /// Guardians before this one.
     predecessors: u32,
     /// Children that this process had before it became a launcher: a script has started them, and
@@ -65,13 +68,16 @@ impl Guardian {
     pub fn start(launcher_id: &str, workers: usize) -> io::Result<Self> {
         let bystanders = procfs::children();
         let roster = Roster::new(workers * GROUPS_A_WORKER)?;
-        let (pid, socket) = fork(launcher_id, roster)?;
+        let mut error_dir = ErrorDir::new(launcher_id);
+        let (pid, socket) = fork(launcher_id, roster, &error_dir)?;
+        error_dir.make();
         Ok(Self {
             pid,
             pidfd: sys::pidfd(pid),
             socket: Some(socket),
             roster,
             launcher_id: launcher_id.to_owned(),
+            error_dir,
             predecessors: 0,
             bystanders,
         })
@@ -86,7 +92,7 @@ impl Guardian {
         // Nothing to wait for where it is no child.
         sys::wait_for(self.pid);
         (self.pidfd, self.socket) = (None, None);
-        let (pid, socket) = fork(&self.launcher_id, self.roster)?;
+        let (pid, socket) = fork(&self.launcher_id, self.roster, &self.error_dir)?;
         (self.pid, self.pidfd, self.socket) = (pid, sys::pidfd(pid), Some(socket));
         Ok(())
     }
@@ -104,6 +110,11 @@ impl Guardian {
     /// Whether a child of this process is the guardian itself, or older than the launch.
     pub fn spares(&self, pid: Pid) -> bool {
         pid == self.pid || self.bystanders.contains(&pid)
+    }
+
+    /// Where workers record exceptions; removed with this, or by the guardian.
+    pub fn error_dir(&self) -> Option<&Path> {
+        self.error_dir.path()
     }
 
     /// Where a worker enters itself before it becomes its program.
@@ -137,7 +148,7 @@ impl Drop for Guardian {
 }
 
 /// Starts a guardian; its process id, and this process's end of the connection to it.
-fn fork(launcher_id: &str, roster: Roster) -> io::Result<(Pid, OwnedFd)> {
+fn fork(launcher_id: &str, roster: Roster, error_dir: &ErrorDir) -> io::Result<(Pid, OwnedFd)> {
     let (ours, theirs) = sys::message_pair()?;
     let (own_end, their_end) = (ours.as_raw_fd(), theirs.as_raw_fd());
     let has_pidfds = sys::pidfd(sys::own_pid()).is_some();
@@ -146,7 +157,7 @@ fn fork(launcher_id: &str, roster: Roster) -> io::Result<(Pid, OwnedFd)> {
         // connections would theirs.
         sys::close_inherited(own_end, their_end);
         if sys::send_number(their_end, sys::own_pid()).is_ok() {
-            watch(&theirs, launcher_id, roster);
+            watch(&theirs, launcher_id, roster, error_dir);
         }
     })?;
     drop(theirs);
@@ -171,10 +182,15 @@ fn orphans_are_collected() -> bool {
 }
 
 /// The guardian's whole life.
-fn watch(launcher: &OwnedFd, launcher_id: &str, roster: Roster) {
-    if sys::receive_number(launcher) == Some(FAREWELL) {
-        return;
+fn watch(launcher: &OwnedFd, launcher_id: &str, roster: Roster, error_dir: &ErrorDir) {
+    if sys::receive_number(launcher) != Some(FAREWELL) {
+        kill_all(launcher_id, roster);
+        error_dir.place().into_iter().for_each(error_files::remove);
     }
+}
+
+/// Kills what workers have started, wherever it is.
+fn kill_all(launcher_id: &str, roster: Roster) {
     for group in roster.groups() {
         sys::signal_group(group, libc::SIGKILL);
     }

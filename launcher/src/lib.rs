@@ -3,7 +3,7 @@
 //!
 //! The way of a launch, one module a step: [`args`] (flags) → `preflight` (`reranker check`) →
 //! `devices` (which GPUs) and `binding` (which CPUs) → `plan` (each worker's command and environment)
-//! → `nodes` (under `requests`, the signals to the launcher, from here on; the launchers of several nodes meet) → `fleet` (processes) → `supervise` (the event loop over `attempt` after attempt) with `lifecycle`
+//! → `nodes` (under `requests`, the signals to the launcher, from here on; the launchers of several nodes meet) → `fleet` (processes, and `error_files` for their exceptions) → `supervise` (the event loop over `attempt` after attempt) with `lifecycle`
 //! and `restarts` (what to do when something happens), `hang`, `oom` and `procfs` (what there is to
 //! know), `stacks` (where workers that hang are), `report` and `summary` (what is told), `output` (lines) and `guardian` (what happens if the
 //! launcher itself is killed).
@@ -14,6 +14,7 @@ mod binding;
 pub mod contract;
 mod devices;
 mod error;
+mod error_files;
 mod fleet;
 mod guardian;
 mod hang;

@@ -427,6 +427,13 @@ pub fn memory_file(name: &CStr) -> io::Result<File> {
     owned(unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) }).map(File::from)
 }
 
+/// A path under which every process of this user opens a file that this process has open. It names it
+/// through this process rather than by a descriptor that is inherited, which would be lost in programs
+/// that start others, and leak into those that close none.
+pub fn path_of(file: &File) -> String {
+    format!("/proc/{}/fd/{}", own_pid(), file.as_raw_fd())
+}
+
 /// The first `words` words of a file as memory that is shared with whoever else has the file, for the
 /// rest of this process's life.
 pub fn map_words(file: &File, words: usize) -> io::Result<&'static [AtomicU64]> {

@@ -224,6 +224,33 @@ fn an_exception_that_was_recorded_before_its_victims_ended_is_told_and_handed_on
 }
 
 #[test]
+fn a_record_may_take_the_place_of_another_and_nothing_of_it_stays() {
+    // As PyTorch hands on the exception of a child: what is there is removed first.
+    let script = format!(
+        "{RECORD}; record early; rm $TORCHELASTIC_ERROR_FILE || exit 9; record last; exit 3"
+    );
+    let folder = tempfile::tempdir().unwrap();
+    let outcome = run(shell(2, &[], &script).env("TMPDIR", folder.path()));
+    assert_eq!(outcome.code, Some(3), "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("start: last"), "{}", outcome.stderr);
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    // Nor after a KILL of the launcher.
+    let script = format!("{RECORD}; record it; sleep 300");
+    let launch = Launch::start(shell(1, &[], &script).env("TMPDIR", folder.path()));
+    let files =
+        || std::fs::read_dir(folder.path()).unwrap().flat_map(|dir| dir.unwrap().path().read_dir());
+    let is_there = || files().flatten().count() == 1;
+    assert!(common::eventually(common::DEADLINE, is_there));
+    launch.signal("KILL");
+    let is_gone = || std::fs::read_dir(folder.path()).unwrap().count() == 0;
+    assert!(common::eventually(common::DEADLINE, is_gone));
+    // Where there can be no directory, a file in memory has it.
+    let outcome =
+        run(shell(1, &[], &format!("{RECORD}; record it; exit 3")).env("TMPDIR", "/proc"));
+    assert!(outcome.stderr.contains("start: it"), "{}", outcome.stderr);
+}
+
+#[test]
 fn a_record_of_an_attempt_before_is_not_taken_for_the_last_ones() {
     let script =
         format!("{RECORD}; [ $RR_RESTART_COUNT = 0 ] && record 'ValueError: the first'; exit 3");

@@ -185,18 +185,21 @@ fn nobody_survives_a_killed_launcher() {
 
 #[test]
 fn nobody_survives_a_launcher_killed_while_it_starts_workers() {
+    let folder = tempfile::tempdir().unwrap();
     // A hundred instants over what the start of eight workers takes, and some more.
     for delay in (0..100).map(|step| Duration::from_micros(300 * step)) {
         // No process id can be written down in time; the length of a sleep marks the processes.
         let mark = format!("3{:09}.{:06}", std::process::id(), delay.as_micros());
         let worker = format!("trap '' TERM; (sleep {mark}; :) & sleep {mark}");
-        let launch = Launch::start(&mut shell(8, &[], &worker));
+        let launch = Launch::start(shell(8, &[], &worker).env("TMPDIR", folder.path()));
         std::thread::sleep(delay);
         launch.signal("KILL");
         launch.wait();
         let gone = common::eventually(Duration::from_secs(2), || !any_command_line_has(&mark));
         assert!(gone, "somebody survives a kill after {delay:?}");
     }
+    let left = || std::fs::read_dir(folder.path()).unwrap().count();
+    assert!(common::eventually(Duration::from_secs(2), || left() == 0), "directories stay");
 }
 
 fn any_command_line_has(mark: &str) -> bool {
