@@ -279,6 +279,20 @@ fn a_disk_that_fills_up_while_writing_leaves_the_earlier_checkpoints_whole() {
 }
 
 #[test]
+fn a_checkpoint_that_outgrows_the_limit_on_the_size_of_files_is_one_that_cannot_be_saved() {
+    let bench = Bench::new(0.0);
+    let start = command(&bench, &["val_dataset=null"]);
+    let mut limited = Command::new("bash");
+    // In KiB: less than a rank's states take.
+    limited.args(["-c", "ulimit -f 100 && exec \"$@\"", "bash"]).current_dir(bench.root.path());
+    limited.arg(start.get_program()).args(start.get_args()).env("OMP_NUM_THREADS", "1");
+    let output = limited.stdin(Stdio::null()).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(CANNOT_SAVE), "{said}");
+    assert!(said.contains("File too large"), "{said}");
+}
+
+#[test]
 fn an_old_checkpoint_that_cannot_be_removed_ends_no_run() {
     let bench = Bench::new(0.1);
     let root = bench.root.path();
