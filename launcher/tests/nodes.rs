@@ -486,26 +486,58 @@ fn who_comes_late_is_told_too_that_nothing_comes_of_it() {
 #[test]
 fn a_second_node_of_the_same_rank_is_refused() {
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let start = |node: &str| {
+    let start = |node: &str, patience: &str| {
         let mut command = launcher();
         let rdzv = format!("127.0.0.1:{port}");
         command.args(["--cpu", "--nnodes", "3", "--node-rank", node, "--rdzv", &rdzv]);
+        command.args(["--rdzv-timeout", patience]);
         Launch::start(command.args(["--", "sh", "-c", "echo; exec sleep 2"]))
     };
-    let (first, second) = (start("0"), start("1"));
+    let (first, second) = (start("0", "60"), start("1", "60"));
     std::thread::sleep(Duration::from_millis(500));
-    let twin = start("1").wait();
+    let twin = start("1", "60").wait();
     assert_eq!(twin.code, Some(2), "{}", twin.stderr);
     assert!(twin.stderr.contains("--node-rank 1 of host "), "{}", twin.stderr);
     assert!(is_alive(first.pid()) && is_alive(second.pid()));
-    let third = start("2");
+    let third = start("2", "60");
     first.wait_for_lines(1);
-    let late = start("2").wait();
-    assert_eq!(late.code, Some(2), "{}", late.stderr);
-    assert!(late.stderr.contains("has begun without this node"), "{}", late.stderr);
+    // Who waits for the next launch in vain.
+    let late = start("2", "0.5").wait();
+    assert_eq!(late.code, Some(44), "{}", late.stderr);
+    assert!(late.stderr.contains("without this node, with all nodes"), "{}", late.stderr);
+    assert!(late.stderr.contains("waited 0.5 s (--rdzv-timeout) for the end"), "{}", late.stderr);
     let outcomes = wait_all(vec![first, second, third]);
     assert_codes(&outcomes, 0);
     assert!(outcomes[0].stderr.contains("--node-rank 1 of host "), "{}", outcomes[0].stderr);
+}
+
+#[test]
+fn a_successor_that_comes_while_the_old_launch_ends_waits_for_the_next() {
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().display();
+    // Workers that are not through before the test lets them end.
+    let script = format!(
+        "trap '' TERM; echo $$ > {dir}/$RANK.new; mv {dir}/$RANK.new {dir}/$RANK
+        until [ -e {dir}/go ]; do sleep 0.02; done"
+    );
+    let start = |node: &str| {
+        let mut command = launcher();
+        let rdzv = format!("127.0.0.1:{port}");
+        command.args(["--cpu", "--nnodes", "2", "--node-rank", node, "--rdzv", &rdzv]);
+        Launch::start(command.args(["--grace", "60", "--", "sh", "-c", &script]))
+    };
+    let (first, second) = (start("0"), start("1"));
+    pids(folder.path(), 2);
+    send("KILL", second.pid());
+    second.wait();
+    let successor = start("1");
+    successor.wait_for_word("has begun without this node, with all nodes that it has; waiting");
+    std::fs::write(folder.path().join("go"), "").unwrap();
+    assert_codes(&[first.wait()], 44);
+    let outcomes = [start("0").wait(), successor.wait()];
+    assert_codes(&outcomes, 0);
+    assert_eq!(outcomes[1].stderr.lines().count(), 1, "{}", outcomes[1].stderr);
 }
 
 #[test]

@@ -38,7 +38,7 @@ pub struct Cluster {
     attempt: u32,
     /// By node; node 0 has one to each, the others one to node 0.
     links: Vec<Option<Link>>,
-    /// Refuses latecomers on node 0.
+    /// Puts latecomers off on node 0.
     listener: Option<TcpListener>,
     /// What was received and waits for its turn.
     inbox: VecDeque<(usize, Message)>,
@@ -127,9 +127,9 @@ impl Cluster {
         }
     }
 
-    /// Somebody calls who is late, or twice.
+    /// Somebody calls who is late, or one too many, or early for the next launch.
     pub fn refuse_caller(&self) {
-        self.listener.iter().for_each(meeting::refuse_late);
+        self.listener.iter().for_each(meeting::put_off);
     }
 
     /// Reads what a node has sent.

@@ -18,6 +18,9 @@ use crate::sys::{Epoll, Interest};
 /// Between two calls to a node 0 that does not answer.
 const CALL_AGAIN: Duration = Duration::from_millis(200);
 
+/// The same where a launch is on that has to end first.
+const CALL_LATER: Duration = Duration::from_secs(1);
+
 /// The longest wait for one call to be answered.
 const CALL: Duration = Duration::from_secs(3);
 
@@ -29,6 +32,7 @@ pub fn join(own: &Hello, place: &Place, requests: &Requests) -> Result<Cluster, 
     let deadline = Instant::now().checked_add(place.patience);
     let mut trouble = String::new();
     let mut reminder = Reminder::new(Instant::now());
+    let mut was_put_off = false;
     loop {
         let left = deadline.map_or(CALL, |deadline| deadline.duration_since(Instant::now()));
         if left.is_zero() {
@@ -41,6 +45,7 @@ pub fn join(own: &Hello, place: &Place, requests: &Requests) -> Result<Cluster, 
             say(&format!("waiting for {trouble}; up to {patience} s in all"));
         }
         let Place { addr, port, .. } = place;
+        let mut interval = CALL_AGAIN;
         match call(place, left.min(CALL)) {
             Err(error) => {
                 trouble = format!("node 0, which does not answer at {addr}:{port}: {error}");
@@ -60,6 +65,15 @@ pub fn join(own: &Hello, place: &Place, requests: &Requests) -> Result<Cluster, 
                     Ok(Answer::Refused { line, code }) => {
                         return Err(LaunchError::Nodes { line, code });
                     }
+                    Ok(Answer::Begun) => {
+                        if !std::mem::replace(&mut was_put_off, true) {
+                            say_put_off(place);
+                        }
+                        trouble = format!(
+                            "the end of the launch at {addr}:{port}, which has begun without this node"
+                        );
+                        interval = CALL_LATER;
+                    }
                     Ok(Answer::Gone) => trouble = format!("node 0, which hung up at {addr}:{port}"),
                     Ok(Answer::Silent) => {
                         trouble = format!("node 0, which has not begun to meet at {addr}:{port}");
@@ -73,12 +87,23 @@ pub fn join(own: &Hello, place: &Place, requests: &Requests) -> Result<Cluster, 
                 }
             }
         }
-        if let Err(error) = requests.pause(CALL_AGAIN.min(left)) {
+        if let Err(error) = requests.pause(interval.min(left)) {
             return Err(leave(&error, |code| {
                 decline(place, &own.host, code, requests);
             }));
         }
     }
+}
+
+/// Says that a launch is on. It may be the one before this, whose other nodes still end their workers; or this
+/// node is one too many.
+fn say_put_off(place: &Place) {
+    let Place { addr, port, .. } = place;
+    say(&format!(
+        "the launch at {addr}:{port} has begun without this node, with all nodes that it has; waiting \
+         for its end and for the next one, up to {} s in all",
+        place.patience.as_secs_f64()
+    ));
 }
 
 /// Says why this node does not take part, then tells the others.
@@ -128,6 +153,8 @@ enum Answer {
         line: String,
         code: u8,
     },
+    /// A launch is on.
+    Begun,
     /// Node 0 has ended.
     Gone,
     /// It says nothing: it is still busy with its own check, or out of reach.
@@ -147,6 +174,7 @@ fn sit(link: &mut Link, place: &Place, requests: &Requests) -> Result<Answer, La
             match message {
                 Message::Welcome(world) => return Ok(Answer::Begin(world, messages.collect())),
                 Message::Refuse { line, code } => return Ok(Answer::Refused { line, code }),
+                Message::Begun => return Ok(Answer::Begun),
                 _ => {}
             }
         }

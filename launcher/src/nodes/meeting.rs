@@ -145,15 +145,13 @@ fn refuse(link: io::Result<Link>, reason: &str, code: u8, until: Instant) {
     link.part(until);
 }
 
-/// Refuses whoever calls when the launch has begun.
-pub fn refuse_late(listener: &TcpListener) {
+/// Tells whoever calls that the launch has begun. Who calls may be meant for the next one.
+pub fn put_off(listener: &TcpListener) {
     while let Ok((stream, _)) = listener.accept() {
-        let reason = "the launch at this address has begun without this node";
         let Ok(mut link) = Link::new(stream) else { continue };
-        let message = Message::Refuse { line: reason.to_owned(), code: exit_code::USER_ERROR };
         // Nothing was read, so that closing it would take this back; it need not be waited for.
         link.receive(Instant::now());
-        link.send(&message);
+        link.send(&Message::Begun);
     }
 }
 

@@ -27,6 +27,8 @@ pub enum Message {
         /// What to exit with.
         code: u8,
     },
+    /// From node 0, to who calls while the workers of a launch run: it has begun without this node.
+    Begun,
     /// From node 0, to all at once: begin.
     Welcome(World),
     /// To node 0 every second.

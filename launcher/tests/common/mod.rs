@@ -89,6 +89,18 @@ impl Launch {
         assert!(come, "the launcher does not pass on {count} lines");
     }
 
+    /// Waits until the launcher has said something on stderr.
+    pub fn wait_for_word(&self, word: &str) {
+        use std::os::unix::fs::FileExt as _;
+        let mut text = vec![0; 1 << 16];
+        let said = eventually(DEADLINE, || {
+            // The file's own offset is the launcher's.
+            let size = self.stderr.read_at(&mut text, 0).unwrap();
+            String::from_utf8_lossy(&text[..size]).contains(word)
+        });
+        assert!(said, "the launcher does not say {word:?}");
+    }
+
     /// Waits for the launcher's end.
     pub fn wait(mut self) -> Outcome {
         let limit = Instant::now() + DEADLINE;
