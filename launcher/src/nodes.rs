@@ -5,6 +5,7 @@
 //!
 //! Collectives are none of the launchers' business: who starts, who watches and who ends is.
 
+mod call;
 pub mod cluster;
 pub mod join;
 pub mod link;

@@ -250,6 +250,42 @@ fn a_host_that_never_comes_is_named() {
 }
 
 #[test]
+fn a_search_for_a_name_that_takes_long_keeps_nobody_from_ending() {
+    let Some(hosts) = Hosts::new() else { return };
+    let name = &hosts.names[1];
+    // A server of names to which questions go out, and that never answers.
+    let server = "10.213.78.9";
+    let neighbour = ["neigh", "add", server, "lladdr", "02:00:00:00:00:09", "dev", "eth0"];
+    ip(&[&["-n", name][..], &neighbour, &["nud", "permanent"]].concat()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let conf = folder.path().join("resolv.conf");
+    std::fs::write(&conf, format!("nameserver {server}\n")).unwrap();
+    let start = |patience: &str| {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", name, "unshare", "--mount", "sh", "-c"]);
+        command.arg("mount --bind \"$0\" /etc/resolv.conf && exec \"$@\"").arg(&conf);
+        command.arg(launcher().get_program()).args(["--cpu", "--nnodes", "2", "--node-rank", "1"]);
+        command.args(["--rdzv", "node0.test:29400", "--rdzv-timeout", patience, "--", "true"]);
+        Launch::start(&mut command)
+    };
+    let begin = Instant::now();
+    let waited = start("0.5").wait();
+    assert_eq!(waited.code, Some(44), "{}", waited.stderr);
+    assert!(waited.stderr.contains("whose address is not found: node0.test"), "{}", waited.stderr);
+    let told = start("60");
+    let tasks = format!("/proc/{}/task", told.pid());
+    let searches = || std::fs::read_dir(&tasks).is_ok_and(|tasks| tasks.count() == 2);
+    assert!(common::eventually(END, searches), "no thread searches for the name");
+    // The first is told to the others, if they are found; the second ends that.
+    for _ in 0..2 {
+        told.signal("TERM");
+        told.wait_for_word("ended by SIGTERM before any worker was started");
+    }
+    assert_eq!(told.wait().code, Some(143));
+    assert!(begin.elapsed() < END, "{:?}", begin.elapsed());
+}
+
+#[test]
 fn hosts_may_come_late_and_in_any_order() {
     for late in [0, 1] {
         let Some(hosts) = Hosts::new() else { return };

@@ -1,15 +1,15 @@
 //! The meeting as a node other than 0 sees it: it calls until it is welcome.
 
 use std::io;
-use std::net::{TcpStream, ToSocketAddrs as _};
 use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
 
+use super::call::Call;
 use super::cluster::Cluster;
 use super::link::Link;
 use super::meeting::{FAREWELL, LATECOMERS, Place, Reminder, network, say};
 use super::message::{Hello, Message, World};
-use super::ping_interval;
+use super::{PING, ping_interval};
 use crate::contract::exit_code;
 use crate::error::LaunchError;
 use crate::requests::Requests;
@@ -21,7 +21,7 @@ const CALL_AGAIN: Duration = Duration::from_millis(200);
 /// The same where a launch is on that has to end first.
 const CALL_LATER: Duration = Duration::from_secs(1);
 
-/// The longest wait for one call to be answered.
+/// The longest wait for one address to answer.
 const CALL: Duration = Duration::from_secs(3);
 
 /// Calls node 0 until this node is welcome. A signal meanwhile is the end, and told to the others.
@@ -29,38 +29,39 @@ const CALL: Duration = Duration::from_secs(3);
 /// # Errors
 /// That, or the nodes do not come together.
 pub fn join(own: &Hello, place: &Place, requests: &Requests) -> Result<Cluster, LaunchError> {
+    let Place { addr, port, .. } = place;
     let deadline = Instant::now().checked_add(place.patience);
-    let mut trouble = String::new();
+    let patience = place.patience.as_secs_f64();
     let mut reminder = Reminder::new(Instant::now());
+    let (mut calling, mut trouble) = (None, None);
     let mut was_put_off = false;
     loop {
         let left = deadline.map_or(CALL, |deadline| deadline.duration_since(Instant::now()));
+        let trouble_now = || trouble.clone().unwrap_or_else(|| unanswered(calling.as_ref(), place));
         if left.is_zero() {
-            let line =
-                format!("waited {} s (--rdzv-timeout) for {trouble}", place.patience.as_secs_f64());
+            let line = format!("waited {patience} s (--rdzv-timeout) for {}", trouble_now());
             return Err(LaunchError::Nodes { line, code: exit_code::NODE_LOST });
         }
         if reminder.is_due(Instant::now()) {
-            let patience = place.patience.as_secs_f64();
-            say(&format!("waiting for {trouble}; up to {patience} s in all"));
+            say(&format!("waiting for {}; up to {patience} s in all", trouble_now()));
         }
-        let Place { addr, port, .. } = place;
+        let called = reach(&mut calling, place, left, requests).map_err(|error| {
+            leave(&error, |code| {
+                decline(place, &own.host, code, requests);
+            })
+        })?;
         let mut interval = CALL_AGAIN;
-        match call(place, left.min(CALL)) {
-            Err(error) => {
-                trouble = format!("node 0, which does not answer at {addr}:{port}: {error}");
+        match called {
+            None => continue,
+            Some(Err(error)) => {
+                trouble = Some(format!("node 0, which does not answer at {addr}:{port}: {error}"));
             }
-            Ok(mut link) => {
+            Some(Ok(mut link)) => {
                 link.send(&Message::Hello(own.clone()));
-                match sit(&mut link, place, requests) {
+                let node = own.node_rank;
+                trouble = Some(match sit(&mut link, place, requests) {
                     Ok(Answer::Begin(world, rest)) => {
-                        return Ok(Cluster::member(
-                            world,
-                            own.node_rank,
-                            link,
-                            rest,
-                            place.silence,
-                        ));
+                        return Ok(Cluster::member(world, node, link, rest, place.silence));
                     }
                     Ok(Answer::Refused { line, code }) => {
                         return Err(LaunchError::Nodes { line, code });
@@ -69,29 +70,55 @@ pub fn join(own: &Hello, place: &Place, requests: &Requests) -> Result<Cluster, 
                         if !std::mem::replace(&mut was_put_off, true) {
                             say_put_off(place);
                         }
-                        trouble = format!(
-                            "the end of the launch at {addr}:{port}, which has begun without this node"
-                        );
                         interval = CALL_LATER;
+                        let at = format!("the launch at {addr}:{port}");
+                        format!("the end of {at}, which has begun without this node")
                     }
-                    Ok(Answer::Gone) => trouble = format!("node 0, which hung up at {addr}:{port}"),
+                    Ok(Answer::Gone) => format!("node 0, which hung up at {addr}:{port}"),
                     Ok(Answer::Silent) => {
-                        trouble = format!("node 0, which has not begun to meet at {addr}:{port}");
+                        format!("node 0, which has not begun to meet at {addr}:{port}")
                     }
                     Err(error @ LaunchError::Signalled { .. }) => {
                         return Err(leave(&error, |code| {
-                            say_no(link, own.node_rank, &own.host, code);
+                            say_no(link, node, &own.host, code);
                         }));
                     }
                     Err(error) => return Err(error),
-                }
+                });
             }
         }
-        if let Err(error) = requests.pause(interval.min(left)) {
-            return Err(leave(&error, |code| {
+        requests.pause(interval.min(left)).map_err(|error| {
+            leave(&error, |code| {
                 decline(place, &own.host, code, requests);
-            }));
-        }
+            })
+        })?;
+    }
+}
+
+/// Begins a call, or goes on with the one that is on its way; `None` as long as it is.
+fn reach(
+    calling: &mut Option<Call>,
+    place: &Place,
+    left: Duration,
+    requests: &Requests,
+) -> Result<Option<io::Result<Link>>, LaunchError> {
+    let call = match calling.take().map_or_else(|| Call::begin(place, left.min(CALL)), Ok) {
+        Ok(call) => call,
+        Err(error) => return Ok(Some(Err(error))),
+    };
+    if call.is_through(left.min(PING), requests)? {
+        return Ok(Some(call.answer()));
+    }
+    *calling = Some(call);
+    Ok(None)
+}
+
+/// Whom the first call is waiting for.
+fn unanswered(calling: Option<&Call>, place: &Place) -> String {
+    let Place { addr, port, .. } = place;
+    match calling {
+        Some(call) if !call.has_found() => format!("node 0, whose address is not found: {addr}"),
+        _ => format!("node 0, which does not answer at {addr}:{port}"),
     }
 }
 
@@ -118,11 +145,15 @@ fn leave(error: &LaunchError, tell: impl FnOnce(u8)) -> LaunchError {
 /// not there, or until a signal comes.
 pub fn decline(place: &Place, host: &str, code: u8, requests: &Requests) {
     let until = Instant::now() + LATECOMERS;
+    let mut calling = None;
     loop {
-        if let Ok(link) = call(place, FAREWELL) {
-            return say_no(link, place.node_rank, host, code);
+        let left = until.saturating_duration_since(Instant::now());
+        match reach(&mut calling, place, left, requests) {
+            Ok(Some(Ok(link))) => return say_no(link, place.node_rank, host, code),
+            Ok(_) if !left.is_zero() => {}
+            _ => return,
         }
-        if Instant::now() >= until || requests.pause(CALL_AGAIN).is_err() {
+        if calling.is_none() && requests.pause(CALL_AGAIN).is_err() {
             return;
         }
     }
@@ -131,18 +162,6 @@ pub fn decline(place: &Place, host: &str, code: u8, requests: &Requests) {
 fn say_no(mut link: Link, node_rank: usize, host: &str, code: u8) {
     link.send(&Message::Decline { node_rank, host: host.to_owned(), code });
     link.part(Instant::now() + FAREWELL);
-}
-
-/// One call to node 0.
-fn call(place: &Place, timeout: Duration) -> io::Result<Link> {
-    let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
-    for address in (place.addr.as_str(), place.port).to_socket_addrs()? {
-        match TcpStream::connect_timeout(&address, timeout) {
-            Ok(stream) => return Link::new(stream),
-            Err(error) => last = error,
-        }
-    }
-    Err(last)
 }
 
 /// How a call ended.
