@@ -517,6 +517,21 @@ fn who_comes_late_is_told_too_that_nothing_comes_of_it() {
         assert!(outcomes[0].stderr.contains("cannot start: exit code 2"), "{}", outcomes[0].stderr);
         assert_eq!(outcomes[1].stderr.lines().count(), 1, "{}", outcomes[1].stderr);
     }
+    // What connects and says nothing is no node, and nobody is left out for it.
+    let port = free();
+    let first = start(port, "0", "true");
+    let connect = || std::net::TcpStream::connect(("127.0.0.1", port)).ok();
+    let mut strays = Vec::new();
+    common::eventually(END, || {
+        strays.extend(connect());
+        strays.len() == 2
+    });
+    first.signal("TERM");
+    first.wait_for_word("ended by SIGTERM");
+    strays.extend(connect());
+    let outcomes = wait_all(vec![start(port, "1", "true"), start(port, "2", "true"), first]);
+    assert_codes(&outcomes, 143);
+    drop(strays);
 }
 
 #[test]

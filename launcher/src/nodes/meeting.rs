@@ -55,7 +55,9 @@ pub struct Meeting {
 /// Who has called node 0.
 struct Guest {
     link: Link,
-    /// What it said; `None` as long as it has said nothing.
+    /// Whether it is a launcher, by what it said: that it wants to take part, or cannot.
+    has_spoken: bool,
+    /// Who takes part.
     hello: Option<Hello>,
 }
 
@@ -112,27 +114,38 @@ impl Meeting {
         };
         let name = name_of(self.place.node_rank, &self.host);
         let line = format!("{name} cannot start: exit code {code}; see its output");
-        turn_away(&listener, self.place.nnodes - 1, &line, code, requests);
+        turn_away(&listener, Vec::new(), self.place.nnodes - 1, &line, code, requests);
     }
 }
 
-/// Refuses so many callers, those that come within [`LATECOMERS`] and before a signal.
+/// Refuses so many nodes, those that call within [`LATECOMERS`] and before a signal. `links` are of callers
+/// that have said nothing yet, as is whoever calls now: what is no launcher says nothing, and does not count.
 fn turn_away(
     listener: &TcpListener,
-    mut callers: usize,
+    mut links: Vec<Link>,
+    mut nodes: usize,
     line: &str,
     code: u8,
     requests: &Requests,
 ) {
     let until = Instant::now() + LATECOMERS;
-    while callers > 0 && Instant::now() < until {
-        match listener.accept() {
-            Ok((stream, _)) => {
-                refuse(Link::new(stream), line, code, Instant::now() + FAREWELL);
-                callers -= 1;
+    while nodes > 0 && Instant::now() < until {
+        while let Ok((stream, _)) = listener.accept() {
+            links.extend(Link::new(stream));
+        }
+        let mut silent = Vec::new();
+        for mut link in links {
+            let said = link.receive(Instant::now());
+            if said.iter().any(|said| matches!(said, Message::Hello(_) | Message::Decline { .. })) {
+                refuse(Ok(link), line, code, Instant::now() + FAREWELL);
+                nodes = nodes.saturating_sub(1);
+            } else if link.is_open() {
+                silent.push(link);
             }
-            Err(_) if requests.pause(ANSWER).is_err() => return,
-            Err(_) => {}
+        }
+        links = silent;
+        if nodes > 0 && requests.pause(ANSWER).is_err() {
+            return;
         }
     }
 }
@@ -242,7 +255,7 @@ impl Host<'_> {
     fn accept(&mut self) {
         while let Ok((stream, _)) = self.listener.accept() {
             if let Ok(link) = Link::new(stream) {
-                self.guests.push(Guest { link, hello: None });
+                self.guests.push(Guest { link, has_spoken: false, hello: None });
             }
         }
     }
@@ -269,11 +282,15 @@ impl Host<'_> {
                         guest.link.send(&Message::Wait);
                     }
                     Message::Decline { node_rank, host, code } => {
+                        guest.has_spoken = true;
                         let name = name_of(node_rank, &host);
                         let line = format!("{name} cannot start: exit code {code}; see its output");
                         return Some((line, code));
                     }
-                    Message::Hello(hello) => refusal = Some(hello),
+                    Message::Hello(hello) => {
+                        guest.has_spoken = true;
+                        refusal = Some(hello);
+                    }
                     _ => {}
                 }
             }
@@ -311,14 +328,17 @@ impl Host<'_> {
     /// Nothing comes of it: all are told why.
     fn end(self, line: String, code: u8) -> LaunchError {
         let until = Instant::now() + FAREWELL;
-        let absent = (self.place.nnodes - 1).saturating_sub(self.guests.len());
-        for guest in self.guests {
+        let (heard, silent): (Vec<_>, Vec<_>) =
+            self.guests.into_iter().partition(|guest| guest.has_spoken);
+        let absent = (self.place.nnodes - 1).saturating_sub(heard.len());
+        for guest in heard {
             refuse(Ok(guest.link), &line, code, until);
         }
         // Who did not come in all that time hardly comes now.
         if code != exit_code::NODE_LOST {
             say(&line);
-            turn_away(&self.listener, absent, &line, code, self.requests);
+            let silent = silent.into_iter().map(|guest| guest.link).collect();
+            turn_away(&self.listener, silent, absent, &line, code, self.requests);
             return LaunchError::Told(code);
         }
         LaunchError::Nodes { line, code }
