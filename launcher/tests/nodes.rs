@@ -418,6 +418,26 @@ fn what_differs_is_one_line_on_both() {
 }
 
 #[test]
+fn a_node_of_another_run_is_turned_away_and_ends_nobody() {
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let start = |node: &str, run: &str, program: &str| {
+        let mut command = launcher();
+        let rdzv = format!("127.0.0.1:{port}");
+        command.args(["--cpu", "--nnodes", "2", "--node-rank", node, "--rdzv", &rdzv]);
+        Launch::start(command.args(["--run-id", run, "--", program]))
+    };
+    let first = start("0", "ours", "true");
+    let stranger = start("1", "theirs", "false").wait();
+    assert_eq!((stranger.code, stranger.stderr.lines().count()), (Some(2), 1));
+    assert!(stranger.stderr.contains("--run-id theirs, ours on node 0 ("), "{}", stranger.stderr);
+    assert_eq!(start("1", "theirs", "no-such-program-anywhere").wait().code, Some(2));
+    let outcomes = wait_all(vec![first, start("1", "ours", "true")]);
+    assert_codes(&outcomes, 0);
+    let told = outcomes[0].stderr.matches(") is of another run and is turned away: ").count();
+    assert_eq!((told, outcomes[0].stderr.lines().count()), (2, 2), "{}", outcomes[0].stderr);
+}
+
+#[test]
 fn nodes_are_not_lost_over_a_timeout_shorter_than_a_second() {
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let start = |node: &str| {

@@ -9,7 +9,7 @@ use crate::contract::nodes::NodeEnv;
 use crate::contract::{fnv1a, vars};
 use crate::error::LaunchError;
 use crate::nodes::Place;
-use crate::nodes::message::Term;
+use crate::nodes::message::{RUN_ID, Term};
 use crate::sys;
 
 /// The flags about several nodes.
@@ -137,6 +137,7 @@ impl NodeArgs {
             port: rdzv.port,
             patience: self.rdzv_timeout.unwrap_or(Duration::from_secs(600)),
             silence: self.silence(),
+            run_id: self.run_id.clone().unwrap_or_default(),
         }))
     }
 }
@@ -174,7 +175,7 @@ impl Args {
         let readable = [
             ("the version of rr-launch", env!("CARGO_PKG_VERSION").to_owned()),
             ("--nnodes", nnodes.to_string()),
-            ("--run-id", self.nodes.run_id.clone().unwrap_or_default()),
+            (RUN_ID, self.nodes.run_id.clone().unwrap_or_default()),
             ("the device", device.to_owned()),
             ("the command", command),
             ("--max-restarts", self.max_restarts.to_string()),

@@ -80,7 +80,7 @@ pub fn join(own: &Hello, place: &Place, requests: &Requests) -> Result<Cluster, 
                     }
                     Err(error @ LaunchError::Signalled { .. }) => {
                         return Err(leave(&error, |code| {
-                            say_no(link, node, &own.host, code);
+                            say_no(link, place, &own.host, code);
                         }));
                     }
                     Err(error) => return Err(error),
@@ -149,7 +149,7 @@ pub fn decline(place: &Place, host: &str, code: u8, requests: &Requests) {
     loop {
         let left = until.saturating_duration_since(Instant::now());
         match reach(&mut calling, place, left, requests) {
-            Ok(Some(Ok(link))) => return say_no(link, place.node_rank, host, code),
+            Ok(Some(Ok(link))) => return say_no(link, place, host, code),
             Ok(_) if !left.is_zero() => {}
             _ => return,
         }
@@ -159,8 +159,9 @@ pub fn decline(place: &Place, host: &str, code: u8, requests: &Requests) {
     }
 }
 
-fn say_no(mut link: Link, node_rank: usize, host: &str, code: u8) {
-    link.send(&Message::Decline { node_rank, host: host.to_owned(), code });
+fn say_no(mut link: Link, place: &Place, host: &str, code: u8) {
+    let (host, run_id) = (host.to_owned(), place.run_id.clone());
+    link.send(&Message::Decline { node_rank: place.node_rank, host, run_id, code });
     link.part(Instant::now() + FAREWELL);
 }
 
@@ -232,6 +233,7 @@ mod tests {
             port: listener.local_addr().unwrap().port(),
             patience: Duration::from_secs(60),
             silence: Duration::from_secs(60),
+            run_id: String::new(),
         };
         let host = std::thread::spawn(move || {
             let mut link = Link::new(listener.accept().unwrap().0).unwrap();

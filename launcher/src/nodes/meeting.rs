@@ -42,6 +42,8 @@ pub struct Place {
     pub patience: Duration,
     /// A node that is silent for so long is lost.
     pub silence: Duration,
+    /// The user's `--run-id`, empty where there is none.
+    pub run_id: String,
 }
 
 /// A meeting that has not begun.
@@ -275,24 +277,34 @@ impl Host<'_> {
         let mut index = 0;
         while index < self.guests.len() {
             let guest = &mut self.guests[index];
-            let mut refusal = None;
+            let (mut refusal, mut stranger) = (None, None);
             for message in guest.link.receive(now) {
                 match message {
                     Message::Ping { .. } => {
                         guest.link.send(&Message::Wait);
                     }
-                    Message::Decline { node_rank, host, code } => {
+                    Message::Decline { node_rank, host, run_id, code } => {
                         guest.has_spoken = true;
                         let name = name_of(node_rank, &host);
+                        stranger = another_run(&self.own, &name, &run_id);
+                        if stranger.is_some() {
+                            break;
+                        }
                         let line = format!("{name} cannot start: exit code {code}; see its output");
                         return Some((line, code));
                     }
                     Message::Hello(hello) => {
                         guest.has_spoken = true;
+                        let name = name_of(hello.node_rank, &hello.host);
+                        stranger = another_run(&self.own, &name, hello.run_id());
                         refusal = Some(hello);
                     }
                     _ => {}
                 }
+            }
+            if let Some(line) = stranger {
+                self.refuse_guest(index, &line, now);
+                continue;
             }
             if !guest.link.is_open() || guest.link.is_silent(self.place.silence, now) {
                 self.guests.remove(index);
@@ -303,9 +315,7 @@ impl Host<'_> {
                     return Some((line, exit_code::USER_ERROR));
                 }
                 if let Some(line) = self.taken(&hello) {
-                    say(&line);
-                    let guest = self.guests.remove(index);
-                    refuse(Ok(guest.link), &line, exit_code::USER_ERROR, now + FAREWELL);
+                    self.refuse_guest(index, &line, now);
                     continue;
                 }
                 self.guests[index].hello = Some(hello);
@@ -313,6 +323,13 @@ impl Host<'_> {
             index += 1;
         }
         None
+    }
+
+    /// One guest cannot take part, which is nothing to the others.
+    fn refuse_guest(&mut self, index: usize, line: &str, now: Instant) {
+        say(line);
+        let guest = self.guests.remove(index);
+        refuse(Ok(guest.link), line, exit_code::USER_ERROR, now + FAREWELL);
     }
 
     /// Why a node of this rank cannot take part, if there is one already.
@@ -375,6 +392,17 @@ impl Host<'_> {
         }
         Ok(Cluster::hub(world, links, self.listener, self.place.silence))
     }
+}
+
+/// Why a node is none of this run: both have a `--run-id`, and they differ. Where one has none a flag is
+/// forgotten rather, which is a disagreement.
+fn another_run(own: &Hello, name: &str, run_id: &str) -> Option<String> {
+    let own_id = own.run_id();
+    let differs = !own_id.is_empty() && !run_id.is_empty() && own_id != run_id;
+    differs.then(|| {
+        let own = name_of(own.node_rank, &own.host);
+        format!("{name} is of another run and is turned away: --run-id {run_id}, {own_id} on {own}")
+    })
 }
 
 /// What two nodes do not agree on, in a line: every term that differs.

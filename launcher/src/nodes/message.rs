@@ -5,6 +5,9 @@ use serde::{Deserialize, Serialize};
 use crate::hang::Position;
 use crate::lifecycle::Cause;
 
+/// The term by which nodes of several runs are told apart.
+pub const RUN_ID: &str = "--run-id";
+
 /// One message, in either direction.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -17,6 +20,8 @@ pub enum Message {
         node_rank: usize,
         /// Its host.
         host: String,
+        /// The user's `--run-id`, empty where there is none.
+        run_id: String,
         /// What it exits with.
         code: u8,
     },
@@ -73,6 +78,14 @@ pub struct Hello {
     pub workers: usize,
     /// Names and values that have to be the same on all nodes, the version first.
     pub terms: Vec<Term>,
+}
+
+impl Hello {
+    /// The user's `--run-id`, empty where there is none.
+    pub fn run_id(&self) -> &str {
+        let term = self.terms.iter().find(|term| term.name == RUN_ID);
+        term.map_or("", |term| term.value.as_str())
+    }
 }
 
 /// Something that has to be the same on all nodes.
