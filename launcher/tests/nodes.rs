@@ -168,6 +168,45 @@ print(*map(env, names.split()))
 }
 
 #[test]
+fn rank_0_is_met_where_all_hosts_reach_it() {
+    let Some(hosts) = Hosts::new() else { return };
+    let start = |host: usize, nnodes: &str, node: &str, rdzv: &str, program: &[&str]| {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &hosts.names[host]]).arg(launcher().get_program());
+        command.args(["--cpu", "--nnodes", nnodes, "--node-rank", node, "--rdzv", rdzv]);
+        Launch::start(command.args(["--prefix", "", "--"]).args(program))
+    };
+    // Node 1 is on node 0's host, and comes by an address that node 2 does not reach it at.
+    let (near, far) = ("127.0.0.1:29400", "10.213.78.1:29400");
+    let show = ["printenv", "MASTER_ADDR"];
+    let places = [(0, "0", near), (0, "1", near), (1, "2", far)];
+    let launches = places.map(|(host, node, rdzv)| start(host, "3", node, rdzv, &show));
+    let outcomes = wait_all(launches.into());
+    assert_codes(&outcomes, 0);
+    assert!(outcomes.iter().all(|outcome| outcome.stdout == "10.213.78.1\n"));
+    // An address that holds on a link only is of no use without the link's name.
+    let program = r#"
+import os, socket
+meet = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+if os.environ["RANK"] == "0":
+    socket.create_server(("::", meet[1]), family=socket.AF_INET6).accept()
+else:
+    while True:
+        try:
+            socket.create_connection(meet)
+            break
+        except ConnectionRefusedError:
+            pass
+"#;
+    let link = ["address", "add", "fe80::1/64", "dev", "eth0", "nodad"];
+    ip(&[&["-n", &hosts.names[0]][..], &link].concat()).unwrap();
+    let rdzv = "[fe80::1%eth0]:29400";
+    let launches = [(0, "0"), (1, "1")]
+        .map(|(host, node)| start(host, "2", node, rdzv, &["python3", "-c", program]));
+    assert_codes(&wait_all(launches.into()), 0);
+}
+
+#[test]
 fn a_failure_on_one_host_ends_all_and_is_named_on_all() {
     let Some(hosts) = Hosts::new() else { return };
     let folder = tempfile::tempdir().unwrap();

@@ -60,7 +60,8 @@ pub fn join(own: &Hello, place: &Place, requests: &Requests) -> Result<Cluster, 
                 link.send(&Message::Hello(own.clone()));
                 let node = own.node_rank;
                 trouble = Some(match sit(&mut link, place, requests) {
-                    Ok(Answer::Begin(world, rest)) => {
+                    Ok(Answer::Begin(mut world, rest)) => {
+                        world.reach_on(link.interface());
                         return Ok(Cluster::member(world, node, link, rest, place.silence));
                     }
                     Ok(Answer::Refused { line, code }) => {

@@ -2,7 +2,7 @@
 //! neither end ever waits for.
 
 use std::io::{self, Read as _, Write as _};
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
@@ -33,10 +33,15 @@ impl Link {
         Ok(Self { stream, incoming, outgoing, is_open: true, heard: now, ping_at: now })
     }
 
-    /// The address at this end, an IPv4 one as such.
-    pub fn own_address(&self) -> io::Result<SocketAddr> {
+    /// The address at this end, an IPv4 one as such, and the interface that it holds on (see [`scope`]).
+    pub fn own_address(&self) -> io::Result<(IpAddr, u32)> {
         let address = self.stream.local_addr()?;
-        Ok(SocketAddr::new(address.ip().to_canonical(), address.port()))
+        Ok((address.ip().to_canonical(), scope(address)))
+    }
+
+    /// The interface on which the other end is reached (see [`scope`]).
+    pub fn interface(&self) -> u32 {
+        self.stream.peer_addr().map_or(0, scope)
     }
 
     /// Whether the other end has not hung up, nor said what is no message.
@@ -162,6 +167,14 @@ impl Link {
                 && self.stream.set_read_timeout(Some(left)).is_ok()
                 && self.stream.read(&mut buffer).is_ok_and(|count| count > 0);
         }
+    }
+}
+
+/// The number of the interface on which a link-local IPv6 address holds; 0 for all other addresses.
+fn scope(address: SocketAddr) -> u32 {
+    match address {
+        SocketAddr::V6(address) => address.scope_id(),
+        SocketAddr::V4(_) => 0,
     }
 }
 

@@ -2,7 +2,7 @@
 //! answers, and all begin at once when all are there and agree.
 
 use std::io::{self, Write as _};
-use std::net::TcpListener;
+use std::net::{IpAddr, Ipv4Addr, TcpListener};
 use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
 
@@ -369,14 +369,16 @@ impl Host<'_> {
         };
         self.guests.retain(|guest| guest.hello.is_some());
         self.guests.sort_by_key(|guest| guest.hello.as_ref().map(|hello| hello.node_rank));
-        let first = self.guests[0].link.own_address().map_err(network())?;
+        let addresses = self.guests.iter().map(|guest| guest.link.own_address());
+        let addresses = addresses.collect::<io::Result<Vec<_>>>().map_err(network())?;
+        let (address, interface) = most_reachable(&addresses);
         let node = |hello: &Hello| Node { host: hello.host.clone(), workers: hello.workers };
         let mut all = vec![node(&self.own)];
         all.extend(self.guests.iter().filter_map(|guest| guest.hello.as_ref()).map(node));
-        let world = World {
+        let mut world = World {
             run_id: run_id.to_owned(),
             nodes: all,
-            master_addr: first.ip().to_string(),
+            master_addr: address.to_string(),
             master_port,
         };
         for (index, node) in world.nodes.iter().enumerate() {
@@ -390,8 +392,21 @@ impl Host<'_> {
         for link in &mut links {
             link.send(&Message::Welcome(world.clone()));
         }
+        world.reach_on(interface);
         Ok(Cluster::hub(world, links, self.listener, self.place.silence))
     }
+}
+
+/// Of the addresses at which node 0 was reached, at least one, that which most nodes can use: one on node 0's own
+/// host may have come by an address that no other host knows.
+fn most_reachable(addresses: &[(IpAddr, u32)]) -> (IpAddr, u32) {
+    let narrowness = |(address, _): &&(IpAddr, u32)| match address {
+        address if address.is_loopback() => 2,
+        IpAddr::V6(address) if address.is_unicast_link_local() => 1,
+        IpAddr::V4(address) if address.is_link_local() => 1,
+        _ => 0,
+    };
+    addresses.iter().min_by_key(narrowness).copied().unwrap_or((Ipv4Addr::LOCALHOST.into(), 0))
 }
 
 /// Why a node is none of this run: both have a `--run-id`, and they differ. Where one has none a flag is
@@ -459,6 +474,21 @@ mod tests {
         let mut reminder = Reminder::new(start);
         let told = (0..200).filter(|&s| reminder.is_due(start + Duration::from_secs(s)));
         assert_eq!(told.collect::<Vec<_>>(), [10, 70, 130, 190]);
+    }
+
+    #[test]
+    fn rank_0_is_met_at_the_address_that_most_nodes_can_reach() {
+        let chosen = |addresses: &[&str]| {
+            let parsed = addresses.iter().enumerate().flat_map(|(index, address)| {
+                address.parse().map(|address: IpAddr| (address, index as u32))
+            });
+            most_reachable(&parsed.collect::<Vec<_>>()).0.to_string()
+        };
+        assert_eq!(chosen(&["127.0.1.1", "10.77.0.1"]), "10.77.0.1");
+        assert_eq!(chosen(&["10.77.0.1", "192.168.0.1"]), "10.77.0.1", "else the first node's");
+        assert_eq!(chosen(&["::1", "fe80::1", "2001:db8::1"]), "2001:db8::1");
+        assert_eq!(chosen(&["127.0.0.1", "fe80::1"]), "fe80::1");
+        assert_eq!(chosen(&["127.0.1.1", "127.0.0.1"]), "127.0.1.1", "all on one host");
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! What launchers of one run say to each other.
 
+use std::net::Ipv6Addr;
+
 use serde::{Deserialize, Serialize};
 
 use crate::hang::Position;
@@ -115,7 +117,8 @@ pub struct World {
     pub run_id: String,
     /// The nodes, by rank.
     pub nodes: Vec<Node>,
-    /// The address of node 0 that the others have reached.
+    /// The address of node 0 that the others have reached; each node adds its own interface to one that holds
+    /// on a link only.
     pub master_addr: String,
     /// A port that was free there.
     pub master_port: u16,
@@ -130,6 +133,15 @@ impl World {
     /// The rank of the first worker of a node.
     pub fn first_rank(&self, node: usize) -> usize {
         self.nodes[..node].iter().map(|node| node.workers).sum()
+    }
+
+    /// Adds this node's interface to an address that is of no use without.
+    pub fn reach_on(&mut self, interface: u32) {
+        let address = self.master_addr.parse();
+        if interface != 0 && address.is_ok_and(|address: Ipv6Addr| address.is_unicast_link_local())
+        {
+            self.master_addr = format!("{}%{interface}", self.master_addr);
+        }
     }
 
     /// `node 1 (b)`.
