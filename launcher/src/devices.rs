@@ -72,6 +72,8 @@ pub struct Gpu {
     node: Option<usize>,
     /// The processes that compute on it.
     holders: Vec<String>,
+    /// Why NVML cannot read it: it has fallen off the bus, or this process may not use it.
+    fault: Option<String>,
 }
 
 impl Gpu {
@@ -87,6 +89,7 @@ impl Gpu {
             node: self.node,
             // The driver names the holders of the whole GPU.
             holders: Vec::new(),
+            fault: None,
         };
         self.slices.iter().map(slice).collect()
     }
@@ -143,7 +146,7 @@ fn advised_gpus(advice: &LaunchPlan, visible: &[Gpu]) -> Result<Vec<Gpu>, Launch
         })?,
         None => GpuRequest::All,
     };
-    let mut gpus = select(&request, visible)?;
+    let mut gpus = choose(&request, visible)?;
     if let Some(processes) = advice.processes {
         if processes > gpus.len() {
             return Err(LaunchError::Usage(format!(
@@ -154,11 +157,32 @@ fn advised_gpus(advice: &LaunchPlan, visible: &[Gpu]) -> Result<Vec<Gpu>, Launch
         }
         gpus.truncate(processes);
     }
-    Ok(gpus)
+    readable(gpus, visible)
 }
 
 /// Finds every requested GPU among the visible ones.
 fn select(request: &GpuRequest, visible: &[Gpu]) -> Result<Vec<Gpu>, LaunchError> {
+    readable(choose(request, visible)?, visible)
+}
+
+/// Refuses a GPU that NVML cannot read. Also one of all: nobody is to train on fewer GPUs than he thinks.
+fn readable(chosen: Vec<Gpu>, visible: &[Gpu]) -> Result<Vec<Gpu>, LaunchError> {
+    let Some((entry, fault)) =
+        chosen.iter().find_map(|gpu| gpu.fault.as_ref().map(|fault| (&gpu.entry, fault)))
+    else {
+        return Ok(chosen);
+    };
+    let others = visible.iter().enumerate().filter(|(_, gpu)| gpu.fault.is_none());
+    let others: Vec<String> = others.map(|(index, _)| index.to_string()).collect();
+    let advice = if others.is_empty() {
+        "to run on the CPU pass --cpu --nproc N".to_owned()
+    } else {
+        format!("those that it can read are --gpus {}", others.join(","))
+    };
+    Err(LaunchError::Usage(format!("--gpus: NVML cannot read GPU {entry}: {fault}; {advice}")))
+}
+
+fn choose(request: &GpuRequest, visible: &[Gpu]) -> Result<Vec<Gpu>, LaunchError> {
     let names = match request {
         GpuRequest::All => return one_slice(visible.iter().flat_map(Gpu::parts).collect()),
         GpuRequest::Listed(names) => names,
@@ -292,7 +316,10 @@ fn restrict(all: &[Gpu], limit: Option<&str>) -> Vec<Gpu> {
             } else {
                 known.ok()?
             };
-            Some(Gpu { entry: entry.to_owned(), ..gpu })
+            // Where not all GPUs can be read a number may be another one's for CUDA.
+            let keeps = is_uuid(&gpu.entry) && gpu.fault.is_none();
+            let entry = if keeps { gpu.entry.clone() } else { entry.to_owned() };
+            Some(Gpu { entry, ..gpu })
         })
         .collect()
 }

@@ -112,6 +112,27 @@ fn what_is_not_there_or_twice_is_refused() {
 }
 
 #[test]
+fn a_gpu_that_cannot_be_read_keeps_nobody_from_the_others() {
+    // CUDA does not count such a GPU, so that a number may be another one's.
+    let lost = [("FAKE_CUDA_LOST", "1")];
+    let order = "PCI_BUS_ID";
+    assert_eq!(shown("2", &lost), [format!("0:{GPU}2:{order}")]);
+    let expected: Vec<_> = (0..2).map(|rank| format!("{rank}:{GPU}3,{GPU}0:{order}")).collect();
+    assert_eq!(shown(&format!("3,{GPU}0"), &lost), expected);
+    let inherited = [lost[0], ("CUDA_VISIBLE_DEVICES", "3,2")];
+    assert_eq!(shown("1", &inherited), [format!("0:{GPU}2:{order}")]);
+    for (gpus, limit, others) in
+        [("all", "0,1,2,3", "0,2,3"), ("0,1", "0,1,2,3", "0,2,3"), ("all", "3,1", "0")]
+    {
+        let outcome = launch(gpus, &[lost[0], ("CUDA_VISIBLE_DEVICES", limit)]);
+        let (line, code) = (outcome.stderr.trim(), outcome.code);
+        assert_eq!((code, line.lines().count(), outcome.stdout.as_str()), (Some(2), 1, ""));
+        assert!(line.contains("--gpus: NVML cannot read GPU 1: "), "{line}");
+        assert!(line.ends_with(&format!("those that it can read are --gpus {others}")), "{line}");
+    }
+}
+
+#[test]
 fn a_busy_gpu_is_told_of_with_who_holds_it() {
     let holder = std::process::id().to_string();
     let outcome = launch("0,1", &[("FAKE_CUDA_BUSY", &format!("1:{holder}"))]);

@@ -12,7 +12,9 @@ use crate::procfs;
 /// development package.
 const LIBRARY: &str = "libnvidia-ml.so.1";
 
-/// The GPUs of this machine, in the order of their indices.
+/// The GPUs of this machine, in the order of their indices, with those that cannot be read: NVML counts
+/// also GPUs that this process may not use, and those that have fallen off the bus. CUDA does not, so that
+/// the others are then named by their UUIDs rather than by numbers.
 ///
 /// # Errors
 /// Why none can be listed.
@@ -24,19 +26,30 @@ pub fn gpus() -> Result<Vec<Gpu>, String> {
         other => format!("no GPU was found (NVML: {other})"),
     })?;
     let count = nvml.device_count().map_err(|error| format!("NVML cannot count GPUs: {error}"))?;
-    (0..count)
-        .map(|index| {
-            let unreadable = |error| format!("NVML cannot read GPU {index}: {error}");
-            let device = nvml.device_by_index(index).map_err(unreadable)?;
-            Ok(Gpu {
-                entry: index.to_string(),
-                uuid: device.uuid().map_err(unreadable)?,
-                slices: slices(&device),
-                node: device.pci_info().ok().and_then(|pci| numa_node(&pci.bus_id)),
-                holders: holders(&device),
-            })
-        })
-        .collect()
+    let unreadable = |index: u32, error: NvmlError| {
+        let (entry, fault) = (index.to_string(), Some(error.to_string()));
+        Gpu { entry, fault, ..Gpu::default() }
+    };
+    let gpus =
+        (0..count).map(|index| read(&nvml, index).unwrap_or_else(|error| unreadable(index, error)));
+    let mut gpus: Vec<Gpu> = gpus.collect();
+    if gpus.iter().any(|gpu| gpu.fault.is_some()) {
+        let others = gpus.iter_mut().filter(|gpu| gpu.fault.is_none());
+        others.for_each(|gpu| gpu.entry.clone_from(&gpu.uuid));
+    }
+    Ok(gpus)
+}
+
+fn read(nvml: &Nvml, index: u32) -> Result<Gpu, NvmlError> {
+    let device = nvml.device_by_index(index)?;
+    Ok(Gpu {
+        entry: index.to_string(),
+        uuid: device.uuid()?,
+        slices: slices(&device),
+        node: device.pci_info().ok().and_then(|pci| numa_node(&pci.bus_id)),
+        holders: holders(&device),
+        fault: None,
+    })
 }
 
 /// The UUIDs of a GPU's MIG slices; none where it is not divided, or too old to be.
