@@ -47,7 +47,8 @@ pub mod vars {
     pub const MASTER_PORT: &str = "MASTER_PORT";
     /// The GPUs of all workers of this host, in the order of their local ranks; empty on the CPU.
     pub const CUDA_VISIBLE_DEVICES: &str = "CUDA_VISIBLE_DEVICES";
-    /// Set to `PCI_BUS_ID` when unset, so that CUDA counts GPUs as NVML and nvidia-smi do.
+    /// Set to `PCI_BUS_ID`, so that CUDA counts GPUs as NVML and nvidia-smi do; another value is kept where GPUs
+    /// are named by UUIDs alone.
     pub const CUDA_DEVICE_ORDER: &str = "CUDA_DEVICE_ORDER";
     /// Threads per worker; set when unset and there is more than one worker.
     pub const OMP_NUM_THREADS: &str = "OMP_NUM_THREADS";

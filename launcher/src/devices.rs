@@ -51,13 +51,32 @@ impl Placement {
         }
     }
 
-    /// What to say before the job starts: a line for each GPU that somebody else computes on.
-    pub fn warnings(&self) -> Vec<String> {
+    /// What to set `CUDA_DEVICE_ORDER` to where it is `inherited`, if to anything. The numbers of GPUs are NVML's:
+    /// in another order CUDA would take them for other GPUs.
+    pub fn device_order(&self, inherited: Option<&str>) -> Option<&'static str> {
+        let Self::Cuda { gpus } = self else { return None };
+        let are_numbered = gpus.iter().any(|gpu| !is_uuid(&gpu.entry));
+        let is_kept = inherited.is_some_and(|order| order == NVML_ORDER || !are_numbered);
+        (!is_kept).then_some(NVML_ORDER)
+    }
+
+    /// What to say before the job starts: a line for each GPU that somebody else computes on, and that an
+    /// inherited order of GPUs is not kept.
+    pub fn warnings(&self, order: Option<&str>) -> Vec<String> {
         let Self::Cuda { gpus } = self else { return Vec::new() };
         let busy = gpus.iter().filter(|gpu| !gpu.holders.is_empty());
-        busy.map(|gpu| format!("GPU {} is busy: {}", gpu.entry, gpu.holders.join(", "))).collect()
+        let busy = busy.map(|gpu| format!("GPU {} is busy: {}", gpu.entry, gpu.holders.join(", ")));
+        let set = order.filter(|order| !order.is_empty());
+        let other = set.zip(self.device_order(order)).map(|(order, own)| {
+            let name = vars::CUDA_DEVICE_ORDER;
+            format!("{name} is {own} for the workers, not {order}: GPUs are numbered as nvidia-smi lists them")
+        });
+        busy.chain(other).collect()
     }
 }
+
+/// The value of `CUDA_DEVICE_ORDER` by which CUDA counts GPUs as NVML and nvidia-smi do.
+const NVML_ORDER: &str = "PCI_BUS_ID";
 
 /// A GPU, or a MIG slice of one.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -456,8 +475,14 @@ mod tests {
         let mut gpus = machine();
         gpus[2].holders = vec!["process 7 (python) with 3.5 GB".to_owned()];
         let placement = Placement::Cuda { gpus };
-        assert_eq!(placement.warnings(), ["GPU 2 is busy: process 7 (python) with 3.5 GB"]);
+        let busy = "GPU 2 is busy: process 7 (python) with 3.5 GB";
+        for order in [None, Some(NVML_ORDER)] {
+            assert_eq!(placement.warnings(order), [busy]);
+        }
+        let [first, second] = placement.warnings(Some("FASTEST_FIRST")).try_into().unwrap();
+        assert_eq!(first, busy);
+        assert!(second.contains("PCI_BUS_ID for the workers, not FASTEST_FIRST"), "{second}");
         assert_eq!(placement.nodes(), [Some(0), Some(0), Some(1), Some(1)]);
-        assert!(Placement::Cpu { workers: 2 }.warnings().is_empty());
+        assert!(Placement::Cpu { workers: 2 }.warnings(Some("FASTEST_FIRST")).is_empty());
     }
 }

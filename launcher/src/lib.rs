@@ -167,7 +167,7 @@ fn prepare(args: &Args, nnodes: usize, requests: &Requests) -> Result<Prepared, 
 /// Each worker's command and environment.
 fn plan(args: &Args, prepared: Prepared, rendezvous: Rendezvous) -> Result<Plan, LaunchError> {
     let Prepared { command, placement, text } = prepared;
-    for warning in placement.warnings() {
+    for warning in placement.warnings(std::env::var(vars::CUDA_DEVICE_ORDER).ok().as_deref()) {
         let _ = writeln!(std::io::stderr(), "rr-launch: {warning}");
     }
     let shares = binding::shares(&binding::topology(), &placement.nodes(), args.bind);

@@ -152,7 +152,7 @@ impl Plan {
         let standing =
             Standing { node: 0, nodes: 1, first_rank: 0, world_size: placement.workers() };
         let run_id = new_run_id();
-        let shared = shared_vars(&placement, cores, |name| std::env::var_os(name).is_some());
+        let shared = shared_vars(&placement, cores, |name| std::env::var_os(name));
         Self {
             command,
             placement,
@@ -283,7 +283,7 @@ impl Plan {
 fn shared_vars(
     placement: &Placement,
     cores: usize,
-    is_set: impl Fn(&str) -> bool,
+    inherited: impl Fn(&str) -> Option<OsString>,
 ) -> Vec<(&'static str, String)> {
     let mut list = Vec::new();
     match placement {
@@ -293,13 +293,13 @@ fn shared_vars(
                 vars::CUDA_VISIBLE_DEVICES,
                 gpus.iter().map(|gpu| gpu.entry.as_str()).collect::<Vec<_>>().join(","),
             ));
-            if !is_set(vars::CUDA_DEVICE_ORDER) {
-                list.push((vars::CUDA_DEVICE_ORDER, "PCI_BUS_ID".to_owned()));
-            }
+            let order = inherited(vars::CUDA_DEVICE_ORDER);
+            let order = placement.device_order(order.as_deref().and_then(OsStr::to_str));
+            list.extend(order.map(|order| (vars::CUDA_DEVICE_ORDER, order.to_owned())));
         }
     }
     let workers = placement.workers();
-    if workers > 1 && !is_set(vars::OMP_NUM_THREADS) {
+    if workers > 1 && inherited(vars::OMP_NUM_THREADS).is_none() {
         list.push((vars::OMP_NUM_THREADS, (cores / workers).max(1).to_string()));
     }
     list
@@ -356,7 +356,7 @@ mod tests {
     use crate::devices::Gpu;
 
     fn threads(workers: usize, cores: usize, set: bool) -> Option<String> {
-        shared_vars(&Placement::Cpu { workers }, cores, |_| set)
+        shared_vars(&Placement::Cpu { workers }, cores, |_| set.then(OsString::new))
             .into_iter()
             .find(|(name, _)| *name == vars::OMP_NUM_THREADS)
             .map(|(_, value)| value)
@@ -378,10 +378,10 @@ mod tests {
             gpu
         };
         let placement = Placement::Cuda { gpus: vec![gpu("3"), gpu("1")] };
-        let list = shared_vars(&placement, 8, |_| false);
+        let list = shared_vars(&placement, 8, |_| None);
         assert!(list.contains(&(vars::CUDA_VISIBLE_DEVICES, "3,1".to_owned())));
         assert!(list.contains(&(vars::CUDA_DEVICE_ORDER, "PCI_BUS_ID".to_owned())));
-        let list = shared_vars(&Placement::Cpu { workers: 1 }, 8, |_| false);
+        let list = shared_vars(&Placement::Cpu { workers: 1 }, 8, |_| None);
         assert_eq!(list, [(vars::CUDA_VISIBLE_DEVICES, String::new())]);
     }
 

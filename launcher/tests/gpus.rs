@@ -65,6 +65,23 @@ fn each_worker_gets_its_gpu() {
 }
 
 #[test]
+fn another_order_of_cuda_does_not_change_which_gpu_is_meant() {
+    let fastest = [("CUDA_DEVICE_ORDER", "FASTEST_FIRST")];
+    for gpus in ["2", &format!("{GPU}2")] {
+        let outcome = launch(gpus, &fastest);
+        assert_eq!(outcome.stdout, "0:2:PCI_BUS_ID\n", "{}", outcome.stderr);
+        let told = outcome.stderr.matches("PCI_BUS_ID for the workers, not FASTEST_FIRST").count();
+        assert_eq!((told, outcome.stderr.lines().count()), (1, 1), "{}", outcome.stderr);
+    }
+    // By UUID there is nothing to count.
+    let uuid = format!("{GPU}2");
+    let inherited = [fastest[0], ("CUDA_VISIBLE_DEVICES", uuid.as_str())];
+    let outcome = launch("all", &inherited);
+    let expected = (format!("0:{uuid}:FASTEST_FIRST\n"), String::new());
+    assert_eq!((outcome.stdout, outcome.stderr), expected);
+}
+
+#[test]
 fn an_inherited_list_is_counted_from() {
     let inherited = [("CUDA_VISIBLE_DEVICES", "3,1")];
     assert_eq!(shown("1", &inherited), ["0:1:PCI_BUS_ID"]);
