@@ -277,8 +277,37 @@ fn leftovers_are_cleared_and_directories_held() {
     let message = Lock::take(&path, "run 8").unwrap_err().to_string();
     assert!(message.contains("is held by run 7 (host a, process 12)"), "{message}");
     assert!(message.contains("where its machine is lost"), "{message}");
+    let message = Lock::check(&path).unwrap_err().to_string();
+    assert!(message.contains("is held by run 7"), "{message}");
     drop(first);
     Lock::take(&path, "run 8").unwrap();
+}
+
+#[test]
+fn checks_on_several_nodes_disturb_neither_each_other_nor_a_run() {
+    let root = tempfile::tempdir().unwrap();
+    let path = root.path().join(".lock");
+    Lock::check(&path).unwrap();
+    assert!(!path.exists());
+    // What a run that was killed leaves behind.
+    fs::write(&path, "run 7\n").unwrap();
+    let other = fs::File::open(&path).unwrap();
+    other.lock_shared().unwrap();
+    Lock::check(&path).unwrap();
+    assert_eq!(fs::read_to_string(&path).unwrap(), "run 7\n");
+    let begun = std::sync::Barrier::new(2);
+    std::thread::scope(|scope| {
+        let run = scope.spawn(|| {
+            begun.wait();
+            Lock::take(&path, "run 8")
+        });
+        begun.wait();
+        std::thread::sleep(Duration::from_millis(30));
+        drop(other);
+        let _held = run.join().unwrap().unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "run 8\n");
+        assert!(Lock::check(&path).is_err());
+    });
 }
 
 #[test]

@@ -81,12 +81,7 @@ pub(super) fn lock(plan: &Plan, groups: &Groups) -> Result<Option<Lock>> {
 
 /// Refuses an output directory that a run holds now.
 fn check_free(plan: &Plan) -> Result<()> {
-    let path = plan.saving.output_dir.join(output::RUNS).join(LOCK);
-    if path.exists() {
-        // Given back at once.
-        Lock::take(&path, "a check of a configuration")?;
-    }
-    Ok(())
+    Lock::check(&plan.saving.output_dir.join(output::RUNS).join(LOCK))
 }
 
 /// Whether the run begins anew, whatever is in its output directory.

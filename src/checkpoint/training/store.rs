@@ -4,6 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
@@ -220,18 +221,8 @@ impl Lock {
             .truncate(false)
             .open(path)
             .map_err(io(path, "create"))?;
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Err(Errno::WOULDBLOCK) => {
-                let mut holder = String::new();
-                // Only for the message.
-                let _ = file.read_to_string(&mut holder);
-                return Err(Error::Usage(format!(
-                    "{0} is held by {1}; wait for it, end it, or choose another output_dir (where \
-                     its machine is lost and a shared file system still holds the lock, remove {0})",
-                    path.display(),
-                    if holder.trim().is_empty() { "another run" } else { holder.trim() }
-                )));
-            }
+        match lock_alone(&file) {
+            Err(Errno::WOULDBLOCK) => return Err(held(path, &mut file)),
             Ok(()) => {}
             Err(Errno::NOSYS | Errno::NOTSUP | Errno::NOLCK) => {
                 let dir = path.parent().unwrap_or(path).display();
@@ -251,4 +242,51 @@ impl Lock {
         file.set_len(0).and_then(|()| writeln!(file, "{holder}")).map_err(io(path, "write"))?;
         Ok(Self { path: path.to_owned(), _file: file })
     }
+
+    /// Looks whether a run holds the lock file `path`, which stays as it is: several processes may look at
+    /// a time.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] that names the run.
+    pub fn check(path: &Path) -> Result<()> {
+        let mut file = match File::open(path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+            file => file.map_err(io(path, "open"))?,
+        };
+        match flock(&file, FlockOperation::NonBlockingLockShared) {
+            Err(Errno::WOULDBLOCK) => Err(held(path, &mut file)),
+            // Of a file system without locks the run itself tells.
+            Ok(()) | Err(Errno::NOSYS | Errno::NOTSUP | Errno::NOLCK) => Ok(()),
+            Err(error) => Err(io(path, "lock")(error.into())),
+        }
+    }
+}
+
+/// Locks a file against all others. Those that only look hold it for a moment, which is waited for; a run keeps
+/// them out too, by which it is known.
+fn lock_alone(file: &File) -> rustix::io::Result<()> {
+    const MOMENT: Duration = Duration::from_secs(2);
+    let until = Instant::now() + MOMENT;
+    loop {
+        match flock(file, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) if Instant::now() < until => {}
+            result => return result,
+        }
+        flock(file, FlockOperation::NonBlockingLockShared)?;
+        flock(file, FlockOperation::Unlock)?;
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Another run holds a lock file.
+fn held(path: &Path, file: &mut File) -> Error {
+    let mut holder = String::new();
+    // Only for the message.
+    let _ = file.read_to_string(&mut holder);
+    Error::Usage(format!(
+        "{0} is held by {1}; wait for it, end it, or choose another output_dir (where its machine is lost \
+         and a shared file system still holds the lock, remove {0})",
+        path.display(),
+        if holder.trim().is_empty() { "another run" } else { holder.trim() }
+    ))
 }
