@@ -128,6 +128,18 @@ pub fn run(command: &mut Command) -> Outcome {
     Launch::start(command).wait()
 }
 
+/// Waits for the end of launchers that have been started.
+pub fn wait_all(launches: Vec<Launch>) -> Vec<Outcome> {
+    launches.into_iter().map(Launch::wait).collect()
+}
+
+/// Asserts how the launchers of several nodes have ended.
+pub fn assert_codes(outcomes: &[Outcome], code: i32) {
+    for (node, outcome) in outcomes.iter().enumerate() {
+        assert_eq!(outcome.code, Some(code), "node {node}: {}", outcome.stderr);
+    }
+}
+
 impl Drop for Launch {
     /// A test that fails leaves no launcher behind, and a launcher no workers.
     fn drop(&mut self) {
