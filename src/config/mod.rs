@@ -19,6 +19,7 @@ mod resolve_parallel;
 mod scalar;
 mod support;
 mod teacher;
+mod text_format;
 mod training;
 mod tree;
 
@@ -33,4 +34,5 @@ pub use plan::{
 };
 pub use reader::Origin;
 pub use teacher::TeacherPlan;
+pub use text_format::TextFormat;
 pub use tree::Place;

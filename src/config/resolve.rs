@@ -14,6 +14,7 @@ use super::plan::{
 use super::reader::{Auto, Fields, Log, Origin, Setting, unknown_override};
 use super::support;
 use super::teacher::TeacherPlan;
+use super::text_format::{FormatFault, TextFormat};
 use super::training::{RawTraining, TRACKERS};
 use super::tree::{Mapping, Place, read};
 use crate::error::{Error, Result};
@@ -400,13 +401,14 @@ pub(super) fn flag(setting: Option<&Setting<bool>>) -> bool {
 
 /// A template with one `{}`: with none the text would be dropped in silence.
 fn template(setting: Option<&Setting<String>>) -> Result<String> {
-    match setting {
-        Some(setting) if setting.value.matches("{}").count() != 1 => Err(setting.error(format!(
-            "expected a text with one {{}} where the query or document goes, found {:?}",
-            setting.value
-        ))),
-        _ => Ok(text(setting, "{}")),
-    }
+    let Some(setting) = setting else { return Ok(text(None, "{}")) };
+    let expected = match TextFormat::read(&setting.value) {
+        Ok(_) => return Ok(setting.value.clone()),
+        Err(FormatFault::NoGap | FormatFault::Gaps) => "where the query or document goes",
+        Err(FormatFault::LoneBrace) => "and each other brace doubled",
+    };
+    let found = &setting.value;
+    Err(setting.error(format!("expected a text with one {{}} {expected}, found {found:?}")))
 }
 
 fn label_range(raw: &RawTraining) -> Result<LabelRange> {

@@ -3,7 +3,6 @@
 //! [`PairTokenizer`] turns a query and a document into the input of an encoder or a decoder;
 //! [`token_batches`] does so for whole micro-batches in background threads. Free of torch.
 
-mod format;
 mod lengths;
 mod pipeline;
 mod prompt;
@@ -12,7 +11,7 @@ mod vocab;
 
 use std::path::{Path, PathBuf};
 
-pub use format::TextFormat;
+pub use crate::config::TextFormat;
 pub use lengths::LengthReport;
 pub use pipeline::{PipelineOptions, TokenBatch, WorkItem, token_batches};
 pub use prompt::TokenPrompt;

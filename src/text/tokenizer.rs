@@ -5,9 +5,9 @@ use std::path::Path;
 
 use tokenizers::{Encoding, Token, Tokenizer};
 
-use super::format::TextFormat;
 use super::prompt::TokenPrompt;
 use super::vocab;
+use crate::config::TextFormat;
 use crate::data::Encode;
 use crate::error::{Error, Result};
 

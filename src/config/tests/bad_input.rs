@@ -68,12 +68,6 @@ fn settings_out_of_range_are_one_line_with_a_position() {
             "training.yaml:4:12: min_label: expected min_label below max_label, found 2 and 1",
         ),
         (
-            "query_format: 'query:'",
-            "training.yaml:4:15: query_format: expected a text with one {} where the query or \
-             document goes, found \"query:\"",
-        ),
-        ("query_format: {}", "training.yaml:4:15: query_format: expected text, found a mapping"),
-        (
             "loss_type: point_cee",
             "training.yaml:4:12: loss_type: expected pointwise_bce, pointwise_ce, point_ce, \
              pointwise_mse, point_mse, pairwise_ranknet or listwise_ce, found the text \
@@ -162,6 +156,23 @@ fn refused(table: &[(&str, &str)]) {
     for (yaml, message) in table {
         assert_eq!(&Case::new(yaml).resolve().unwrap_err(), message, "{yaml}");
     }
+}
+
+#[test]
+fn a_template_has_one_gap() {
+    refused(&[
+        (
+            "query_format: 'query:'",
+            "training.yaml:4:15: query_format: expected a text with one {} where the query or \
+             document goes, found \"query:\"",
+        ),
+        (
+            "document_format: '{} }'",
+            "training.yaml:4:18: document_format: expected a text with one {} and each other brace \
+             doubled, found \"{} }\"",
+        ),
+        ("query_format: {}", "training.yaml:4:15: query_format: expected text, found a mapping"),
+    ]);
 }
 
 #[test]

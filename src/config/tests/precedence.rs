@@ -99,6 +99,8 @@ fn what_loses_is_reported_once() {
         // Saying the same twice overrides nothing.
         (Case::new("lr: 2e-5\nquery_format: '[Q] {}'\n").set("lr=0.00002"), vec![]),
         (Case::new("query_format: '[Q] {}'\n").set("query_format=[Q] {}"), vec![]),
+        // Doubled braces are braces.
+        (Case::new("query_format: '{{}} {}'\n").set("query_format={{}} {}"), vec![]),
         (Case::new("").set("lr=2e-5"), vec![]),
         (
             Case::new("epochs: 3\n").set("epoch=1"),

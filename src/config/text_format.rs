@@ -9,6 +9,25 @@ pub struct TextFormat {
     suffix: String,
 }
 
+/// What is wrong with a format.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum FormatFault {
+    NoGap,
+    /// More than one.
+    Gaps,
+    LoneBrace,
+}
+
+impl FormatFault {
+    fn what(self) -> &'static str {
+        match self {
+            Self::NoGap => "has no gap",
+            Self::Gaps => "has more than one gap",
+            Self::LoneBrace => "has a lone brace",
+        }
+    }
+}
+
 impl TextFormat {
     /// Reads a format in Python's `str.format` notation with exactly one `{}`; `{{` and `}}` stand
     /// for braces. `key` is the name of the setting, for the error.
@@ -16,10 +35,14 @@ impl TextFormat {
     /// # Errors
     /// [`Error::Usage`] when there is no gap, more than one, or a lone brace.
     pub fn parse(format: &str, key: &str) -> Result<Self> {
-        let wrong = |what: &str| {
-            let expected = "expected one {}, with {{ and }} for braces";
-            Err(Error::Usage(format!("{key} \"{format}\" {what}, {expected}")))
-        };
+        Self::read(format).map_err(|fault| {
+            let (what, expected) = (fault.what(), "expected one {}, with {{ and }} for braces");
+            Error::Usage(format!("{key} \"{format}\" {what}, {expected}"))
+        })
+    }
+
+    /// As [`Self::parse`], for who words the error.
+    pub(super) fn read(format: &str) -> std::result::Result<Self, FormatFault> {
         let mut parts = vec![String::new()];
         let mut rest = format.chars().peekable();
         while let Some(c) = rest.next() {
@@ -27,14 +50,14 @@ impl TextFormat {
                 rest.next_if(|&next| matches!((c, next), ('{', '{' | '}') | ('}', '}')));
             match (c, followed_by) {
                 ('{', Some('}')) => parts.push(String::new()),
-                ('{' | '}', None) => return wrong("has a lone brace"),
+                ('{' | '}', None) => return Err(FormatFault::LoneBrace),
                 _ => parts.last_mut().into_iter().for_each(|part| part.push(c)),
             }
         }
         match <[String; 2]>::try_from(parts) {
             Ok([prefix, suffix]) => Ok(Self { prefix, suffix }),
-            Err(parts) if parts.len() == 1 => wrong("has no gap"),
-            Err(_) => wrong("has more than one gap"),
+            Err(parts) if parts.len() == 1 => Err(FormatFault::NoGap),
+            Err(_) => Err(FormatFault::Gaps),
         }
     }
 
