@@ -259,7 +259,7 @@ impl Resolver<'_> {
         Ok(TrainingPlan {
             epochs: count(raw.epochs.as_ref(), 2, 1)?,
             lr: above_zero(raw.lr.as_ref(), 5e-5)?,
-            batch_size: count(batch_size.as_ref(), 8, 1)?,
+            batch_size: batch(batch_size.as_ref())?,
             seed: count(raw.seed.as_ref(), 666, 0)? as u64,
             warmup_proportion,
             stable_proportion,
@@ -380,6 +380,14 @@ fn within<T: Copy + Display>(
 pub(super) fn count(setting: Option<&Setting<i64>>, default: usize, least: i64) -> Result<usize> {
     let expected = format!("an integer of at least {least}");
     within(setting, default as i64, |value| value >= least, &expected).map(|value| value as usize)
+}
+
+/// The size of a micro-batch. What no machine holds is a slip of the keyboard.
+fn batch(setting: Option<&Setting<i64>>) -> Result<usize> {
+    const MOST: i64 = 1_000_000;
+    let expected = format!("an integer of at most {MOST}");
+    within(setting, 8, |value| value <= MOST, &expected)?;
+    count(setting, 8, 1)
 }
 
 /// A number in [0, 1].

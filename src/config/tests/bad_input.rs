@@ -31,6 +31,11 @@ fn settings_out_of_range_are_one_line_with_a_position() {
     let table = [
         ("epochs: 0", "training.yaml:4:9: epochs: expected an integer of at least 1, found 0"),
         (
+            "batch_size: 9223372036854775807",
+            "training.yaml:4:13: batch_size: expected an integer of at most 1000000, found \
+             9223372036854775807",
+        ),
+        (
             "batch_size: -1",
             "training.yaml:4:13: batch_size: expected an integer of at least 1, found -1",
         ),
