@@ -363,7 +363,7 @@ fn keys_of(object: &Map<String, Value>) -> String {
     if object.is_empty() {
         return "no keys found".to_owned();
     }
-    let keys: Vec<_> = object.keys().take(SHOWN).map(|key| format!("\"{key}\"")).collect();
+    let keys: Vec<_> = object.keys().take(SHOWN).map(|key| format!("{key:?}")).collect();
     let more = if object.len() > SHOWN { ", .." } else { "" };
     format!("keys found: {}{more}", keys.join(", "))
 }
