@@ -29,7 +29,7 @@ impl Settings {
     fn read(var: &dyn Fn(&str) -> Option<String>) -> Result<Self> {
         let user_home = var("HOME").map(PathBuf::from);
         let path = |name: &str| {
-            let text = var(name)?;
+            let text = expanded(&var(name)?, var);
             Some(match (text.strip_prefix("~/"), &user_home) {
                 (Some(rest), Some(user_home)) => user_home.join(rest),
                 _ => PathBuf::from(text),
@@ -68,6 +68,24 @@ impl Settings {
     }
 }
 
+/// A path with the values of variables in place of `$NAME` and `${NAME}`. Those that are not set stay, as in
+/// Python.
+fn expanded(path: &str, var: &dyn Fn(&str) -> Option<String>) -> String {
+    let is_of_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let (mut whole, mut rest) = (String::new(), path);
+    while let Some((before, after)) = rest.split_once('$') {
+        whole.push_str(before);
+        let braced = after.strip_prefix('{').and_then(|inside| inside.split_once('}'));
+        let (name, behind) = braced.unwrap_or_else(|| {
+            after.split_at(after.find(|c: char| !is_of_name(c)).unwrap_or(after.len()))
+        });
+        let written = &rest[before.len()..rest.len() - behind.len()];
+        whole.push_str(&var(name).unwrap_or_else(|| written.to_owned()));
+        rest = behind;
+    }
+    whole + rest
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test may panic")]
@@ -85,6 +103,8 @@ mod tests {
             (&[("HOME", "/u"), ("XDG_CACHE_HOME", "/x")], "/x/huggingface/hub"),
             (&[("HOME", "/u"), ("HF_HOME", "~/hf")], "/u/hf/hub"),
             (&[("HF_HOME", "/hf"), ("HF_HUB_CACHE", "/c")], "/c"),
+            (&[("HF_HOME", "$A/${A}x$B/$"), ("A", "/a")], "/a//ax$B/$/hub"),
+            (&[("HOME", "/u"), ("HF_HUB_CACHE", "~/${A-}/$A.b"), ("A", "c")], "/u/${A-}/c.b"),
         ] {
             assert_eq!(read(vars).unwrap().cache, PathBuf::from(expected), "{vars:?}");
         }
