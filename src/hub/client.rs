@@ -4,7 +4,7 @@
 //! and `GET /ID/resolve/COMMIT/FILE`, where a `HEAD` that leads away from the hub still tells the
 //! file's size and its name in the cache (`X-Linked-Size`, `X-Linked-Etag`).
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
 use std::path::Path;
 use std::time::Duration;
@@ -12,6 +12,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use ureq::config::RedirectAuthHeaders;
 use ureq::http::{HeaderMap, Response};
+use ureq::tls::{PemItem, RootCerts, TlsConfig, parse_pem};
 use ureq::{Agent, Body};
 
 use super::id::HubId;
@@ -88,7 +89,10 @@ pub(super) struct Client {
 }
 
 impl Client {
-    pub(super) fn new(settings: &Settings, id: &HubId) -> Self {
+    /// # Errors
+    /// The certificates that the settings name cannot be read.
+    pub(super) fn new(settings: &Settings, id: &HubId) -> Result<Self, Error> {
+        let roots = settings.authorities.as_deref().map_or(Ok(RootCerts::WebPki), roots)?;
         let config = Agent::config_builder()
             .http_status_as_error(false)
             .redirect_auth_headers(RedirectAuthHeaders::SameHost)
@@ -98,13 +102,14 @@ impl Client {
             .timeout_resolve(Some(PATIENCE))
             .timeout_connect(Some(PATIENCE))
             .timeout_recv_response(Some(PATIENCE))
-            .timeout_per_read(Some(PATIENCE));
-        Self {
+            .timeout_per_read(Some(PATIENCE))
+            .tls_config(TlsConfig::builder().root_certs(roots).build());
+        Ok(Self {
             agent: config.build().new_agent(),
             endpoint: settings.endpoint.clone(),
             model: id.name.clone(),
             authorization: settings.token.as_ref().map(|token| format!("Bearer {token}")),
-        }
+        })
     }
 
     /// The model's files at `revision`.
@@ -247,6 +252,36 @@ impl Client {
     }
 }
 
+/// The certificates of a file, or of the files of a directory.
+fn roots(path: &Path) -> Result<RootCerts, Error> {
+    let io = |path: &Path| {
+        let path = path.to_owned();
+        move |source| Error::Io { path, action: "read", source }
+    };
+    let files = if path.is_dir() {
+        let entries = fs::read_dir(path).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
+        entries.map_err(io(path))?.iter().map(fs::DirEntry::path).collect()
+    } else {
+        vec![path.to_owned()]
+    };
+    let mut found = Vec::new();
+    for file in files.iter().filter(|file| !file.is_dir()) {
+        let text = fs::read(file).map_err(io(file))?;
+        found.extend(parse_pem(&text).filter_map(|item| match item {
+            Ok(PemItem::Certificate(certificate)) => Some(certificate),
+            _ => None,
+        }));
+    }
+    if found.is_empty() {
+        return Err(Error::Usage(format!(
+            "{}: no certificate there; REQUESTS_CA_BUNDLE, CURL_CA_BUNDLE or SSL_CERT_FILE names it, which \
+             should hold those of the authorities to trust, in PEM form",
+            path.display()
+        )));
+    }
+    Ok(found.into())
+}
+
 /// Tries a small request again where that may help.
 fn retry<T>(mut request: impl FnMut() -> Result<T, Failure>) -> Result<T, Failure> {
     let mut failures = 0;
@@ -307,7 +342,26 @@ fn origin(url: &str) -> &str {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may panic")]
     use super::*;
+
+    #[test]
+    fn authorities_are_read_from_a_file_or_a_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let (one, other) = (dir.path().join("one.pem"), dir.path().join("other"));
+        let pem = "-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----\n";
+        fs::write(&one, format!("# ours\n{pem}{pem}")).unwrap();
+        let count = |path: &Path| match roots(path) {
+            Ok(RootCerts::Specific(found)) => Ok(found.len()),
+            Ok(_) => Ok(0),
+            Err(error) => Err(error.to_string()),
+        };
+        assert_eq!((count(&one), count(dir.path())), (Ok(2), Ok(2)));
+        assert!(count(&other).unwrap_err().contains("other"));
+        fs::write(&other, "nothing").unwrap();
+        assert_eq!(count(dir.path()), Ok(2));
+        assert!(count(&other).unwrap_err().contains("no certificate there"));
+    }
 
     #[test]
     fn origins_and_names() {

@@ -72,7 +72,7 @@ pub fn resolve(name: &str) -> Result<ModelDir> {
 
 /// Brings every needed file into the cache, weights last: a snapshot with weights is complete.
 fn fetch(id: &HubId, settings: &Settings, cached: &CachedModel) -> Result<ModelDir, Failure> {
-    let client = Client::new(settings, id);
+    let client = Client::new(settings, id)?;
     let listing = client.listing(&id.revision)?;
     let has = |name: &str| listing.files.iter().any(|file| file == name);
     let get = |name: &str| cached.fetch(&client, &listing.commit, name);

@@ -15,6 +15,9 @@ pub(super) struct Settings {
     pub(super) endpoint: String,
     /// The access token: `HF_TOKEN`, else what `hf auth login` has left in a file.
     pub(super) token: Option<String>,
+    /// The certificates of authorities to trust in place of the built-in ones, a file of them or a directory of
+    /// files: `REQUESTS_CA_BUNDLE`, else `CURL_CA_BUNDLE`, else `SSL_CERT_FILE`.
+    pub(super) authorities: Option<PathBuf>,
     /// Whether no request may be made: `HF_HUB_OFFLINE`, `TRANSFORMERS_OFFLINE`.
     pub(super) offline: bool,
 }
@@ -63,6 +66,10 @@ impl Settings {
             cache,
             endpoint: endpoint.trim().trim_end_matches('/').to_owned(),
             token,
+            authorities: ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"]
+                .into_iter()
+                .find_map(var)
+                .map(PathBuf::from),
             offline: is_on("HF_HUB_OFFLINE") || is_on("TRANSFORMERS_OFFLINE"),
         })
     }
@@ -130,5 +137,8 @@ mod tests {
         let set = read(&[("HF_HOME", home), ("HF_TOKEN", " hf_env "), ("HF_HUB_OFFLINE", "0")]);
         let set = set.unwrap();
         assert_eq!((set.token.as_deref(), set.offline), (Some("hf_env"), false));
+        let both = [("HF_HOME", home), ("SSL_CERT_FILE", "/a"), ("REQUESTS_CA_BUNDLE", "/b")];
+        assert_eq!(read(&both).unwrap().authorities, Some(PathBuf::from("/b")));
+        assert_eq!(read(&both[..2]).unwrap().authorities, Some(PathBuf::from("/a")));
     }
 }
