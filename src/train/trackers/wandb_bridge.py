@@ -4,6 +4,7 @@ The first line describes the run, the last one says that it is over; without tha
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,9 +14,10 @@ first = json.loads(sys.stdin.readline())
 # Under the trainer's own name, so that a run that goes on is the same run there.
 identity = Path(first["dir"], "wandb", "run-id")
 resumed = identity.read_text().strip() if first["goes_on"] and identity.exists() else None
+# What the user has said by the client's own variables comes first.
 run = wandb.init(
-    dir=first["dir"],
-    name=first["name"],
+    dir=None if os.environ.get("WANDB_DIR") else first["dir"],
+    name=None if os.environ.get("WANDB_NAME") else first["name"],
     config=first["config"],
     id=resumed,
     resume="allow" if resumed else None,
