@@ -507,7 +507,12 @@ fn unknown(name: &str, place: &Place, known: &BTreeSet<String>) -> Error {
         known.iter().filter_map(|name| name.strip_prefix(prefix)).filter(|n| !n.contains('.'));
     let ours = other_names::ours(last).filter(|ours| known.contains(&format!("{prefix}{ours}")));
     let hint = ours.or_else(|| nearest(last, siblings));
-    let hint = hint.map(|near| format!("; did you mean {near}?"));
+    let hint = match hint {
+        _ if last == "<<" => {
+            Some("; YAML's merge keys are not read: write its keys out here".to_owned())
+        }
+        hint => hint.map(|near| format!("; did you mean {near}?")),
+    };
     place.error(format!("{name}: unknown key{}", hint.unwrap_or_default()))
 }
 
