@@ -228,6 +228,8 @@ impl RawDeepSpeed {
 impl RawFsdp {
     fn read(fields: &mut Fields<'_>) -> Result<Self> {
         fields.ignored(FSDP_IGNORED)?;
+        let reason = "not done here; remove it";
+        fields.only("fsdp_activation_checkpointing_offload", "false", reason)?;
         Ok(Self {
             version: fields.integer(&["fsdp_version"])?,
             sharding_strategy: fields.choice("fsdp_sharding_strategy", SHARDING)?,

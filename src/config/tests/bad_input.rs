@@ -405,6 +405,11 @@ fn bad_parallel_files_are_one_line() {
              or false",
         ),
         (
+            "distributed_type: FSDP\nfsdp_config:\n  fsdp_activation_checkpointing_offload: true",
+            "parallel.yaml:3:42: fsdp_config.fsdp_activation_checkpointing_offload: expected false, \
+             found true: not done here; remove it",
+        ),
+        (
             "distributed_type: FSDP\nfsdp_config:\n  fsdp_version: 3",
             "parallel.yaml:3:17: fsdp_config.fsdp_version: expected 1 or 2, found 3",
         ),
