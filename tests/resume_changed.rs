@@ -47,8 +47,13 @@ fn steps_of_another_size_use_up_the_schedule_with_the_data() {
             "before_states:9@0",
             &mut command(&bench, name, first, &settings("batch_size=1")),
         );
-        let said = succeed(&mut command(&bench, name, second, &settings("batch_size=1")));
+        let mut changed = command(&bench, name, second, &settings("batch_size=1"));
+        let (code, said) = end(changed.env("RR_FAIL_POINT", "before_states:3@0"));
+        assert_eq!(code, 137, "{said}");
         assert!(said.contains("other workers than before"), "{said}");
+        // The checkpoint that it goes on from now is of steps like its own.
+        let said = succeed(&mut command(&bench, name, second, &settings("batch_size=1")));
+        assert!(!said.contains("other workers than before"), "{said}");
         assert!(!said.contains("stopped early"), "{said}");
         let run = bench.root.path().join(name);
         let is_late = |line: &Value| line["type"] == "train" && line["step"].as_u64() > Some(15);

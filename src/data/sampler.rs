@@ -40,6 +40,13 @@ pub struct SamplerOptions {
     pub seed: u64,
 }
 
+impl SamplerOptions {
+    /// Optimizer steps that use up `items`.
+    fn steps(&self, items: usize) -> usize {
+        items.div_ceil(self.batch_size * self.world_size).div_ceil(self.accumulation)
+    }
+}
+
 /// One global micro-batch, spread over the ranks.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MicroBatchPlan {
@@ -204,9 +211,7 @@ impl Sampler {
         let report = SamplerReport {
             items,
             pairs,
-            steps: items
-                .div_ceil(options.batch_size * options.world_size)
-                .div_ceil(options.accumulation),
+            steps: options.steps(items),
             single_label_groups: single.len(),
             single_label_lines: single.iter().take(5).map(line).collect(),
         };
@@ -223,6 +228,12 @@ impl Sampler {
     #[must_use]
     pub fn steps_per_epoch(&self) -> usize {
         self.report.steps
+    }
+
+    /// Optimizer steps of what is left of any epoch after its first `used` items.
+    #[must_use]
+    pub fn steps_from(&self, used: usize) -> usize {
+        self.options.steps(self.report.items.saturating_sub(used))
     }
 
     /// The plan of an epoch (counted from 0); the same on every rank and every machine.

@@ -205,12 +205,14 @@ fn an_epoch_goes_on_behind_the_items_that_were_used() {
             for done in 0..=whole.len() {
                 let rest: Vec<_> = sampler.epoch_from(1, used).collect();
                 assert_eq!(global_sets(&rest), global_sets(&whole[done..]), "{kind:?} {done}");
+                assert_eq!(sampler.steps_from(used), whole.len() - done, "{kind:?} {done}");
                 used += whole.get(done).map_or(0, StepPlan::items);
             }
             // Another number of items a step: none is used twice, none is left out.
             let other = epoch(&dataset, options(2, 3, 2), 1);
             let odd = Sampler::new(Arc::clone(&dataset), options(1, 5, 1)).unwrap();
             let rest: Vec<_> = odd.epoch_from(1, other[0].items()).collect();
+            assert_eq!(odd.steps_from(other[0].items()), rest.len(), "{kind:?}");
             let mut all = global_sets(&rest).concat();
             all.extend(global_sets(&other[..1]).concat());
             all.sort_unstable();

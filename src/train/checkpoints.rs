@@ -12,7 +12,7 @@ use tracing::warn;
 use super::inputs::Inputs;
 use super::report::METRICS;
 use super::start::{Start, bring_best, find, named};
-use super::{best, output, teacher};
+use super::{best, group, output, teacher};
 use crate::atomic::{StagedDir, create_dir_synced};
 use crate::checkpoint::Sidecar;
 use crate::checkpoint::model_dir::{MAX_SHARD_BYTES, ModelFiles};
@@ -211,11 +211,6 @@ pub(super) fn compare(
     Err(plan.error("resume", message))
 }
 
-/// Whether the steps of a run that goes on from `manifest` may use up the data otherwise than before.
-pub(super) fn steps_differ(plan: &Plan, world_size: usize, manifest: &Manifest) -> bool {
-    manifest.items_per_step != items_per_step(plan, world_size) || plan.sources.resume_anyway
-}
-
 /// What is to be said before a run about an earlier one in its output directory.
 ///
 /// # Errors
@@ -367,7 +362,7 @@ impl<'a> Checkpoints<'a> {
             identity,
             items_per_step: items_per_step(plan, groups.world.world_size()),
             keep: plan.saving.max_checkpoints,
-            timeout: super::timeout(plan),
+            timeout: group::timeout(plan),
             model,
         };
         Ok(Self { plan, saver: Saver::new(store, options, groups)?, _lock: lock })

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use super::{best, teacher};
+use crate::checkpoint::training::Progress;
 use crate::config::{DatasetKind, Plan};
 use crate::data::{CacheOptions, Dataset, LoadOptions, LoadReport, Sampler, SamplerOptions};
 use crate::error::{Error, Result};
@@ -116,6 +117,16 @@ impl Inputs {
             sampler,
             schedule,
         })
+    }
+
+    /// The schedule of a run of `epochs` that came so far in its data, perhaps with steps of another
+    /// size, or of several: by what is left, whatever took the steps before. It is
+    /// [`Inputs::schedule`] itself where nothing has changed.
+    pub(super) fn schedule_from(&self, progress: Progress, epochs: usize) -> Schedule {
+        let Progress { step, epoch, items } = progress;
+        let begun = if epoch < epochs { self.sampler.steps_from(items) } else { 0 };
+        let whole = epochs.saturating_sub(epoch + 1) * self.sampler.steps_per_epoch();
+        self.schedule.resumed(step, begun + whole)
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod best;
 mod checkpoints;
+mod group;
 pub mod inputs;
 mod memory;
 mod output;
@@ -16,7 +17,7 @@ mod validate;
 mod worst;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use rr_launch::contract::{WorkerEnv, heartbeat, preemption};
 use serde_json::{Value, json};
@@ -24,6 +25,7 @@ use tch::{Device, Tensor};
 use tracing::{info, warn};
 
 pub use checkpoints::check as check_resume;
+pub use group::check_machines;
 pub use inputs::Inputs;
 pub use output::check as check_output;
 pub use preflight::{DataSummary, ModelSummary, Preflight, Steps};
@@ -33,8 +35,8 @@ pub use validate::Validation;
 use crate::checkpoint::model_dir::MAX_SHARD_BYTES;
 use crate::checkpoint::training::{Progress, agree, file_crc32};
 use crate::checkpoint::{SavedModel, Sidecar, save_model};
-use crate::comm::{Communicator, Gloo, Groups, Nccl, Reduction, Solo, TIMEOUT, reduce_values};
-use crate::config::{self, Plan, SaveFailure, Strategy, ZeroStage};
+use crate::comm::{Communicator, Groups, Reduction, reduce_values};
+use crate::config::{self, Plan, SaveFailure};
 use crate::data::{Augment, Dataset, StepPlan};
 use crate::engine::{Engine, EngineOptions, StepOptions, StepReport, TrainBatch};
 use crate::error::{Error, Result};
@@ -43,10 +45,11 @@ use crate::optim::Schedule;
 use crate::score::pack;
 use crate::shard::{FlatUnit, Offload, ParameterGroups, Sharding, Share};
 use crate::text::{PipelineOptions, TokenBatch, WorkItem, token_batches};
-use crate::torch_ext::{nccl, runtime, storage};
+use crate::torch_ext::{runtime, storage};
 
 use best::{Best, Verdict};
 use checkpoints::Checkpoints;
+use group::join;
 use memory::Memory;
 use page::About;
 use report::Reporter;
@@ -130,12 +133,7 @@ fn train(
     engine.prepare_training()?;
     let (checkpoints, earlier) = Checkpoints::open(plan, inputs, &mut engine, groups, lock)?;
     let progress = earlier.as_ref().map_or_else(Progress::default, |manifest| manifest.progress);
-    let schedule = match &earlier {
-        Some(earlier) if checkpoints::steps_differ(plan, env.world_size, earlier) => {
-            inputs.schedule_from(progress, plan.training.epochs)
-        }
-        _ => inputs.schedule,
-    };
+    let schedule = inputs.schedule_from(progress, plan.training.epochs);
     let about = preflight.as_ref().map(|preflight| About { plan, env, preflight, device });
     let mut best = Best::new(&plan.validation);
     if let (Some(best), Some(manifest)) = (&mut best, &earlier) {
@@ -202,58 +200,6 @@ fn tell(plan: &Plan, inputs: &Inputs, world_size: usize) -> Result<Preflight> {
         info!("{line}");
     }
     Ok(preflight)
-}
-
-/// The longest wait for another rank.
-fn timeout(plan: &Plan) -> Duration {
-    plan.sources.timeout.unwrap_or(TIMEOUT)
-}
-
-/// Meets the other ranks, and forms the groups that the strategy works over.
-fn join(plan: &Plan, env: &WorkerEnv, device: Device) -> Result<Groups> {
-    let timeout = timeout(plan);
-    let world: Box<dyn Communicator> = match (env.world_size, device) {
-        (1, _) => Box::new(Solo),
-        (_, Device::Cuda(_)) => {
-            let library = nccl::Nccl::load(nccl::LIBRARY).map_err(|message| {
-                Error::Usage(format!("cannot load {}: {message}", nccl::LIBRARY))
-            })?;
-            Box::new(Nccl::join(Gloo::join(env, timeout)?, library, device, timeout)?)
-        }
-        _ => Box::new(Gloo::join(env, timeout)?),
-    };
-    match plan.parallel.strategy {
-        Strategy::Hybrid { .. } => Groups::hybrid(world, env.local_world_size),
-        Strategy::Ddp | Strategy::Zero { .. } => Ok(Groups::flat(world)),
-    }
-}
-
-/// Compares the machines that the plan speaks of with those that `world_size` workers, of which
-/// `local` are on this machine, are on.
-///
-/// # Errors
-/// [`Error::Config`] that names the setting and what works.
-pub fn check_machines(plan: &Plan, world_size: usize, local: usize) -> Result<()> {
-    let machines = world_size.div_ceil(local.max(1));
-    let asked = plan.parallel.machines;
-    if asked > 1 && asked != machines {
-        let message = format!(
-            "{asked}, but these {world_size} worker(s) are on {machines}; start the workers of \
-             every machine: rr-launch --nnodes {asked}, torchrun or srun"
-        );
-        return Err(plan.error("num_machines", message));
-    }
-    if let Strategy::Hybrid { stage } = plan.parallel.strategy
-        && (machines < 2 || !world_size.is_multiple_of(local))
-    {
-        let flat = if stage == ZeroStage::Three { "FULL_SHARD" } else { "SHARD_GRAD_OP" };
-        let message = format!(
-            "hybrid sharding divides inside a machine and repeats over machines of one size, but \
-             these {world_size} worker(s) are on {machines}; use {flat}"
-        );
-        return Err(plan.error("strategy", message));
-    }
-    Ok(())
 }
 
 /// The learning rates and decay that the plan asks for.
@@ -521,19 +467,6 @@ fn to_device(tokens: &TokenBatch, inputs: &Inputs, device: Device) -> Result<Tra
 }
 
 impl Inputs {
-    /// The schedule of a run that came so far in its data with steps of another size.
-    fn schedule_from(&self, progress: Progress, epochs: usize) -> Schedule {
-        let Progress { step, epoch, items } = progress;
-        let whole = self.sampler.steps_per_epoch();
-        let left = match epochs.checked_sub(epoch) {
-            Some(epochs @ 1..) if items > 0 => {
-                self.sampler.epoch_from(epoch, items).count().min(whole) + (epochs - 1) * whole
-            }
-            epochs => epochs.unwrap_or(0) * whole,
-        };
-        self.schedule.resumed(step, left)
-    }
-
     /// What a step's summed loss is divided by, over all ranks and micro-batches.
     fn weight(&self, loss: config::LossKind, step: &StepPlan) -> f64 {
         let mut weight = 0.0;
