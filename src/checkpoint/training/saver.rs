@@ -1,7 +1,7 @@
 //! Saving beside training: states are copied to memory, and a thread writes the copy.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -21,8 +21,8 @@ use crate::error::{Error, Result};
 use crate::optim::LossScale;
 use crate::shard::FlatUnit;
 
-/// Between two looks for a rank's receipt, or for the end of a thread that writes.
-const LOOK: Duration = Duration::from_millis(10);
+/// Between two looks for a rank's receipt, or for the end of a thread that writes: at first, and at most.
+const LOOKS: [Duration; 2] = [Duration::from_millis(10), Duration::from_millis(100)];
 
 /// What is said of an old checkpoint that cannot be removed.
 const STAYS: &str = "it takes up room until the next save or start removes it";
@@ -39,7 +39,7 @@ pub struct SaveOptions {
     pub items_per_step: usize,
     /// Checkpoints that stay.
     pub keep: usize,
-    /// The longest wait for another rank's file.
+    /// The longest wait for another rank's file once it is written.
     pub timeout: Duration,
     /// What the model directory needs beside weights.
     pub model: ModelFiles,
@@ -68,7 +68,28 @@ pub struct Saver {
     /// Memory for the copy, kept from one save to the next.
     buffers: Option<Vec<UnitStates>>,
     writing: Option<Writing>,
-    cancel: Arc<AtomicBool>,
+    others: Arc<Others>,
+}
+
+/// What rank 0 knows of the other ranks' part of a save; its thread waits for their files accordingly.
+#[derive(Debug, Default)]
+struct Others(AtomicU8);
+
+impl Others {
+    /// They may be writing, for as long as their disks take.
+    const WRITING: u8 = 0;
+    /// They have written: their files are there, or are as soon as a network file system shows them.
+    const WRITTEN: u8 = 1;
+    /// One of them cannot, or the run is over.
+    const FAILED: u8 = 2;
+
+    fn set(&self, state: u8) {
+        self.0.store(state, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> u8 {
+        self.0.load(Ordering::Relaxed)
+    }
 }
 
 /// A save under way.
@@ -96,7 +117,7 @@ struct Job {
     manifest: Option<Manifest>,
     /// How long training stood still for the copy.
     pause: Duration,
-    cancel: Arc<AtomicBool>,
+    others: Arc<Others>,
 }
 
 impl Saver {
@@ -114,7 +135,7 @@ impl Saver {
             nonce: nonce[0] as u64,
             buffers: None,
             writing: None,
-            cancel: Arc::default(),
+            others: Arc::default(),
         })
     }
 
@@ -156,7 +177,7 @@ impl Saver {
             writer: (groups.shard().rank(), groups.shard().world_size()),
             manifest,
             pause: now.began.elapsed(),
-            cancel: Arc::clone(&self.cancel),
+            others: Arc::clone(&self.others),
         };
         self.writing = Some(started.write(job));
         Ok(())
@@ -206,25 +227,27 @@ impl Saver {
     /// # Errors
     /// What the save failed with, on this rank or another.
     pub fn finish(&mut self, groups: &Groups) -> Result<()> {
+        groups.set_place(None);
         let waits_for_others = groups.world.rank() == 0;
-        let mut outcome = Ok(());
-        if !waits_for_others {
-            outcome = self.join();
-        }
-        // Rank 0 would wait for the receipt of a rank that has failed.
+        let is_writing = |this: &Self| {
+            this.writing.as_ref().is_some_and(|writing| !writing.thread.is_finished())
+        };
+        // Any rank may write for longer than a rank waits for another. Rank 0's thread, which waits for
+        // the others' files, comes last.
+        let is_done = || waits_for_others || !is_writing(self);
+        wait_together(groups.world.as_ref(), is_done, tell_saving)?;
+        let outcome = if waits_for_others { Ok(()) } else { self.join() };
         let others = agree(outcome, groups);
         if waits_for_others {
-            self.cancel.store(others.is_err(), Ordering::Relaxed);
+            // It would wait for the file of a rank that has failed.
+            self.others.set(if others.is_err() { Others::FAILED } else { Others::WRITTEN });
         }
-        // Rank 0 may write for longer than a rank waits for another.
-        let is_writing =
-            || self.writing.as_ref().is_some_and(|writing| !writing.thread.is_finished());
-        let is_done = || !waits_for_others || !is_writing();
+        let is_done = || !waits_for_others || !is_writing(self);
         wait_together(groups.world.as_ref(), is_done, tell_saving)?;
         if waits_for_others {
             let staging = self.writing.as_ref().map(|writing| writing.staging.clone());
             let own = self.join();
-            self.cancel.store(false, Ordering::Relaxed);
+            self.others.set(Others::WRITING);
             if let (Some(staging), true) = (staging, others.is_err() || own.is_err()) {
                 // A rank that was slower may have put its file there after rank 0 had cleared up.
                 let _ = std::fs::remove_dir_all(staging);
@@ -238,7 +261,7 @@ impl Saver {
         let Some(writing) = self.writing.take() else { return Ok(()) };
         while !writing.thread.is_finished() {
             tell_saving();
-            std::thread::sleep(LOOK);
+            std::thread::sleep(LOOKS[0]);
         }
         match writing.thread.join() {
             Ok((buffers, outcome)) => {
@@ -269,7 +292,7 @@ impl Saver {
 impl Drop for Saver {
     fn drop(&mut self) {
         // The run has failed, or finish() was called; a save under way is not waited for by rank 0.
-        self.cancel.store(true, Ordering::Relaxed);
+        self.others.set(Others::FAILED);
         let _ = self.join();
     }
 }
@@ -281,6 +304,13 @@ pub(crate) fn agree<T>(outcome: Result<T>, groups: &Groups) -> Result<T> {
     let outcome = outcome?;
     reduced?;
     if failed[0] == 0.0 { Ok(outcome) } else { Err(Error::PeerCannotSave(failed[0] as usize - 1)) }
+}
+
+/// Whether `path` is in its directory, which is read for it: NFS remembers for up to half a minute that a
+/// name was not there, but asks its server anew when the directory is opened.
+fn is_listed(path: &Path) -> bool {
+    let entries = path.parent().and_then(|dir| std::fs::read_dir(dir).ok());
+    entries.into_iter().flatten().flatten().any(|entry| Some(&*entry.file_name()) == path.file_name())
 }
 
 /// A number that no other start has, small enough for an f64.
@@ -379,17 +409,23 @@ impl Job {
 
     fn wait_for(&self, rank: usize) -> Result<FileRecord> {
         let path = self.receipt(rank);
-        let deadline = Instant::now() + self.options.timeout;
-        while !path.exists() {
-            if self.cancel.load(Ordering::Relaxed) {
-                return Err(Error::PeerCannotSave(rank));
+        let [mut pause, longest] = LOOKS;
+        let mut deadline = None;
+        while !is_listed(&path) {
+            match self.others.get() {
+                Others::FAILED => return Err(Error::PeerCannotSave(rank)),
+                Others::WRITTEN => {
+                    let now = Instant::now();
+                    if now >= *deadline.get_or_insert(now + self.options.timeout) {
+                        let message = "another rank's file does not come; is the directory shared by \
+                                       all machines?";
+                        return Err(Error::File { path, message: message.into() });
+                    }
+                }
+                _ => {}
             }
-            if Instant::now() >= deadline {
-                let message = "another rank's file does not come; is the directory shared by all \
-                               machines?";
-                return Err(Error::File { path, message: message.into() });
-            }
-            std::thread::sleep(LOOK);
+            std::thread::sleep(pause);
+            pause = (2 * pause).min(longest);
         }
         let record = serde_json::from_slice(&read(&path)?)
             .map_err(|error| super::damaged(&path, format!("not a receipt: {error}")))?;
