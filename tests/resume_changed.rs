@@ -196,8 +196,9 @@ fn a_directory_called_best_is_not_removed_unasked() {
     let mut replaces = command(&bench, "run", 1, &["batch_size=4"]);
     killed_at("before_states:3@0", replaces.arg("--overwrite"));
     assert!(root.join("run/best/model.safetensors").exists(), "it stays until the end");
-    succeed(&mut command(&bench, "run", 1, &["batch_size=4"]));
-    assert!(!root.join("run/best").exists());
+    // Nor where it is killed as soon as it has ended.
+    killed_at("after_end:1@0", &mut command(&bench, "run", 1, &["batch_size=4"]));
+    assert!(root.join("run/model/model.safetensors").exists() && !root.join("run/best").exists());
 }
 
 /// One of two workers, started by hand in `folder`, with the output directory `out`.

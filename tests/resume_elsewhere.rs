@@ -5,6 +5,7 @@
 mod common;
 
 use std::fs;
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -52,6 +53,13 @@ fn a_restart_after_the_last_save_has_nothing_left_to_do() {
     let said = succeed(&mut restarted);
     assert!(said.contains("run/model was saved before this restart"), "{said}");
     assert!(root.join("run/model/model.safetensors").exists());
+    // So it is where the run replaces another, and where there was none to replace.
+    for (name, place) in [("run", "after_end:1@0"), ("new", "after_model_moves:1@0")] {
+        let mut restarted = command(&bench, name, &["lr=5e-4"]);
+        restarted.args(["--overwrite", "--max-restarts", "1"]).env("RR_FAIL_POINT", place);
+        let said = succeed(&mut restarted);
+        assert!(said.contains(&format!("{name}/model was saved before this restart")), "{said}");
+    }
     // A start by hand is told that there is a finished run.
     let (code, said) = end(&mut command(&bench, "run", &[]));
     assert_eq!(code, 2, "{said}");
@@ -92,6 +100,36 @@ fn a_run_that_replaces_a_finished_one_goes_on_as_any_other() {
     assert!(weights(&root.join("run/model")) == weights(&root.join("whole/model")));
     let (code, said) = end(&mut command(&bench, "run", &["lr=5e-4"]));
     assert_eq!(code, 2, "it is finished now: {said}");
+}
+
+#[test]
+fn restarts_by_torchrun_go_on_as_well() {
+    let bench = Bench::new(0.1);
+    let attempt = |count: &str| {
+        let mut worker = Command::new(env!("CARGO_BIN_EXE_reranker"));
+        worker.current_dir(bench.root.path()).args(["train", "--device", "cpu"]);
+        worker.args(["--config", "t.yaml", "--set", "output_dir=run", "--set", "batch_size=4"]);
+        worker.args(["--set", "save_steps=2", "--resume", "never", "--overwrite"]);
+        worker.env("OMP_NUM_THREADS", "1").env_remove("RR_RUN_ID").stdin(Stdio::null());
+        worker.env("TORCHELASTIC_RUN_ID", "none").env("TORCHELASTIC_RESTART_COUNT", count);
+        worker
+    };
+    killed_by_hand(&mut attempt("0"), "before_states:3@0");
+    let said = killed_by_hand(&mut attempt("1"), "after_end:1@0");
+    assert!(said.contains("going on from run/checkpoints/step-4"), "{said}");
+    let said = succeed(&mut attempt("2"));
+    assert!(said.contains("run/model was saved before this restart"), "{said}");
+    // Another launch knows nothing of this one.
+    let said = succeed(&mut attempt("0"));
+    assert!(said.contains("trained 106 pairs"), "{said}");
+}
+
+/// Starts a worker without a launcher that kills itself at this place; what it said.
+fn killed_by_hand(worker: &mut Command, place: &str) -> String {
+    let output = worker.env("RR_FAIL_POINT", place).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.signal(), Some(9), "{said}");
+    said
 }
 
 /// The directories of a run's checkpoints.

@@ -5,11 +5,12 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
 
-use rr_launch::contract::{heartbeat, vars};
+use rr_launch::contract::heartbeat;
 use serde_json::{Value, json};
 use tracing::warn;
 
 use super::inputs::Inputs;
+use super::output::launch;
 use super::report::METRICS;
 use super::start::{Start, bring_best, find, named};
 use super::{best, group, output, teacher};
@@ -87,11 +88,6 @@ fn check_free(plan: &Plan) -> Result<()> {
 /// Whether the run begins anew, whatever is in its output directory.
 pub(super) fn begins_anew(plan: &Plan) -> bool {
     (plan.saving.resume == Resume::Never || !output::unfinished(plan)) && !goes_on(plan)
-}
-
-/// The launch that this worker belongs to, where rr-launch started it.
-fn launch() -> Option<String> {
-    std::env::var(vars::RR_RUN_ID).ok()
 }
 
 /// Whether this launch was restarted after a failure and has saved a checkpoint before: it goes on

@@ -167,11 +167,10 @@ fn train(
     }
     heartbeat::working(format_args!("saving the last checkpoint"));
     job.checkpoints.finish(groups)?;
-    let replaced = output::replaces_best(plan);
     let saving = job.save(output::MODEL)?;
     let memory = Memory::gather(&job.engine, saving, groups.world.as_ref())?;
     job.reporter.finish(&memory);
-    job.reporter.best(plan, job.best, replaced)?;
+    job.reporter.best(plan, job.best);
     groups.world.leave()?;
     Ok(Ending::Done)
 }
@@ -424,7 +423,8 @@ impl Job<'_> {
         let is_end = name == output::MODEL && self.groups.world.rank() == 0;
         let mut saved = save_model(model, &target, self.groups);
         if is_end {
-            saved = saved.and_then(|held| output::end(self.plan).map(|()| held));
+            let has_best = self.best.is_some_and(|best| best.found.is_some());
+            saved = saved.and_then(|held| output::end(self.plan, has_best).map(|()| held));
         } else if self.groups.world.rank() == 0 {
             saved = saved.and_then(|held| output::has_own_best(self.plan).map(|()| held));
         }

@@ -5,8 +5,9 @@ use std::path::Path;
 use rr_launch::contract::vars;
 use rustix::fs::{Access, access};
 
-use crate::atomic::{remove_file, sync_dir, write_synced};
+use crate::atomic::{remove_dir, remove_file, sync_dir, write_synced};
 use crate::checkpoint::SIDECAR;
+use crate::checkpoint::training::fail_point;
 use crate::config::Plan;
 use crate::error::Result;
 
@@ -23,6 +24,9 @@ pub(super) const CHECKPOINTS: &str = "checkpoints";
 /// Says, inside the directory of logs, that what lies at [`MODEL`] is of an earlier run, which the
 /// present one replaces when it ends.
 const BEGUN: &str = ".begun";
+
+/// Names, inside the directory of logs, the launch whose run was the last to begin here.
+const LAUNCH: &str = ".launch";
 
 fn has_begun(plan: &Plan) -> bool {
     plan.saving.output_dir.join(RUNS).join(BEGUN).exists()
@@ -42,10 +46,17 @@ pub(super) fn unfinished(plan: &Plan) -> bool {
 pub(super) fn begin(plan: &Plan, anew: bool) -> Result<()> {
     let is_there = |name| plan.saving.output_dir.join(name).exists();
     match (anew, is_there(MODEL), is_there(BEST)) {
-        (true, _, true) => note_begun(plan, BEST),
-        (true, true, false) => note_begun(plan, ""),
-        (false, true, _) if !has_begun(plan) => note_begun(plan, ""),
-        _ => Ok(()),
+        (true, _, true) => note_begun(plan, BEST)?,
+        (true, true, false) => note_begun(plan, "")?,
+        (false, true, _) if !has_begun(plan) => note_begun(plan, "")?,
+        _ => {}
+    }
+    // From here on a final model that is there is an earlier run's by that note, or this launch's own.
+    let path = plan.saving.output_dir.join(RUNS).join(LAUNCH);
+    match launch() {
+        Some(launch) => write_synced(&path, launch.as_bytes()),
+        None if path.exists() => remove_file(&path),
+        None => Ok(()),
     }
 }
 
@@ -57,7 +68,7 @@ fn note_begun(plan: &Plan, replaced: &str) -> Result<()> {
 }
 
 /// Whether what lies at [`BEST`] is an earlier run's.
-pub(super) fn replaces_best(plan: &Plan) -> bool {
+fn replaces_best(plan: &Plan) -> bool {
     let noted = std::fs::read_to_string(plan.saving.output_dir.join(RUNS).join(BEGUN));
     noted.is_ok_and(|replaced| replaced == BEST)
 }
@@ -70,28 +81,48 @@ pub(super) fn has_own_best(plan: &Plan) -> Result<()> {
     if replaces_best(plan) { note_begun(plan, "") } else { Ok(()) }
 }
 
-/// The run has saved its model.
+/// The run has saved its model. Where it has no best one, an earlier run's goes.
 ///
 /// # Errors
-/// [`crate::Error::Io`] when that cannot be noted.
-pub(super) fn end(plan: &Plan) -> Result<()> {
-    if has_begun(plan) {
-        remove_file(&plan.saving.output_dir.join(RUNS).join(BEGUN))
-    } else {
-        Ok(())
+/// [`crate::Error::Io`] when that cannot be removed, or the end not be noted.
+pub(super) fn end(plan: &Plan, has_best: bool) -> Result<()> {
+    let best = plan.saving.output_dir.join(BEST);
+    if !has_best && replaces_best(plan) && best.exists() {
+        // First: after the note is gone, nobody would know whose it is.
+        remove_dir(&best)?;
     }
+    if has_begun(plan) {
+        remove_file(&plan.saving.output_dir.join(RUNS).join(BEGUN))?;
+    }
+    fail_point("after_end");
+    Ok(())
+}
+
+/// The launch that this worker belongs to, where rr-launch or torchrun started it.
+pub(super) fn launch() -> Option<String> {
+    let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let id = variable(vars::RR_RUN_ID).or_else(|| variable(vars::TORCHELASTIC_RUN_ID))?;
+    // What torchrun calls every launch that was given no name: its process tells them apart.
+    let is_unnamed = id == "none";
+    Some(if is_unnamed { format!("{id} {}", std::os::unix::process::parent_id()) } else { id })
 }
 
 /// Whether the launcher has started this run's workers before.
 pub(super) fn is_restart() -> bool {
-    std::env::var(vars::RR_RESTART_COUNT).is_ok_and(|count| count != "0")
+    let count = std::env::var(vars::RR_RESTART_COUNT);
+    let count = count.or_else(|_| std::env::var(vars::TORCHELASTIC_RESTART_COUNT));
+    count.is_ok_and(|count| count != "0")
 }
 
-/// Whether an earlier attempt of this launch has saved the final model, and failed only then: the
-/// first attempt would have refused one that was there before.
+/// Whether an earlier attempt of this launch has begun to train here.
+fn is_own(plan: &Plan) -> bool {
+    let path = plan.saving.output_dir.join(RUNS).join(LAUNCH);
+    is_restart() && std::fs::read_to_string(path).is_ok_and(|begun| launch() == Some(begun))
+}
+
+/// Whether an earlier attempt of this launch has saved the final model, and failed only then.
 pub(super) fn is_complete(plan: &Plan) -> bool {
-    let is_there = plan.saving.output_dir.join(MODEL).exists() && !has_begun(plan);
-    is_restart() && !plan.saving.overwrite && is_there
+    is_own(plan) && plan.saving.output_dir.join(MODEL).exists() && !has_begun(plan)
 }
 
 /// Checks that the run may write to its output directory and overwrites no finished run.
@@ -104,7 +135,7 @@ pub fn check(plan: &Plan) -> Result<()> {
     if dir.exists() && !dir.is_dir() {
         return refuse(format!("{} is a file, expected a directory", dir.display()));
     }
-    if dir.join(MODEL).exists() && !has_begun(plan) && !plan.saving.overwrite && !is_restart() {
+    if dir.join(MODEL).exists() && !has_begun(plan) && !plan.saving.overwrite && !is_own(plan) {
         return refuse(format!(
             "{} already holds a finished run; choose another directory or pass --overwrite",
             dir.display()
@@ -120,7 +151,7 @@ pub fn check(plan: &Plan) -> Result<()> {
         ));
     }
     let is_leftover = !dir.join(MODEL).exists() && !unfinished(plan);
-    if best.exists() && is_leftover && !plan.saving.overwrite && !is_restart() {
+    if best.exists() && is_leftover && !plan.saving.overwrite && !is_own(plan) {
         return refuse(format!(
             "{} is an earlier run's best model; choose another directory or pass --overwrite",
             best.display()

@@ -17,7 +17,7 @@ use super::status::{Progress, StatusLine};
 use super::trackers::Trackers;
 use super::validate::Validation;
 use super::worst::QueryReport;
-use crate::atomic::{StagedFile, create_dir, remove_dir};
+use crate::atomic::{StagedFile, create_dir};
 use crate::checkpoint::training::fail_point;
 use crate::config::Plan;
 use crate::data::{MicroBatchPlan, StepPlan};
@@ -310,23 +310,12 @@ impl Reporter {
         sink.page.finish(status);
     }
 
-    /// Names the best model, once the final one is saved. Without one, what is in its place is removed
-    /// where it is `replaced`: an earlier run's.
-    pub(super) fn best(&self, plan: &Plan, best: Option<Best>, replaced: bool) -> Result<()> {
-        if self.sink.is_none() {
-            return Ok(());
-        }
-        let dir = plan.saving.output_dir.join(BEST);
-        match best.and_then(|best| Some((best.metric, best.found?))) {
-            Some((metric, (value, step))) => {
-                info!(
-                    "the best model, {metric} {value:.4} after step {step}, is {}",
-                    dir.display()
-                );
-                Ok(())
-            }
-            None if replaced && dir.exists() => remove_dir(&dir),
-            None => Ok(()),
+    /// Names the best model, once the final one is saved.
+    pub(super) fn best(&self, plan: &Plan, best: Option<Best>) {
+        let found = best.and_then(|best| Some((best.metric, best.found?)));
+        if let (Some((metric, (value, step))), true) = (found, self.sink.is_some()) {
+            let dir = plan.saving.output_dir.join(BEST);
+            info!("the best model, {metric} {value:.4} after step {step}, is {}", dir.display());
         }
     }
 
