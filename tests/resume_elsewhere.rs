@@ -209,7 +209,9 @@ fn a_checkpoint_of_another_directory_does_not_replace_others_unasked() {
     let root = bench.root.path();
     succeed(&mut command(&bench, "whole", &[]));
     killed_at("before_states:3@0", &mut command(&bench, "run", &[]));
-    killed_at("before_states:2@0", &mut command(&bench, "other", &["lr=5e-4"]));
+    let best = ["lr=5e-4", "metric_for_best=loss", "eval_steps=1"];
+    killed_at("before_states:2@0", &mut command(&bench, "other", &best));
+    assert!(root.join("other/best").exists());
     let before = steps_kept(&root.join("other"));
     let from = ["--resume", "run/checkpoints/step-4"];
     let (code, said) = end(command(&bench, "other", &[]).args(from));
@@ -218,15 +220,55 @@ fn a_checkpoint_of_another_directory_does_not_replace_others_unasked() {
                    with --resume auto, choose another output_dir, or pass --overwrite to remove them";
     assert!(said.contains(refusal), "{said}");
     assert_eq!(steps_kept(&root.join("other")), before);
-    let mut wanted = command(&bench, "other", &[]);
-    let said = succeed(wanted.args(from).arg("--overwrite"));
-    assert!(said.contains("run/checkpoints/step-4: step 4, epoch 1"), "{said}");
+    let said = killed_and_again(&bench, "other", &[], &[&from[..], &["--overwrite"]].concat());
+    assert!(said[0].contains("run/checkpoints/step-4: step 4, epoch 1"), "{}", said[0]);
     assert!(!root.join("other/checkpoints/step-2").exists());
+    assert!(said[1].contains("going on from other/checkpoints/step-8: step 8"), "{}", said[1]);
     assert!(weights(&root.join("other/model")) == weights(&root.join("whole/model")));
-    // A step of the run's own directory is no stranger.
-    let said = succeed(command(&bench, "run", &[]).args(["--resume", "./run/checkpoints/step-2"]));
-    assert!(said.contains("run/checkpoints/step-2: step 2"), "{said}");
+    // Nothing of the earlier run is taken for this one's.
+    let logged: Vec<u64> = steps(&root.join("other")).into_iter().map(|(step, _)| step).collect();
+    assert_eq!(logged, (5..=14).collect::<Vec<_>>());
+    assert!(!root.join("other/best").exists());
+    // A step of the run's own directory is no stranger, and may be gone when the run goes on.
+    let from = ["--resume", "./run/checkpoints/step-2"];
+    let said = killed_and_again(&bench, "run", &["num_max_checkpoints=1"], &from);
+    assert!(said[0].contains("run/checkpoints/step-2: step 2"), "{}", said[0]);
+    assert!(said[0].contains("up to step 4, are left behind"), "{}", said[0]);
+    assert!(said[1].contains("going on from run/checkpoints/step-6: step 6"), "{}", said[1]);
     assert!(weights(&root.join("run/model")) == weights(&root.join("whole/model")));
+}
+
+/// Runs a command twice, the first time until it saves for the third time; what it said.
+fn killed_and_again(bench: &Bench, name: &str, more: &[&str], flags: &[&str]) -> [String; 2] {
+    let run = |command: &mut Command| end(command.args(flags));
+    let mut first = command(bench, name, more);
+    let (code, said) = run(first.env("RR_FAIL_POINT", "before_states:3@0"));
+    assert_eq!(code, 137, "{said}");
+    let (code, said_again) = run(&mut command(bench, name, more));
+    assert_eq!(code, 0, "{said_again}");
+    [said, said_again]
+}
+
+#[test]
+fn a_command_that_asks_for_another_training_goes_back_to_where_it_is_sent() {
+    let bench = Bench::new(0.1);
+    killed_at("before_states:2@0", &mut command(&bench, "run", &[]));
+    let from = ["--resume", "run/checkpoints/step-2"];
+    killed_at("before_states:2@0", command(&bench, "moved", &[]).args(from));
+    let check = |more: &[&str]| {
+        let mut check = Command::new(env!("CARGO_BIN_EXE_reranker"));
+        check.current_dir(bench.root.path()).args(["check", "--config", "t.yaml"]).args(from);
+        check.args(["--set", "output_dir=moved", "--set", "batch_size=2", "--nproc", "2"]);
+        check.args(["--device", "cpu"]).args(more).stdin(Stdio::null());
+        let output = check.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let said = check(&[]);
+    let own = "moved holds an unfinished run, which goes on from its checkpoint of step 4";
+    assert!(said.contains(own), "{said}");
+    let said = check(&["--set", "lr=1e-7", "--resume-anyway", "--overwrite"]);
+    assert!(said.contains("goes on from run/checkpoints/step-2"), "{said}");
 }
 
 /// Starts two workers that see the disk as two machines do, each in a folder of its own; what each

@@ -10,6 +10,9 @@ use serde_json::{Value, json};
 use tracing::warn;
 
 use super::inputs::Inputs;
+use super::origin::{
+    LAUNCH, ORIGIN, begins_anew, check_mixture, comes_from_elsewhere, is_sent, origin, own_steps,
+};
 use super::output::launch;
 use super::report::METRICS;
 use super::start::{Start, bring_best, find, named};
@@ -53,6 +56,8 @@ const FREE: [&str; 8] = [
 pub(super) struct Checkpoints<'a> {
     plan: &'a Plan,
     saver: Saver,
+    /// The checkpoint that the run was sent to, if any.
+    origin: Value,
     /// Rank 0 holds the output directory.
     _lock: Option<Lock>,
 }
@@ -85,56 +90,6 @@ fn check_free(plan: &Plan) -> Result<()> {
     Lock::check(&plan.saving.output_dir.join(output::RUNS).join(LOCK))
 }
 
-/// Whether the run begins anew, whatever is in its output directory.
-pub(super) fn begins_anew(plan: &Plan) -> bool {
-    (plan.saving.resume == Resume::Never || !output::unfinished(plan)) && !goes_on(plan)
-}
-
-/// Whether this launch was restarted after a failure and has saved a checkpoint before: it goes on
-/// from that, whatever the flags said of earlier launches.
-pub(super) fn goes_on(plan: &Plan) -> bool {
-    output::is_restart() && own_steps(&store(plan)).is_ok_and(|steps| !steps.is_empty())
-}
-
-/// The steps of the checkpoints that this launch has saved, newest first.
-pub(super) fn own_steps(store: &Store) -> Result<Vec<usize>> {
-    let Some(launch) = launch() else { return Ok(Vec::new()) };
-    let is_own = |step: &usize| {
-        Manifest::read(&store.path(*step)).is_ok_and(|manifest| manifest.job["launch"] == launch)
-    };
-    Ok(store.steps()?.into_iter().filter(is_own).collect())
-}
-
-/// Whether the plan names a checkpoint of another directory, and this launch has saved none yet.
-fn comes_from_elsewhere(plan: &Plan) -> bool {
-    let Resume::Path(path) = &plan.saving.resume else { return false };
-    let named = std::fs::canonicalize(path).ok();
-    let own = std::fs::canonicalize(plan.saving.output_dir.join(output::CHECKPOINTS)).ok();
-    let is_own = own.is_some_and(|own| named.is_some_and(|named| named.parent() == Some(&own)));
-    !is_own && !goes_on(plan)
-}
-
-/// Refuses to mix a run's checkpoints with those of an earlier one.
-///
-/// # Errors
-/// [`Error::Config`] that says what to do.
-pub(super) fn check_mixture(plan: &Plan) -> Result<()> {
-    let is_other =
-        (plan.saving.resume == Resume::Never && !goes_on(plan)) || comes_from_elsewhere(plan);
-    let steps = store(plan).steps()?;
-    let (Some(newest), true, false) = (steps.first(), is_other, plan.saving.overwrite) else {
-        return Ok(());
-    };
-    Err(plan.error(
-        "resume",
-        format!(
-            "{} holds the checkpoints of an earlier run, up to step {newest}; go on from them with \
-             --resume auto, choose another output_dir, or pass --overwrite to remove them",
-            plan.saving.output_dir.display()
-        ),
-    ))
-}
-
 /// Looks, before any worker starts, at what the run would go on from: whether there is something
 /// that it must not go on from. Whether every byte is as written is seen later.
 ///
@@ -144,10 +99,11 @@ pub fn check(plan: &Plan, inputs: &Inputs, world_size: usize) -> Result<()> {
     check_free(plan)?;
     check_mixture(plan)?;
     let (store, steps) = match &plan.saving.resume {
-        Resume::Path(path) => {
+        Resume::Path(path) if is_sent(plan) => {
             let (store, step) = named(plan, path)?;
             (store, vec![step])
         }
+        Resume::Path(_) => (store(plan), own_steps(plan)?),
         _ if begins_anew(plan) => return Ok(()),
         _ => (store(plan), store(plan).steps()?),
     };
@@ -213,7 +169,7 @@ pub(super) fn compare(
 /// [`Error::Io`] when the checkpoints cannot be looked at.
 pub(super) fn outlook(plan: &Plan) -> Result<Option<String>> {
     let dir = plan.saving.output_dir.display();
-    if let Resume::Path(path) = &plan.saving.resume {
+    if let (Resume::Path(path), true) = (&plan.saving.resume, is_sent(plan)) {
         return Ok(Some(format!("goes on from {}", path.display())));
     }
     if !output::unfinished(plan) {
@@ -225,7 +181,7 @@ pub(super) fn outlook(plan: &Plan) -> Result<Option<String>> {
         return Ok(None);
     }
     Ok(Some(match (newest, &plan.saving.resume) {
-        (Some(step), Resume::Auto) => {
+        (Some(step), Resume::Auto | Resume::Path(_)) => {
             format!(
                 "{dir} holds an unfinished run, which goes on from its checkpoint of step {step}"
             )
@@ -239,9 +195,8 @@ fn items_per_step(plan: &Plan, world_size: usize) -> usize {
     plan.training.batch_size * plan.training.accumulation * world_size
 }
 
-/// What makes the run the run that it is: its settings and the contents of what it reads, the base
-/// weights once they are in an engine.
-fn identity(plan: &Plan, inputs: &Inputs, engine: Option<&Engine>) -> Result<Identity> {
+/// The settings whose change makes another run.
+pub(super) fn settings(plan: &Plan) -> BTreeMap<String, Value> {
     let json = plan.to_json();
     let mut all = BTreeMap::from([("loss_type".to_owned(), json["loss_type"].clone())]);
     for section in ["model", "data", "training"] {
@@ -249,6 +204,13 @@ fn identity(plan: &Plan, inputs: &Inputs, engine: Option<&Engine>) -> Result<Ide
         let bound = settings.filter(|(name, _)| !FREE.contains(&name.as_str()));
         all.extend(bound.map(|(name, value)| (name.clone(), value.clone())));
     }
+    all
+}
+
+/// What makes the run the run that it is: its settings and the contents of what it reads, the base
+/// weights once they are in an engine.
+fn identity(plan: &Plan, inputs: &Inputs, engine: Option<&Engine>) -> Result<Identity> {
+    let mut all = settings(plan);
     let contents =
         |path: &Path| -> Result<Value> { Ok(json!(format!("{:08x}", file_crc32(path)?))) };
     // Of a teacher's scores, before they are there, nothing is known.
@@ -320,9 +282,14 @@ impl<'a> Checkpoints<'a> {
                 engine.set_loss_scale(loss_scale);
             }
         }
-        let this = Self::new(plan, inputs, identity, groups, lock)?;
+        let mut this = Self::new(plan, inputs, identity, groups, lock)?;
         if groups.world.rank() == 0 {
-            output::begin(plan, start.is_none())?;
+            let is_sent = is_sent(plan);
+            let job = start.as_ref().map_or(&Value::Null, |start| &start.manifest.job);
+            this.origin = if is_sent { json!(origin(plan)) } else { job[ORIGIN].clone() };
+            // A best model from before the run was sent elsewhere is of another past.
+            let has_no_best = start.is_none() || (is_sent && job["best"]["found"].is_null());
+            output::begin(plan, has_no_best)?;
             if let Some(Start { path, manifest }) = &start {
                 this.saver.trim(path, manifest.progress.step);
             }
@@ -361,7 +328,8 @@ impl<'a> Checkpoints<'a> {
             timeout: group::timeout(plan),
             model,
         };
-        Ok(Self { plan, saver: Saver::new(store, options, groups)?, _lock: lock })
+        let saver = Saver::new(store, options, groups)?;
+        Ok(Self { plan, saver, origin: Value::Null, _lock: lock })
     }
 
     /// Saves where it is due after a step. Without `async_save`, and where it was `asked` for because
@@ -385,7 +353,8 @@ impl<'a> Checkpoints<'a> {
             let earlier = self.saver.finish(groups);
             self.judge(earlier)?;
             let mut job = job();
-            job["launch"] = json!(launch());
+            job[LAUNCH] = json!(launch());
+            job[ORIGIN] = self.origin.clone();
             let loss_scale = engine.loss_scale().copied();
             let now = Moment { began, progress, loss_scale, job };
             let outcome = self.saver.save(now, engine.units(), groups);

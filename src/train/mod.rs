@@ -5,6 +5,7 @@ mod checkpoints;
 mod group;
 pub mod inputs;
 mod memory;
+mod origin;
 mod output;
 mod page;
 mod preflight;

@@ -11,6 +11,7 @@ use tracing::{Level, debug, enabled, info, warn};
 use super::best::Best;
 use super::inputs::Inputs;
 use super::memory::Memory;
+use super::origin::comes_from_elsewhere;
 use super::output::{BEST, RUNS};
 use super::page::{self, About, Page};
 use super::status::{Progress, StatusLine};
@@ -60,7 +61,9 @@ impl Sink {
         let dir = about.plan.saving.output_dir.join(RUNS);
         create_dir(&dir)?;
         let path = dir.join(METRICS);
-        let earlier = metrics_until(&path, done)?;
+        // What another run has left here is not the past of one whose checkpoint was elsewhere.
+        let kept = if comes_from_elsewhere(about.plan) { 0 } else { done };
+        let earlier = metrics_until(&path, kept)?;
         // A run that is killed here has lost none of its lines.
         let staged = StagedFile::new(&path)?;
         let mut file = staged.writer()?;
@@ -74,7 +77,7 @@ impl Sink {
         Ok(Self {
             file,
             length: earlier.len() as u64,
-            trackers: Trackers::start(about.plan, &dir, done)?,
+            trackers: Trackers::start(about.plan, &dir, kept)?,
             status: StatusLine::new(about.env.progress),
             page: Page::new(&dir, &earlier, inputs, about),
             device: about.device,

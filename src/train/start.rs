@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use tracing::{info, warn};
 
-use super::checkpoints::{begins_anew, check_mixture, compare, goes_on, own_steps, store};
+use super::checkpoints::{compare, store};
+use super::origin::{begins_anew, check_mixture, is_sent, left_behind, own_steps};
 use super::output;
 use crate::atomic::{StagedDir, copy_dir};
 use crate::checkpoint::Sidecar;
@@ -32,17 +33,16 @@ struct Candidates {
 fn candidates(plan: &Plan) -> Result<Candidates> {
     check_mixture(plan)?;
     if let Resume::Path(path) = &plan.saving.resume
-        && !goes_on(plan)
+        && is_sent(plan)
     {
         return Ok(Candidates { steps: vec![named(plan, path)?.1], is_named: true });
     }
     if begins_anew(plan) {
         return Ok(Candidates::default());
     }
-    let store = store(plan);
     // A launch that began from elsewhere, or anew, does not go on from what others have left.
     let is_auto = plan.saving.resume == Resume::Auto;
-    let steps = if is_auto { store.steps()? } else { own_steps(&store)? };
+    let steps = if is_auto { store(plan).steps()? } else { own_steps(plan)? };
     Ok(Candidates { steps, is_named: false })
 }
 
@@ -140,8 +140,7 @@ pub(super) fn bring_best(plan: &Plan, Start { path, manifest }: &Start) -> Resul
     let found = of(&target);
     // A run that went on after this checkpoint may have found a better one, and finds it again. One that
     // was sent back to it leaves that past behind.
-    let is_sent = matches!(plan.saving.resume, Resume::Path(_)) && !goes_on(plan);
-    if found == Some(value) || (found.is_some() && !is_sent) {
+    if found == Some(value) || (found.is_some() && !is_sent(plan)) {
         return Ok(true);
     }
     // A checkpoint of another directory has its best model beside it.
@@ -149,7 +148,8 @@ pub(super) fn bring_best(plan: &Plan, Start { path, manifest }: &Start) -> Resul
     let from = output_dir.join(output::BEST);
     if of(&from) == Some(value) {
         info!("taking the best model so far over from {}", from.display());
-        return copy_dir(&from, &target).map(|()| true);
+        copy_dir(&from, &target)?;
+        return output::has_own_best(plan).map(|()| true);
     }
     warn!(
         "the best model so far, {figure} {value}, is not in {}; the next validation is the best again",
@@ -174,6 +174,12 @@ fn start(
         }
         let Progress { step, epoch, .. } = manifest.progress;
         info!("going on from {}: step {step}, epoch {}", path.display(), epoch + 1);
+        if let (Some(newest), true) = (left_behind(plan, &path, step).first(), is_sent(plan)) {
+            warn!(
+                "the checkpoints after it, up to step {newest}, are left behind: the next save removes \
+                 them"
+            );
+        }
     }
     Ok(Start { path, manifest })
 }

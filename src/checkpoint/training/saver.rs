@@ -310,7 +310,11 @@ pub(crate) fn agree<T>(outcome: Result<T>, groups: &Groups) -> Result<T> {
 /// name was not there, but asks its server anew when the directory is opened.
 fn is_listed(path: &Path) -> bool {
     let entries = path.parent().and_then(|dir| std::fs::read_dir(dir).ok());
-    entries.into_iter().flatten().flatten().any(|entry| Some(&*entry.file_name()) == path.file_name())
+    entries
+        .into_iter()
+        .flatten()
+        .flatten()
+        .any(|entry| Some(&*entry.file_name()) == path.file_name())
 }
 
 /// A number that no other start has, small enough for an f64.
