@@ -26,7 +26,7 @@ pub(super) struct EventFile {
 
 impl EventFile {
     /// A new file in `dir`, named as `TensorBoard` looks for it, for a run that goes on after
-    /// `done` steps.
+    /// `done` steps, or begins.
     ///
     /// # Errors
     /// [`Error::Io`] with the file.
@@ -43,15 +43,15 @@ impl EventFile {
         let mut this = Self { path, file };
         // Event.file_version
         this.append(|event| bytes(event, 3, b"brain.Event:2"))?;
-        if done > 0 {
-            let mut session = Vec::new();
-            varint(&mut session, 1, SESSION_START);
-            this.append(|event| {
-                varint(event, 2, done as u64 + 1);
-                // Event.session_log
-                bytes(event, 7, &session);
-            })?;
-        }
+        let mut session = Vec::new();
+        varint(&mut session, 1, SESSION_START);
+        // A run that begins anew in the directory of another leaves nothing of that one's curves.
+        let first = if done > 0 { done as u64 + 1 } else { 0 };
+        this.append(|event| {
+            varint(event, 2, first);
+            // Event.session_log
+            bytes(event, 7, &session);
+        })?;
         Ok(this)
     }
 
@@ -165,5 +165,13 @@ mod tests {
         let expected = [&b"\x10\xac\x02\x2a\x13\x0a\x11"[..], &value].concat();
         assert_eq!(rest[2], expected);
         assert_eq!(records.len(), 3);
+    }
+
+    #[test]
+    fn a_run_that_begins_anew_drops_what_another_has_logged() {
+        let root = tempfile::tempdir().unwrap();
+        let file = EventFile::create(root.path(), 0).unwrap();
+        let records = records(&std::fs::read(file.path).unwrap());
+        assert_eq!(records[1][9..], *b"\x10\x00\x3a\x02\x08\x01");
     }
 }
