@@ -97,6 +97,8 @@ fn a_preempted_run_saves_and_goes_on_bit_for_bit() {
         assert!((3..140).contains(&last), "{said}");
         assert!(dir.join(format!("checkpoints/step-{last}")).is_dir(), "{said}");
         assert!(!dir.join("model").exists());
+        let page = std::fs::read_to_string(dir.join("runs/report.html")).unwrap();
+        assert!(page.contains(r#""status":"preempted""#));
         let (code, said) = end(start(&mut command(&bench, name, &LONG, flags)));
         assert_eq!(code, 0, "{said}");
         assert!(said.contains("going on from"), "{said}");

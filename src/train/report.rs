@@ -294,6 +294,7 @@ impl Reporter {
         if let Some(sink) = &mut self.sink {
             info!("preempted: step {} is saved; start again to go on", self.last_step);
             sink.trackers.finish();
+            sink.page.finish(page::Status::Preempted);
         }
     }
 

@@ -56,6 +56,8 @@ pub(super) enum Status {
     Finished,
     /// Validations stopped getting better.
     StoppedEarly,
+    /// It made room, and goes on when it is started again.
+    Preempted,
     /// It failed.
     Failed,
 }
@@ -66,6 +68,7 @@ impl Status {
             Self::Training => "training",
             Self::Finished => "finished",
             Self::StoppedEarly => "stopped early",
+            Self::Preempted => "preempted",
             Self::Failed => "failed",
         }
     }

@@ -257,7 +257,7 @@ const METRICS = [["ndcg@10", "nDCG@10", "blue"], ["mrr@10", "MRR@10", "orange"],
 
 function header() {
   const { totals, last } = run;
-  const tone = { finished: "good", "stopped early": "good", failed: "bad", training: "now" }[run.status];
+  const tone = { finished: "good", "stopped early": "good", failed: "bad", preempted: "now", training: "now" }[run.status];
   const updated = el("span", { class: "soft" });
   const age = () => Date.now() / 1000 - run.written;
   const tell = () => {
