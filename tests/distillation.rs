@@ -124,6 +124,12 @@ fn scores_are_made_once() {
     let outcome = run(killed.env("RR_FAIL_POINT", "before_states:2@0"));
     assert_eq!(outcome.code, Some(137), "{}", outcome.stderr);
     assert!(outcome.stderr.contains("the scores of bert_tiny are in"), "{}", outcome.stderr);
+    // The same teacher in another place.
+    launch::copy_model("bert_tiny", &bench.root.path().join("moved"));
+    let mut moved = command(&bench, "run", "moved", &settings);
+    let outcome = run(moved.env("RR_FAIL_POINT", "before_states:1@0"));
+    assert_eq!(outcome.code, Some(137), "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("going on from run/checkpoints/step-2"), "{}", outcome.stderr);
     let said = succeed(&mut command(&bench, "run", "bert_tiny", &settings));
     assert!(said.contains("going on from run/checkpoints/step-2"), "{said}");
     let model = |dir: &Path| fs::read(dir.join("model/model.safetensors")).unwrap();

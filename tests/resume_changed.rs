@@ -89,6 +89,25 @@ fn an_epoch_of_which_nothing_is_left_is_over() {
     assert!(said.contains("trained 80 pairs"), "{said}");
 }
 
+#[test]
+fn validation_may_be_added_and_read_otherwise() {
+    let bench = Bench::new(0.0);
+    killed_at(
+        "before_states:3@0",
+        &mut command(&bench, "run", 1, &["batch_size=4", "val_dataset=null"]),
+    );
+    let best = ["metric_for_best=mrr@10", "eval_steps=2", "batch_size=4"];
+    let settings = [&best[..], &["val_dataset_type=grouped"]].concat();
+    killed_at("before_states:2@0", &mut command(&bench, "run", 1, &settings));
+    let groups = bench.root.path().join("groups.jsonl");
+    let scored = fs::read_to_string(&groups).unwrap().replace("\"label\"", "\"score\"");
+    fs::write(&groups, scored).unwrap();
+    let otherwise = [&settings[..], &["val_label_key=score"]].concat();
+    let said = succeed(&mut command(&bench, "run", 1, &otherwise));
+    assert!(said.contains("going on from run/checkpoints/step-6"), "{said}");
+    assert!(said.contains("val_dataset is another than before"), "{said}");
+}
+
 /// What a run that found no room is told to do has an effect before the next checkpoint needs room.
 #[test]
 fn fewer_checkpoints_are_kept_from_the_start_on() {

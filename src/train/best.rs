@@ -3,13 +3,15 @@
 
 use serde_json::{Value, json};
 
+use crate::checkpoint::training::file_crc32;
 use crate::config::{DatasetKind, LabelRange, Metric, Plan, ValidationPlan};
 use crate::data::Dataset;
 use crate::error::{Error, Result};
 
+use super::inputs::Inputs;
 use super::validate::Validation;
 
-/// Where a checkpoint keeps, beside the best validation, the CRC-32 of what it was judged by.
+/// Where a checkpoint keeps, beside the best validation, what it was judged by.
 pub(super) const DATA: &str = "data";
 
 /// What follows from a validation.
@@ -83,6 +85,21 @@ impl Best {
         self.waited += 1;
         Ok(if self.is_over() { Verdict::Stop } else { Verdict::Worse })
     }
+}
+
+/// What models are compared by, where the plan keeps the best: the CRC-32 of the validation data, and how
+/// it is read.
+///
+/// # Errors
+/// [`Error::Io`] when it cannot be read.
+pub(super) fn data(plan: &Plan, inputs: &Inputs) -> Result<Option<String>> {
+    let (Some(path), Some(data), Some(_)) =
+        (&plan.data.validation, &inputs.validation, plan.validation.metric)
+    else {
+        return Ok(None);
+    };
+    let form = if data.kind == DatasetKind::Grouped { "grouped" } else { "pointwise" };
+    Ok(Some(format!("{:08x} {form} {}", file_crc32(path)?, plan.data.validation_label_key)))
 }
 
 /// Checks that validating on `data` gives the figure that the plan compares models by.

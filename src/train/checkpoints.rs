@@ -40,7 +40,7 @@ const DATA: &str = "training data (CRC-32)";
 
 /// Settings whose change makes no other run: where and when things are written or shown, how the
 /// work is spread and computed, and what is counted in items per step instead.
-const FREE: [&str; 8] = [
+const FREE: [&str; 10] = [
     "batch_size",
     "cache_dir",
     "deterministic",
@@ -50,6 +50,8 @@ const FREE: [&str; 8] = [
     "model_name_or_path",
     "train_dataset",
     "val_dataset",
+    "val_dataset_type",
+    "val_label_key",
 ];
 
 /// The checkpoints of a run, on one rank.
@@ -131,7 +133,10 @@ pub(super) fn compare(
     manifest: &Manifest,
     world_size: usize,
 ) -> Result<Vec<String>> {
-    let mut differences = manifest.identity.differences(identity, |name| {
+    let mut there = manifest.identity.clone();
+    // Earlier versions kept it.
+    without_place_of_teacher(&mut there.0);
+    let mut differences = there.differences(identity, |name| {
         // What the version that wrote it did not know yet was as it is by default.
         let is_new = !manifest.identity.0.contains_key(name) && !plan.origins.contains_key(name);
         !is_new && !FREE.contains(&name)
@@ -204,7 +209,15 @@ pub(super) fn settings(plan: &Plan) -> BTreeMap<String, Value> {
         let bound = settings.filter(|(name, _)| !FREE.contains(&name.as_str()));
         all.extend(bound.map(|(name, value)| (name.clone(), value.clone())));
     }
+    without_place_of_teacher(&mut all);
     all
+}
+
+/// The same teacher may lie elsewhere: the scores that it gives are compared themselves.
+fn without_place_of_teacher(settings: &mut BTreeMap<String, Value>) {
+    if let Some(Value::Object(teacher)) = settings.get_mut("teacher") {
+        teacher.remove("model_name_or_path");
+    }
 }
 
 /// What makes the run the run that it is: its settings and the contents of what it reads, the base
@@ -264,7 +277,7 @@ impl<'a> Checkpoints<'a> {
         if let Some(start) = &mut start {
             let is_first = groups.world.rank() == 0;
             let is_there = if is_first {
-                is_comparable(plan, &start.manifest)
+                is_comparable(inputs, plan, &start.manifest)
                     .and_then(|same| Ok(same && bring_best(plan, start)?))
             } else {
                 Ok(true)
@@ -394,12 +407,11 @@ impl<'a> Checkpoints<'a> {
 }
 
 /// Whether validations of the checkpoint's run can be compared with those to come: over the same data.
-fn is_comparable(plan: &Plan, manifest: &Manifest) -> Result<bool> {
-    let best = &manifest.job["best"];
-    let (Some(path), Some(there)) = (&plan.data.validation, best[best::DATA].as_str()) else {
-        return Ok(true);
-    };
-    let is_same = plan.validation.metric.is_none() || format!("{:08x}", file_crc32(path)?) == there;
+fn is_comparable(inputs: &Inputs, plan: &Plan, manifest: &Manifest) -> Result<bool> {
+    let there = manifest.job["best"][best::DATA].as_str();
+    let (Some(here), Some(there)) = (best::data(plan, inputs)?, there) else { return Ok(true) };
+    // Earlier versions kept the contents alone.
+    let is_same = here == there || here.split(' ').next() == Some(there);
     if !is_same {
         warn!("val_dataset is another than before; the next validation is the best again");
     }

@@ -34,7 +34,7 @@ pub use trackers::check as check_trackers;
 pub use validate::Validation;
 
 use crate::checkpoint::model_dir::MAX_SHARD_BYTES;
-use crate::checkpoint::training::{Progress, agree, file_crc32};
+use crate::checkpoint::training::{Progress, agree};
 use crate::checkpoint::{SavedModel, Sidecar, save_model};
 use crate::comm::{Communicator, Groups, Reduction, reduce_values};
 use crate::config::{self, Plan, SaveFailure};
@@ -140,10 +140,7 @@ fn train(
     if let (Some(best), Some(manifest)) = (&mut best, &earlier) {
         best.take_up(&manifest.job["best"]);
     }
-    let validation_data = match (&best, &plan.data.validation) {
-        (Some(_), Some(path)) => Some(format!("{:08x}", file_crc32(path)?)),
-        _ => None,
-    };
+    let validation_data = best::data(plan, inputs)?;
     let mut reporter =
         Reporter::new(plan, inputs, about.as_ref(), (progress.step, schedule.total()))?;
     if let Some(manifest) = &earlier {
@@ -255,7 +252,7 @@ struct Job<'a> {
     schedule: Schedule,
     /// Where the plan keeps the best model.
     best: Option<Best>,
-    /// The CRC-32 of what it is judged by.
+    /// What it is judged by.
     validation_data: Option<String>,
     checkpoints: Checkpoints<'a>,
     /// How far the run is.
