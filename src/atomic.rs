@@ -1,7 +1,7 @@
 //! Files and directories that are either whole or not there.
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::os::fd::{AsFd, AsRawFd as _};
 use std::path::{Path, PathBuf};
 
@@ -182,7 +182,7 @@ pub(crate) fn replace(staging: &Path, target: &Path, aside: &Path) -> std::io::R
         Err(Errno::XDEV) => {
             let ready = staging.with_extension(READY);
             fs::rename(staging, &ready)?;
-            File::open(parent_of(&ready))?.sync_all()?;
+            flush_entries(parent_of(&ready))?;
             remove(target)?;
             return fs::rename(&ready, target);
         }
@@ -351,12 +351,30 @@ impl Drop for StagedFile {
 /// Flushes a directory's entries to the disk.
 pub(crate) fn sync_dir(dir: &Path) -> Result<()> {
     let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
-    File::open(dir).and_then(|handle| handle.sync_all()).map_err(io(dir, "flush the directory"))
+    flush_entries(dir).map_err(io(dir, "flush the directory"))
+}
+
+/// Flushes a directory's entries where that can be done: some file systems (of networks, clusters, user
+/// space) say that the call is none for a directory, and a drop box takes entries from those who may not
+/// open it.
+fn flush_entries(dir: &Path) -> std::io::Result<()> {
+    let flushed = match File::open(dir) {
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => return Ok(()),
+        opened => opened?.sync_all(),
+    };
+    match flushed {
+        Err(error) if matches!(Errno::from_io_error(&error), Some(Errno::INVAL | Errno::BADF)) => {
+            Ok(())
+        }
+        flushed => flushed,
+    }
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test may panic")]
+    use std::os::unix::fs::PermissionsExt as _;
+
     use rustix::fs::mkfifoat;
 
     use super::*;
@@ -419,6 +437,22 @@ mod tests {
         create_dir_synced(&dir).unwrap();
         create_dir_synced(&dir).unwrap();
         assert!(dir.is_dir());
+        // One that may not be read, but by root.
+        let drop_box = root.path().join("drop");
+        let mode = |mode| fs::set_permissions(&drop_box, fs::Permissions::from_mode(mode));
+        fs::create_dir(&drop_box).unwrap();
+        mode(0o333).unwrap();
+        create_dir_synced(&drop_box.join("a/b")).unwrap();
+        mode(0o755).unwrap();
+    }
+
+    #[test]
+    fn a_file_system_that_flushes_no_directories_is_one_to_write_to() {
+        let proc = Path::new("/proc");
+        let error = File::open(proc).unwrap().sync_all().unwrap_err();
+        assert_eq!(Errno::from_io_error(&error), Some(Errno::INVAL));
+        sync_dir(proc).unwrap();
+        assert!(sync_dir(Path::new("/proc/none")).is_err());
     }
 
     #[test]
