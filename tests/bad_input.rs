@@ -484,6 +484,13 @@ fn output_directory() {
          directory",
         case.dir.path().canonicalize().unwrap().display()
     ));
+    let elsewhere = tempfile::tempdir().unwrap();
+    let link = elsewhere.path().join("link");
+    std::os::unix::fs::symlink("nowhere", &link).unwrap();
+    let setting = format!("output_dir={}", link.display());
+    let says =
+        format!("--set {setting}: output_dir: {} is a symbolic link to nothing", link.display());
+    Case::new().args(&["--set", &setting]).refused(&says);
     let case = Case::new();
     fs::create_dir_all(case.dir.path().join("out/model")).unwrap();
     case.refused(

@@ -158,7 +158,11 @@ pub fn check(plan: &Plan) -> Result<()> {
         ));
     }
     let absolute = std::path::absolute(dir).unwrap_or_else(|_| dir.clone());
-    let existing = absolute.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+    let is_there = |path: &&Path| path.symlink_metadata().is_ok();
+    let existing = absolute.ancestors().find(is_there).unwrap_or(Path::new("/"));
+    if !existing.exists() {
+        return refuse(format!("{} is a symbolic link to nothing", existing.display()));
+    }
     if !existing.is_dir() {
         return refuse(format!("{} is a file, expected a directory", existing.display()));
     }
