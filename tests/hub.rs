@@ -122,6 +122,77 @@ fn an_adapter_comes_with_what_it_has() {
     assert_eq!(server.seen().len(), asked, "what is cached is not asked for");
 }
 
+/// The cache as transformers or peft leaves it, which ask for nothing that they do not know.
+fn cached_by_python(dir: &Path, files: &BTreeMap<String, Vec<u8>>, names: &[&str]) {
+    let snapshot = snapshot_of(dir);
+    fs::create_dir_all(&snapshot).unwrap();
+    for name in names {
+        fs::write(snapshot.join(name), &files[*name]).unwrap();
+    }
+    let refs = dir.join("hf/hub/models--org--name/refs");
+    fs::create_dir_all(&refs).unwrap();
+    fs::write(refs.join("main"), COMMIT).unwrap();
+}
+
+const SIDECAR: &str = r#"{"format_version": 1, "model_type": "bert_encoder",
+    "query_format": "boil {}", "document_format": "{}", "seq": "", "special_token": "",
+    "max_len": 16, "min_label": 0.0, "max_label": 1.0, "base_model": "x", "run": null,
+    "metrics": null}"#;
+
+/// What transformers leaves in the cache of a model.
+const BY_TRANSFORMERS: [&str; 4] =
+    ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"];
+
+#[test]
+fn a_model_that_python_cached_is_asked_once_for_its_sidecar() {
+    let (dir, mut files) = (folder(), model("bert_tiny"));
+    copy_model("bert_tiny", &dir.path().join("plain"));
+    let without = output_of(&mut score(dir.path(), "plain"));
+    fs::write(dir.path().join("plain/reranker.json"), SIDECAR).unwrap();
+    let with = output_of(&mut score(dir.path(), "plain"));
+    assert_ne!(with, without);
+
+    // None there: one question, which Python's own mark spares.
+    cached_by_python(dir.path(), &files, &BY_TRANSFORMERS);
+    let server = HubServer::start(files.clone(), Manner::default());
+    for _ in 0..2 {
+        assert_eq!(output_of(online(&mut score(dir.path(), "org/name"), &server)), without);
+        assert_eq!(server.count(""), 1, "{:?}", server.seen());
+    }
+    let mark = dir.path().join("hf/hub/models--org--name/.no_exist").join(COMMIT);
+    assert_eq!(fs::read(mark.join("reranker.json")).unwrap(), b"");
+    fs::remove_dir_all(mark).unwrap();
+
+    // A hub that does not answer, and one that is not asked.
+    let manner = Manner { refuses: Some(("404 Not Found", "")), ..Manner::default() };
+    let outcome =
+        run(online(&mut score(dir.path(), "org/name"), &HubServer::start(files.clone(), manner)));
+    assert_eq!((outcome.code, &*outcome.stdout), (Some(0), &*without));
+    assert!(
+        outcome.stderr.contains("note: the Hugging Face cache holds org/name without reranker")
+    );
+    assert!(outcome.stderr.contains("does not tell whether it has one (HTTP 404)"));
+    assert_eq!(output_of(&mut score(dir.path(), "org/name")), without);
+
+    files.insert("reranker.json".into(), SIDECAR.into());
+    let server = HubServer::start(files, Manner::default());
+    for _ in 0..2 {
+        assert_eq!(output_of(online(&mut score(dir.path(), "org/name"), &server)), with);
+        assert_eq!(server.count("GET /org/name"), 1, "{:?}", server.seen());
+    }
+    assert_eq!(server.count("GET /cdn"), 0, "{:?}", server.seen());
+}
+
+#[test]
+fn the_settings_of_a_tokenizer_are_no_tokenizer() {
+    let (dir, files) = (folder(), model("bert_tiny"));
+    let names = BY_TRANSFORMERS.into_iter().filter(|&name| name != "tokenizer.json");
+    cached_by_python(dir.path(), &files, &names.collect::<Vec<_>>());
+    let server = HubServer::start(files, Manner::default());
+    output_of(online(&mut score(dir.path(), "org/name"), &server));
+    assert_eq!(server.count("GET /org/name"), 1, "{:?}", server.seen());
+}
+
 #[test]
 fn the_cache_is_the_one_of_huggingface_hub() {
     let (dir, files) = (folder(), model("bert_tiny"));

@@ -1,7 +1,8 @@
 //! The cache of Python's `huggingface_hub` on disk.
 //!
 //! `models--ORG--NAME/` holds `blobs/ETAG`, the contents; `snapshots/COMMIT/FILE`, links to them; and
-//! `refs/BRANCH`, the commit of a branch. A download in progress is `blobs/ETAG.incomplete`, under
+//! `refs/BRANCH`, the commit of a branch; an empty `.no_exist/COMMIT/FILE` says that the commit has no
+//! such file. A download in progress is `blobs/ETAG.incomplete`, under
 //! the lock `.locks/models--ORG--NAME/ETAG.lock`, which Python takes too.
 
 use std::fs::{self, File, OpenOptions};
@@ -19,6 +20,15 @@ pub(super) struct CachedModel {
     locks: PathBuf,
 }
 
+/// The files of a commit in the cache.
+pub(super) struct Snapshot {
+    pub(super) path: PathBuf,
+    pub(super) commit: String,
+    /// Whether it is known if the model has a `reranker.json`: what transformers or peft fetched is
+    /// a whole model without it.
+    pub(super) is_settled: bool,
+}
+
 impl CachedModel {
     /// The place of `name` (`name` or `org/name`) in `cache`; nothing is created.
     pub(super) fn new(cache: &Path, name: &str) -> Self {
@@ -31,12 +41,26 @@ impl CachedModel {
         self.dir.join("snapshots").join(commit)
     }
 
-    /// The snapshot of `revision`, a branch, tag or commit, with its commit, where all of it is here.
-    pub(super) fn snapshot(&self, revision: &str) -> Option<(PathBuf, String)> {
+    /// The snapshot of `revision`, a branch, tag or commit, where all is here that the model cannot be
+    /// loaded without.
+    pub(super) fn snapshot(&self, revision: &str) -> Option<Snapshot> {
         let commit = fs::read_to_string(self.dir.join("refs").join(revision));
         let commit = commit.map_or_else(|_| revision.to_owned(), |commit| commit.trim().to_owned());
-        let dir = self.snapshot_dir(&commit);
-        files::is_complete(&dir).then_some((dir, commit))
+        let path = self.snapshot_dir(&commit);
+        let settled = [path.join(files::SIDECAR), self.absent(&commit, files::SIDECAR)];
+        let is_settled = settled.iter().any(|path| path.exists());
+        files::is_complete(&path).then_some(Snapshot { path, commit, is_settled })
+    }
+
+    /// Notes that `commit` has no file `name`, so that nobody asks again.
+    pub(super) fn write_absent(&self, commit: &str, name: &str) -> Result<()> {
+        let path = self.absent(commit, name);
+        create_parent(&path)?;
+        fs::write(&path, "").map_err(io(&path, "write"))
+    }
+
+    fn absent(&self, commit: &str, name: &str) -> PathBuf {
+        self.dir.join(".no_exist").join(commit).join(name)
     }
 
     /// Notes that the branch or tag `revision` is at `commit`.

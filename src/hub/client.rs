@@ -4,6 +4,7 @@
 //! and `GET /ID/resolve/COMMIT/FILE`, where a `HEAD` that leads away from the hub still tells the
 //! file's size and its name in the cache (`X-Linked-Size`, `X-Linked-Etag`).
 
+use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
 use std::path::Path;
@@ -40,6 +41,16 @@ pub(super) enum Failure {
     Protocol(String),
     /// The cache cannot be written.
     Disk(Error),
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Refused { status, .. } => write!(f, "HTTP {status}"),
+            Self::Unreachable(reason) | Self::Protocol(reason) => f.write_str(reason),
+            Self::Disk(error) => error.fmt(f),
+        }
+    }
 }
 
 impl From<Error> for Failure {

@@ -13,8 +13,14 @@ const CONFIG: &str = "config.json";
 /// An adapter's configuration and weights, which need a model of its own beside them.
 const ADAPTER: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
 
+/// What a model of ours has beside its weights, and most models have not.
+pub(super) const SIDECAR: &str = "reranker.json";
+
+/// Either of them is enough to make a tokenizer of.
+const TOKENIZER: [&str; 2] = ["tokenizer.json", "vocab.txt"];
+
 /// Everything but weights: configuration, what a model of ours has beside it, the tokenizer.
-pub(super) const SMALL: [&[&str]; 2] = [&[CONFIG, ADAPTER[0], "reranker.json"], &TOKENIZER_FILES];
+pub(super) const SMALL: [&[&str]; 2] = [&[CONFIG, ADAPTER[0], SIDECAR], &TOKENIZER_FILES];
 
 /// Weights and the index of their shards, the first that a model has.
 pub(super) const WEIGHTS: [(&str, &str); 3] = [
@@ -33,20 +39,24 @@ pub(super) fn shards(index: &Value) -> Option<Vec<String>> {
         .then(|| names.into_iter().map(str::to_owned).collect())
 }
 
-/// Whether `dir` holds all that is needed of a model.
+/// Whether `dir` holds all that a model cannot be loaded without.
 pub(super) fn is_complete(dir: &Path) -> bool {
+    let has = |name: &str| dir.join(name).exists();
+    if !has(CONFIG) && ADAPTER.iter().all(|name| has(name)) {
+        return true;
+    }
+    has(CONFIG) && TOKENIZER.iter().any(|name| has(name)) && has_weights(dir)
+}
+
+/// Whether `dir` holds a set of weights.
+pub(super) fn has_weights(dir: &Path) -> bool {
     let has = |name: &str| dir.join(name).exists();
     let has_shards = |index: &str| {
         let text = std::fs::read_to_string(dir.join(index)).ok();
         let names = text.and_then(|text| shards(&serde_json::from_str(&text).ok()?));
         names.is_some_and(|names| names.iter().all(|name| has(name)))
     };
-    if !has(CONFIG) && ADAPTER.iter().all(|name| has(name)) {
-        return true;
-    }
-    has(CONFIG)
-        && TOKENIZER_FILES.iter().any(|name| has(name))
-        && WEIGHTS.iter().any(|(name, index)| has(name) || has_shards(index))
+    WEIGHTS.iter().any(|(name, index)| has(name) || has_shards(index))
 }
 
 #[cfg(test)]

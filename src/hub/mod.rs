@@ -4,7 +4,8 @@
 //! The cache has the layout of Python's `huggingface_hub`, and its environment variables hold here
 //! too: `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`, `HF_TOKEN`, `HF_TOKEN_PATH`, `HF_HUB_OFFLINE`. What
 //! the cache holds in full is used without asking the hub, so that workers which start after
-//! the launcher's check touch no network and read the same revision. Free of torch.
+//! the launcher's check touch no network and read the same revision. Of a model that another program
+//! fetched, the hub is asked once whether it has a `reranker.json`. Free of torch.
 
 mod cache;
 mod client;
@@ -17,10 +18,10 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, tell};
 
-use cache::CachedModel;
-use client::{Client, Failure};
+use cache::{CachedModel, Snapshot};
+use client::{Client, Failure, Listing};
 use id::HubId;
 use settings::Settings;
 
@@ -56,8 +57,12 @@ pub fn resolve(name: &str) -> Result<ModelDir> {
     };
     let settings = Settings::from_env()?;
     let cached = CachedModel::new(&settings.cache, &id.name);
-    if let Some((path, revision)) = cached.snapshot(&id.revision) {
-        return Ok(ModelDir { path, revision: Some(revision) });
+    if let Some(snapshot) = cached.snapshot(&id.revision) {
+        if !snapshot.is_settled && !settings.offline {
+            settle(&id, &settings, &cached, &snapshot)
+                .map_err(|failure| explain(failure, &id, &settings))?;
+        }
+        return Ok(ModelDir { path: snapshot.path, revision: Some(snapshot.commit) });
     }
     if settings.offline {
         return Err(Error::Usage(format!(
@@ -70,14 +75,53 @@ pub fn resolve(name: &str) -> Result<ModelDir> {
     fetch(&id, &settings, &cached).map_err(|failure| explain(failure, &id, &settings))
 }
 
-/// Brings every needed file into the cache, weights last: a snapshot with weights is complete.
+/// Brings every needed file into the cache.
 fn fetch(id: &HubId, settings: &Settings, cached: &CachedModel) -> Result<ModelDir, Failure> {
     let client = Client::new(settings, id)?;
     let listing = client.listing(&id.revision)?;
+    complete(&client, cached, &listing)?;
+    cached.write_ref(&id.revision, &listing.commit)?;
+    Ok(ModelDir { path: cached.snapshot_dir(&listing.commit), revision: Some(listing.commit) })
+}
+
+/// Completes a snapshot of which another program fetched what it needed itself. A hub that does not
+/// answer leaves it as it is, as it always was for that program.
+fn settle(
+    id: &HubId,
+    settings: &Settings,
+    cached: &CachedModel,
+    snapshot: &Snapshot,
+) -> Result<(), Failure> {
+    let client = Client::new(settings, id)?;
+    match client.listing(&snapshot.commit) {
+        Ok(listing) => complete(&client, cached, &listing),
+        Err(failure) => {
+            tell(format_args!(
+                "note: the Hugging Face cache holds {} without {}, and {} does not tell whether it has \
+                 one ({failure}); it is used without; HF_HUB_OFFLINE=1 spares the question",
+                id.name,
+                files::SIDECAR,
+                settings.endpoint
+            ));
+            Ok(())
+        }
+    }
+}
+
+/// Brings what is missing of a listed commit into the cache, weights last: a snapshot with weights is
+/// complete.
+fn complete(client: &Client, cached: &CachedModel, listing: &Listing) -> Result<(), Failure> {
     let has = |name: &str| listing.files.iter().any(|file| file == name);
-    let get = |name: &str| cached.fetch(&client, &listing.commit, name);
+    let get = |name: &str| cached.fetch(client, &listing.commit, name);
     for name in files::SMALL.into_iter().flatten().filter(|name| has(name)) {
         get(name)?;
+    }
+    if !has(files::SIDECAR) {
+        // A cache that cannot be written is asked about again.
+        let _ = cached.write_absent(&listing.commit, files::SIDECAR);
+    }
+    if files::has_weights(&cached.snapshot_dir(&listing.commit)) {
+        return Ok(());
     }
     let weights = match files::WEIGHTS.into_iter().find(|(name, index)| has(name) || has(index)) {
         Some((name, _)) if has(name) => vec![name.to_owned()],
@@ -93,11 +137,7 @@ fn fetch(id: &HubId, settings: &Settings, cached: &CachedModel) -> Result<ModelD
             return Err(Failure::Protocol(format!("no weights there; expected {expected}")));
         }
     };
-    for name in &weights {
-        get(name)?;
-    }
-    cached.write_ref(&id.revision, &listing.commit)?;
-    Ok(ModelDir { path: cached.snapshot_dir(&listing.commit), revision: Some(listing.commit) })
+    weights.iter().try_for_each(|name| get(name).map(drop))
 }
 
 /// The one line that a user reads.
