@@ -140,6 +140,22 @@ fn scores_are_made_once() {
 }
 
 /// Bytes of the scores that a teacher at work has in the directory of a run.
+/// As `cp -p`, `rsync -a` and `tar` leave it.
+#[test]
+fn other_data_of_the_same_size_and_time_is_scored_anew() {
+    let bench = bench();
+    let data = bench.root.path().join("unlabelled.jsonl");
+    for (content, texts) in [("water", "first"), ("taste", "other")] {
+        fs::write(&data, format!("{{\"query\": \"tea\", \"content\": \"{content}\"}}\n")).unwrap();
+        let file = fs::File::options().write(true).open(&data).unwrap();
+        file.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+        let said = succeed(&mut scores_only(&bench, "run", "bert_tiny", &[]));
+        assert!(said.contains("bert_tiny scored 1 pairs"), "{texts}: {said}");
+        let scored = scores(&bench.root.path().join("run"));
+        assert_eq!(scored[0]["content"], content, "{texts}");
+    }
+}
+
 fn bytes_scored(run: &Path) -> u64 {
     let Ok(files) = fs::read_dir(run.join("teacher/train.jsonl.partial")) else { return 0 };
     let logs = files

@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 use launch::{Outcome, copy_model, launcher, reranker, run};
 use reranker::Error;
 use reranker::comm::Solo;
-use reranker::score::{CrossEncoder, Earlier, ScoreOptions, ScoreStore, score_pairs};
+use reranker::data::InputFormat;
+use reranker::score::{CrossEncoder, Earlier, FileJob, ScoreOptions, ScoreStore, score_pairs};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -284,6 +285,33 @@ fn scores_of_another_job_are_not_taken_and_an_output_stays_until_the_next_is_who
     assert!(outcome.stderr.contains(note), "{}", outcome.stderr);
     assert_eq!(kept(&outcome), 0);
     assert_eq!(lines(&read(dir, "scores.jsonl")).len(), 1200);
+}
+
+/// As `cp -p`, `rsync -a` and `tar` leave it.
+#[test]
+fn another_input_of_the_same_size_and_time_is_another_job() {
+    let dir = workplace(0);
+    let input = dir.path().join("pairs.jsonl");
+    let job = FileJob {
+        input: input.clone(),
+        format: InputFormat::Tsv,
+        output: dir.path().join("scores.jsonl"),
+        echo: false,
+    };
+    let model = CrossEncoder::from_pretrained(dir.path().join("model")).unwrap();
+    let time = std::time::SystemTime::UNIX_EPOCH;
+    let earlier = |text: &str| {
+        fs::write(&input, text).unwrap();
+        fs::File::options().write(true).open(&input).unwrap().set_modified(time).unwrap();
+        let checked = job.check(&Solo).unwrap();
+        let options = ScoreOptions::default();
+        let (mut store, earlier) = job.open(&model, checked, &options, &Solo).unwrap();
+        store.put(0, &[0.5]).unwrap();
+        earlier
+    };
+    assert_eq!(earlier("tea\twater\n"), Earlier::Nothing);
+    assert_eq!(earlier("tea\twater\n"), Earlier::Scores(1));
+    assert_eq!(earlier("tea\ttaste\n"), Earlier::OtherJob(vec!["input".to_owned()]));
 }
 
 #[test]

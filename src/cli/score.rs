@@ -121,10 +121,10 @@ fn score_ranks(
     job: &FileJob,
     comm: &dyn Communicator,
 ) -> Result<()> {
-    let chunks = job.check(comm)?;
+    let checked = job.check(comm)?;
     let model: CrossEncoder = args.options.load(&args.model, env)?;
     let options = args.options.score_options();
-    let (store, earlier) = job.open(&model, &options, comm)?;
+    let (store, earlier) = job.open(&model, checked, &options, comm)?;
     let kept = match earlier {
         Earlier::Scores(scores) => scores,
         Earlier::Nothing => 0,
@@ -140,7 +140,8 @@ fn score_ranks(
         }
     };
     let mut status = Status::new(env);
-    let pairs = job.run(&model, store, chunks, &options, |progress| status.draw(progress))?;
+    let report = |progress| status.draw(progress);
+    let pairs = job.run(&model, store, checked.chunks, &options, report)?;
     if let Some(pairs) = pairs {
         let scored = pairs - kept;
         let rate = scored as f64 / status.started.elapsed().as_secs_f64().max(1e-9);

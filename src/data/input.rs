@@ -51,6 +51,16 @@ pub struct InputChunk {
 }
 
 impl InputChunk {
+    /// Adds its lines to a checksum.
+    pub fn digest(&self, crc: &mut crc32fast::Hasher) {
+        for (line, bytes) in &self.lines {
+            let bytes = bytes.as_deref().unwrap_or_default();
+            crc.update(&line.to_le_bytes());
+            crc.update(&(bytes.len() as u64).to_le_bytes());
+            crc.update(bytes);
+        }
+    }
+
     /// The pairs, in order: one for each document of each line.
     ///
     /// # Errors

@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
-use std::time::UNIX_EPOCH;
 
 use rr_launch::contract::heartbeat;
 use serde_json::{Value, json};
@@ -22,7 +21,7 @@ const PARTIAL: &str = ".partial";
 /// The output, in the directory of partial scores, before it is whole.
 const OUTPUT: &str = "output.jsonl";
 /// Changes when the same input would come to other chunks or the same pair to another score.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// A file of pairs to be scored into a file.
 #[derive(Debug, Clone)]
@@ -38,6 +37,15 @@ pub struct FileJob {
     pub echo: bool,
 }
 
+/// An input that has been read once, with no bad line in this rank's part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Checked {
+    /// Its chunks.
+    pub chunks: u64,
+    /// CRC-32 of its lines: a file that was replaced may have the size and the time of the old one.
+    pub crc: u32,
+}
+
 /// How far a rank is.
 #[derive(Debug, Clone, Copy)]
 pub struct Progress {
@@ -50,43 +58,49 @@ pub struct Progress {
 }
 
 impl FileJob {
-    /// Reads the whole input, on each rank a part, and returns the number of its chunks: a bad line
-    /// ends a job before it begins rather than after hours.
+    /// Reads the whole input, on each rank a part: a bad line ends a job before it begins rather than
+    /// after hours.
     ///
     /// # Errors
     /// [`Error::Data`] with the first bad line of this rank's part.
-    pub fn check(&self, comm: &dyn Communicator) -> Result<u64> {
+    pub fn check(&self, comm: &dyn Communicator) -> Result<Checked> {
         let mut chunks = 0;
+        let mut crc = crc32fast::Hasher::new();
         for chunk in InputChunks::open(&self.input, self.format)? {
             let chunk = chunk?;
             chunks += 1;
+            chunk.digest(&mut crc);
             if chunk.number % comm.world_size() as u64 == comm.rank() as u64 {
                 chunk.pairs()?;
             }
         }
-        Ok(chunks)
+        Ok(Checked { chunks, crc: crc.finalize() })
     }
 
-    /// Opens the scores of this job, of which [`FileJob::check`] has found so many chunks.
+    /// Opens the scores of this job, whose input [`FileJob::check`] has read.
     ///
     /// # Errors
     /// As [`ScoreStore::open`].
     pub fn open(
         &self,
         model: &CrossEncoder,
+        checked: Checked,
         options: &ScoreOptions,
         comm: &dyn Communicator,
     ) -> Result<(ScoreStore, Earlier)> {
         let mut name = self.output.clone().into_os_string();
         name.push(PARTIAL);
-        ScoreStore::open(Path::new(&name), &self.identity(model, options)?, comm)
+        ScoreStore::open(Path::new(&name), &self.identity(model, checked, options)?, comm)
     }
 
     /// What the scores depend on: batches and the number of ranks are no part of it.
-    fn identity(&self, model: &CrossEncoder, options: &ScoreOptions) -> Result<Value> {
+    fn identity(
+        &self,
+        model: &CrossEncoder,
+        checked: Checked,
+        options: &ScoreOptions,
+    ) -> Result<Value> {
         let read = |source| Error::Io { path: self.input.clone(), action: "read", source };
-        let metadata = self.input.metadata().map_err(read)?;
-        let modified = metadata.modified().map_err(read)?.duration_since(UNIX_EPOCH);
         Ok(json!({
             "version": VERSION,
             "model": model.identity()?,
@@ -94,8 +108,8 @@ impl FileJob {
             "input": {
                 // As Rust writes it: a name need not be UTF-8, which JSON has to be.
                 "path": format!("{:?}", self.input),
-                "bytes": metadata.len(),
-                "modified_ns": modified.map_or(0, |since| since.as_nanos()).to_string(),
+                "bytes": self.input.metadata().map_err(read)?.len(),
+                "crc": format!("{:08x}", checked.crc),
                 "format": format!("{:?}", self.format),
             },
         }))

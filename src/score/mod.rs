@@ -25,7 +25,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-pub use file::{FileJob, Progress};
+pub use file::{Checked, FileJob, Progress};
 pub use form::PairTexts;
 pub use pipeline::score_pairs;
 pub use store::{Due, Earlier, ScoreStore, Writer};

@@ -4,8 +4,9 @@
 //! and `job.json` beside it what they were made of. An interrupted job goes on where it was.
 
 use std::fs::{self, Metadata};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use rr_launch::contract::{WorkerEnv, heartbeat, preemption};
 use serde_json::{Value, json};
@@ -18,7 +19,7 @@ use crate::config::{Plan, TeacherPlan};
 use crate::data::{DatasetKind, InputFormat, LoadOptions};
 use crate::error::{Error, Result};
 use crate::model::Pretrained;
-use crate::score::{CrossEncoder, Earlier, FileJob, Progress, ScoreOptions, Writer};
+use crate::score::{Checked, CrossEncoder, Earlier, FileJob, Progress, ScoreOptions, Writer};
 use crate::torch_ext::runtime;
 
 /// The directory inside the output directory.
@@ -148,7 +149,7 @@ pub(super) fn teach(
         output: path,
         echo: true,
     };
-    let chunks = job.check(comm)?;
+    let checked = job.check(comm)?;
     if comm.rank() == 0 {
         create_dir(&plan.saving.output_dir.join(DIR))?;
         // From here on what is there is not whole.
@@ -159,7 +160,7 @@ pub(super) fn teach(
             _ => {}
         }
     }
-    let first = score(teacher, &job, chunks, device, comm).map_err(|error| named(plan, error))?;
+    let first = score(teacher, &job, checked, device, comm).map_err(|error| named(plan, error))?;
     match own {
         Some(identity) => write_synced(&place(plan, JOB), identity.to_string().as_bytes()),
         None => wait(plan, said[0] as u32, &first, comm.rank()),
@@ -191,7 +192,7 @@ fn wait(plan: &Plan, identity: u32, first: &Writer, rank: usize) -> Result<()> {
 fn score(
     teacher: &TeacherPlan,
     job: &FileJob,
-    chunks: u64,
+    checked: Checked,
     device: Device,
     comm: &dyn Communicator,
 ) -> Result<Writer> {
@@ -199,7 +200,7 @@ fn score(
     let TeacherPlan { path, prompt, max_len, batch_size } = teacher;
     let model = CrossEncoder::with_prompt(path, device, prompt.as_deref())?;
     let options = ScoreOptions { batch_size: *batch_size, max_len: *max_len, normalize: true };
-    let (store, earlier) = job.open(&model, &options, comm)?;
+    let (store, earlier) = job.open(&model, checked, &options, comm)?;
     match earlier {
         Earlier::Scores(scores) if is_first => {
             info!("{path} goes on scoring: {scores} pairs are scored already");
@@ -212,13 +213,15 @@ fn score(
     }
     let first = store.writer(0)?;
     let mut said = started;
-    let pairs = job.run(&model, store, chunks, &options, |Progress { due, done, .. }| {
-        if is_first && said.elapsed() >= SAY {
-            said = Instant::now();
-            let left = started.elapsed().as_secs_f64() * (due - done) as f64 / done.max(1) as f64;
-            info!("scored {} %, {left:.0} s left", 100 * done / due.max(1));
-        }
-    })?;
+    let pairs =
+        job.run(&model, store, checked.chunks, &options, |Progress { due, done, .. }| {
+            if is_first && said.elapsed() >= SAY {
+                said = Instant::now();
+                let left =
+                    started.elapsed().as_secs_f64() * (due - done) as f64 / done.max(1) as f64;
+                info!("scored {} %, {left:.0} s left", 100 * done / due.max(1));
+            }
+        })?;
     if let Some(pairs) = pairs {
         let (to, seconds) = (job.output.display(), started.elapsed().as_secs_f64());
         info!("{path} scored {pairs} pairs in {seconds:.1} s: {to}");
@@ -265,10 +268,12 @@ fn identity(plan: &Plan, teacher: &TeacherPlan) -> Result<Value> {
     }))
 }
 
-/// The size and the time of the last change of a file.
+/// The size of a file and the times of its last change: of its contents, which a copy takes along, and of
+/// anything about it, which it does not.
 fn state(metadata: &Metadata) -> Value {
-    let modified = metadata.modified().ok().and_then(|at| at.duration_since(UNIX_EPOCH).ok());
-    json!([metadata.len(), modified.map_or(0, |since| since.as_nanos()).to_string()])
+    let times =
+        [(metadata.mtime(), metadata.mtime_nsec()), (metadata.ctime(), metadata.ctime_nsec())];
+    json!([metadata.len(), times])
 }
 
 /// An error about the teacher, at the place where it was asked for.
