@@ -102,13 +102,14 @@ impl ScoreStore {
     /// calls it. Scores of the same job are kept, those of another one removed.
     ///
     /// # Errors
-    /// [`Error::Usage`] when another process is at work there, or when the ranks do not see the
-    /// same directory; [`Error::Io`] from the disk; [`Error::Comm`] from `comm`.
+    /// [`Error::Usage`] when another process is at work there, when the directory holds something else,
+    /// or when the ranks do not see the same directory; [`Error::Io`] from the disk; [`Error::Comm`] from `comm`.
     pub fn open(dir: &Path, identity: &Value, comm: &dyn Communicator) -> Result<(Self, Earlier)> {
         let (rank, world_size) = (comm.rank(), comm.world_size());
         let own_path = log_path(dir, rank);
         let mut other_job = Vec::new();
         let own = if rank == 0 {
+            check_own(dir)?;
             create_dir(dir)?;
             // The lock before anything is removed: it may be another process's work.
             let own = open_own(&own_path)?;
@@ -313,6 +314,30 @@ fn open_own(path: &Path) -> Result<File> {
     }
 }
 
+/// Refuses a directory that is no job's: it would be removed at the end, with all that is in it.
+fn check_own(dir: &Path) -> Result<()> {
+    if dir.join(JOB).exists() {
+        return Ok(());
+    }
+    let entries = match fs::read_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries.map_err(io(dir, "read the directory"))?,
+    };
+    for entry in entries {
+        let name = entry.map_err(io(dir, "read the directory"))?.file_name();
+        let name = name.to_string_lossy();
+        // A start that was killed at once has left its log alone.
+        if !name.ends_with(LOG) {
+            return Err(Error::Usage(format!(
+                "{} holds {name}, which no scoring put there, and scores would be kept in that \
+                 directory; move it, or choose another output",
+                dir.display()
+            )));
+        }
+    }
+    Ok(())
+}
+
 /// Makes `dir` the directory of `identity`'s job. Returns the keys in which the job that it was of
 /// differs; its logs are then empty.
 fn begin(dir: &Path, identity: &Value, own_path: &Path, own: &File) -> Result<Vec<String>> {
@@ -494,6 +519,19 @@ mod tests {
         assert_eq!((due(&store, 1), store.score_count()), (vec![0], 0));
         drop(store);
         assert_eq!(open(root.path(), "b").unwrap().1, Earlier::Nothing);
+    }
+
+    #[test]
+    fn a_directory_of_something_else_is_left_alone() {
+        let root = tempfile::tempdir().unwrap();
+        let (kept, log) = (root.path().join("notes.txt"), log_path(root.path(), 0));
+        fs::write(&kept, "").unwrap();
+        let error = open(root.path(), "a").unwrap_err().to_string();
+        assert!(error.contains("holds notes.txt, which no scoring put there"), "{error}");
+        assert!(kept.exists() && !log.exists());
+        // What a start leaves that is killed at once is taken up.
+        fs::rename(&kept, &log).unwrap();
+        open(root.path(), "a").unwrap().0.remove().unwrap();
     }
 
     #[test]
