@@ -150,8 +150,16 @@ fn a_text_as_content_makes_a_record_pointwise() {
     }
     let text = r#"{"query": "a", "content": null, "hits": [{"content": "x", "label": 1}], "pos": null}
                   {"query": "b", "content": "y", "label": 0, "hits": null, "pos": null}
-                  {"query": "c", "content": null, "hits": null, "pos": ["z"]}"#;
-    let expected = vec![("a", "x", 1.0, 1), ("b", "y", 0.0, 2), ("c", "z", 1.0, 3)];
+                  {"query": "c", "content": null, "hits": null, "pos": ["z"]}
+                  {"query": "d", "pos": null, "neg": ["v"], "pos_scores": NaN, "neg_scores": null}
+                  {"query": "e", "pos": ["w"], "neg": NaN, "pos_scores": NaN}"#;
+    let expected = vec![
+        ("a", "x", 1.0, 1),
+        ("b", "y", 0.0, 2),
+        ("c", "z", 1.0, 3),
+        ("d", "v", 0.0, 4),
+        ("e", "w", 1.0, 5),
+    ];
     let (dataset, report) = load_with(text.as_bytes(), |_| {}).unwrap();
     assert_eq!((report.kind, rows(&dataset)), (DatasetKind::Grouped, expected));
 }

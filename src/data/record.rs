@@ -267,11 +267,9 @@ fn positives_and_negatives(
     for (key, scores_key, default) in
         [("pos", "pos_scores", rule.max), ("neg", "neg_scores", rule.min)]
     {
-        let texts = if object.contains_key(key) { list_at(object, key)? } else { &[] };
-        let scores = match object.get(scores_key) {
-            None | Some(Value::Null) => None,
-            Some(_) => Some(list_at(object, scores_key)?),
-        };
+        let given = |key| object.get(key).is_some_and(|value| !is_absent(value));
+        let texts = if given(key) { list_at(object, key)? } else { &[] };
+        let scores = if given(scores_key) { Some(list_at(object, scores_key)?) } else { None };
         if let Some(scores) = scores.filter(|scores| scores.len() != texts.len()) {
             let message = format!(
                 "\"{scores_key}\" has {} entries, expected {} as in \"{key}\"",
