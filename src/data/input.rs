@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use super::RecordForm;
 use super::lines::{Line, Lines, too_long, utf8};
 use super::record::{
-    RecordError, form, is_absent, list_at, parse_object, string_at, strip, wrong_type,
+    RecordError, form, is_absent, is_object, list_at, parse_object, string_at, strip, wrong_type,
 };
 use crate::error::{Error, Result};
 
@@ -187,7 +187,7 @@ fn documents(object: &Map<String, Value>) -> Result<Vec<&str>, RecordError> {
     };
     for (i, record) in list("hits")?.iter().enumerate() {
         documents.push(match record {
-            Value::Object(hit) if !is_absent(record) => {
+            Value::Object(hit) if is_object(record) => {
                 string_at(hit, "content", &format!("hits[{i}]."))?
             }
             other => return wrong_type(&format!("hits[{i}]"), other, "an object"),

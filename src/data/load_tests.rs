@@ -189,6 +189,37 @@ fn words_for_no_number_do_no_harm_in_keys_that_are_ignored() {
     assert!(error.to_string().contains("broken JSON at column 40: "), "{error}");
 }
 
+/// Python writes a text that was cut within an emoji so; only where such a text is read it is refused.
+#[test]
+fn half_a_surrogate_pair_does_no_harm_in_keys_that_are_ignored() {
+    for more in
+        [r#""meta": "\ud83d""#, r#""meta": [{"\ude00a": "\\\ud83d\ud83d\ude00 \" NaN", "b": NaN}]"#]
+    {
+        let record = format!(r#"{{"query": "q", "content": "\ud83d\ude00", "label": 1, {more}}}"#);
+        let (dataset, _) = load_with(record.as_bytes(), |_| {}).unwrap();
+        assert_eq!(rows(&dataset), [("q", "\u{1f600}", 1.0, 1)], "{more}");
+    }
+    for (record, expected) in [
+        (
+            r#"{"query": "a \ud83d", "content": "d", "label": 1}"#,
+            "\"query\" is a text with half a surrogate pair, expected a string",
+        ),
+        (
+            r#"{"query": "q", "content": "\ude00", "label": 1, "hits": [{"content": "d"}]}"#,
+            "\"content\" is a text with half a surrogate pair, expected a string",
+        ),
+        (
+            r#"{"query": "q", "hits": ["\ude00"]}"#,
+            "\"hits[0]\" is a text with half a surrogate pair, expected an object",
+        ),
+        (r#"{"query": "q", "meta": "\ud83d", "content": }"#, "broken JSON at column 45: "),
+        (r#""\ud83d""#, "a text with half a surrogate pair, expected one JSON object a line"),
+    ] {
+        let error = load_with(record.as_bytes(), |_| {}).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+}
+
 #[test]
 fn compressed_files_are_known_by_their_first_bytes() {
     let plain = load(POINTWISE, DatasetKind::Pointwise).0;

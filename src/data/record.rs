@@ -88,7 +88,7 @@ pub(crate) fn parse_object(line: &[u8]) -> RecordResult<Map<String, Value>> {
         Err(error) => match with_words(text) {
             None => broken_json(&error),
             Some(words) => match serde_json::from_str(&words.marked) {
-                Ok(Value::Object(object)) if word(&object).is_none() => Ok(object),
+                Ok(Value::Object(object)) if !is_mark(&object) => Ok(object),
                 Ok(other) => not_an_object(&other),
                 // The columns of the line itself.
                 Err(_) => match serde_json::from_str::<IgnoredAny>(&words.padded) {
@@ -115,54 +115,105 @@ fn broken_json<T>(error: &serde_json::Error) -> RecordResult<T> {
 
 /// The key of the object that stands for a word: no text that anybody writes.
 const WORD: &str = "\0word";
+/// The key of the object that stands for a text with half a surrogate pair.
+const HALF_PAIR: &str = "\0half";
 
-/// A line with the words that Python and pandas write for numbers that are none, which JSON lacks.
-/// Where nobody looks they do no harm, so they are not refused before a key that is read holds one.
+/// A line with what Python and pandas write and JSON lacks: words for numbers that are none, and texts
+/// that hold half a surrogate pair, as a text that was cut within an emoji. Where nobody looks they do no
+/// harm, so they are not refused before a key that is read holds one.
 struct Words {
-    /// With an object in place of each, which [`word`] knows.
+    /// With an object in place of each, which [`word`] and [`is_mark`] know.
     marked: String,
-    /// With a number of the same length, so that columns stay.
+    /// With a number or a text of the same length, so that columns stay.
     padded: String,
 }
 
-/// `None` where the line has none of the words.
+/// `None` where the line has nothing of the kind.
 fn with_words(line: &str) -> Option<Words> {
     let mut words = Words { marked: String::new(), padded: String::new() };
-    let (mut copied, mut at, mut in_text) = (0, 0, false);
+    let (mut copied, mut at) = (0, 0);
     let bytes = line.as_bytes();
     while at < bytes.len() {
-        match bytes[at] {
-            b'"' => in_text = !in_text,
-            b'\\' if in_text => at += 1,
-            _ if in_text => {}
-            _ => {
-                let found = ["NaN", "Infinity", "-NaN", "-Infinity"].into_iter();
-                if let Some(name) =
-                    found.clone().find(|name| bytes[at..].starts_with(name.as_bytes()))
-                {
-                    for out in [&mut words.marked, &mut words.padded] {
-                        out.push_str(&line[copied..at]);
-                    }
-                    let mark = format!("{name} at column {}", at + 1);
-                    words.marked += &json!({WORD: mark}).to_string();
-                    words.padded.push('0');
-                    words.padded.extend(std::iter::repeat_n(' ', name.len() - 1));
-                    at += name.len();
-                    copied = at;
-                    continue;
-                }
+        let names = ["NaN", "Infinity", "-NaN", "-Infinity"];
+        let (end, replaced) = if bytes[at] == b'"' {
+            let (end, halves) = scan_text(bytes, at);
+            (end, (!halves.is_empty()).then(|| without_halves(line, at..end, &halves)))
+        } else if let Some(name) =
+            names.iter().find(|name| bytes[at..].starts_with(name.as_bytes()))
+        {
+            let mark = json!({WORD: format!("{name} at column {}", at + 1)});
+            (at + name.len(), Some((mark.to_string(), format!("{:1$}", 0, name.len()))))
+        } else {
+            (at + 1, None)
+        };
+        if let Some((marked, padded)) = replaced {
+            for (out, text) in [(&mut words.marked, marked), (&mut words.padded, padded)] {
+                out.push_str(&line[copied..at]);
+                out.push_str(&text);
             }
+            copied = end;
         }
-        at += 1;
+        at = end;
     }
     words.marked.push_str(&line[copied..]);
     words.padded.push_str(&line[copied..]);
     (copied > 0).then_some(words)
 }
 
+/// The end of the text in quotes that begins at `start`, and the escapes in it that give half a
+/// surrogate pair.
+fn scan_text(bytes: &[u8], start: usize) -> (usize, Vec<usize>) {
+    let (mut at, mut halves) = (start + 1, Vec::new());
+    while at < bytes.len() && bytes[at] != b'"' {
+        at += match (utf16_unit(bytes, at), utf16_unit(bytes, at + 6)) {
+            (Some(0xd800..=0xdbff), Some(0xdc00..=0xdfff)) => 12,
+            (Some(0xd800..=0xdfff), _) => {
+                halves.push(at);
+                6
+            }
+            _ if bytes[at] == b'\\' => 2,
+            _ => 1,
+        };
+    }
+    ((at + 1).min(bytes.len()), halves)
+}
+
+/// What the escape `\uXXXX` at `at` stands for, where there is one.
+fn utf16_unit(bytes: &[u8], at: usize) -> Option<u16> {
+    let digits = bytes.get(at..at + 6)?.strip_prefix(br"\u")?;
+    u16::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()
+}
+
+/// What takes the place of a text with half a pair: a mark, unless it is a key, and a text.
+fn without_halves(line: &str, place: std::ops::Range<usize>, halves: &[usize]) -> (String, String) {
+    let mut text = line[place.clone()].to_owned();
+    for &half in halves {
+        let at = half - place.start;
+        text.replace_range(at..at + 6, r"\ufffd");
+    }
+    let is_key = line[place.end..].trim_start().starts_with(':');
+    let marked = if is_key { text.clone() } else { json!({HALF_PAIR: true}).to_string() };
+    (marked, text)
+}
+
 /// The word that an object stands for, with its column.
 fn word(object: &Map<String, Value>) -> Option<&str> {
     object.get(WORD)?.as_str()
+}
+
+/// Whether an object was none in the line.
+fn is_mark(object: &Map<String, Value>) -> bool {
+    word(object).is_some() || object.contains_key(HALF_PAIR)
+}
+
+/// Whether a value is an object in the line, too.
+pub(crate) fn is_object(value: &Value) -> bool {
+    value.as_object().is_some_and(|object| !is_mark(object))
+}
+
+/// Whether a value is a text in the line, be it one that cannot be used.
+fn is_text(value: &Value) -> bool {
+    value.is_string() || value.as_object().is_some_and(|object| object.contains_key(HALF_PAIR))
 }
 
 /// How a record is written, if it has documents: a text as `content` decides, whatever else there is,
@@ -171,7 +222,7 @@ fn word(object: &Map<String, Value>) -> Option<&str> {
 pub(crate) fn form(object: &Map<String, Value>) -> Option<RecordForm> {
     let given = |key| object.get(key).is_some_and(|value| !is_absent(value));
     let has = |key| object.contains_key(key);
-    if object.get("content").is_some_and(Value::is_string) {
+    if object.get("content").is_some_and(is_text) {
         Some(RecordForm::Pointwise)
     } else if given("hits") {
         Some(RecordForm::Grouped)
@@ -248,9 +299,7 @@ fn hits(object: &Map<String, Value>, rule: &LabelRule) -> RecordResult<Documents
     hits.iter()
         .enumerate()
         .map(|(i, hit)| match hit {
-            Value::Object(hit) if word(hit).is_none() => {
-                document(hit, rule, &format!("hits[{i}]."))
-            }
+            Value::Object(hit) if !is_mark(hit) => document(hit, rule, &format!("hits[{i}].")),
             other => wrong_type(&format!("hits[{i}]"), other, "an object"),
         })
         .collect()
@@ -352,7 +401,9 @@ fn type_name(value: &Value) -> &'static str {
         Value::Number(_) => "a number",
         Value::String(_) => "a string",
         Value::Array(_) => "a list",
-        Value::Object(object) => word(object).map_or("an object", |_| "not a number"),
+        Value::Object(object) if word(object).is_some() => "not a number",
+        Value::Object(object) if is_mark(object) => "a text with half a surrogate pair",
+        Value::Object(_) => "an object",
     }
 }
 
