@@ -3,7 +3,7 @@
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::path::Path;
 
-use tokenizers::{Encoding, Token, Tokenizer};
+use tokenizers::{Encoding, Token, Tokenizer, TruncationDirection};
 
 use super::prompt::TokenPrompt;
 use super::vocab;
@@ -16,9 +16,9 @@ use crate::error::{Error, Result};
 pub enum Truncation {
     /// Nothing.
     None,
-    /// The end of the document.
+    /// The end of the document, or its beginning where the tokenizer's `truncation_side` is `left`.
     Document,
-    /// All of the document and the end of the query.
+    /// All of the document and as much of the query.
     Query,
 }
 
@@ -93,6 +93,8 @@ pub struct PairTokenizer {
     /// What stands between query and document where both are tokenized as one text, which then
     /// takes the document's place.
     joint: Option<&'static str>,
+    /// Which side of a text that is too long is cut off.
+    cut: TruncationDirection,
 }
 
 impl PairTokenizer {
@@ -102,7 +104,7 @@ impl PairTokenizer {
     /// # Errors
     /// [`Error::File`] or [`Error::Io`] when there is none, or it cannot be used.
     pub fn from_dir(dir: &Path) -> Result<Self> {
-        let tokenizer = load(dir)?;
+        let (tokenizer, cut) = load(dir)?;
         let mut pieces = pair_template(&tokenizer)
             .map_err(|message| Error::File { path: dir.to_owned(), message })?;
         if !vocab::gives_type_ids(dir)? {
@@ -113,7 +115,7 @@ impl PairTokenizer {
                 *type_id = 0;
             }
         }
-        Ok(Self { tokenizer, pieces, query_format: None, document_format: None, joint: None })
+        Ok(Self { tokenizer, pieces, query_format: None, document_format: None, joint: None, cut })
     }
 
     /// The same with texts around every query and document.
@@ -129,7 +131,7 @@ impl PairTokenizer {
     /// # Errors
     /// As [`PairTokenizer::from_dir`]; also when `seq` or `special_token` cannot be tokenized.
     pub fn from_dir_for_decoder(dir: &Path, template: &DecoderTemplate) -> Result<Self> {
-        let tokenizer = load(dir)?;
+        let (tokenizer, cut) = load(dir)?;
         let fixed = |text: &str| -> Result<Vec<Piece>> {
             let ids = ids(&tokenizer, text)?;
             Ok(ids.into_iter().map(|id| Piece::Fixed { id, type_id: 0 }).collect())
@@ -144,6 +146,7 @@ impl PairTokenizer {
             query_format: Some(template.query_format.clone()),
             document_format: Some(template.document_format.clone()),
             joint: None,
+            cut,
         })
     }
 
@@ -156,7 +159,7 @@ impl PairTokenizer {
         dir: &Path,
         prompt: &TokenPrompt,
     ) -> Result<(Self, u32, Option<u32>)> {
-        let tokenizer = load(dir)?;
+        let (tokenizer, cut) = load(dir)?;
         let id = |token: &str| {
             tokenizer.token_to_id(token).ok_or_else(|| Error::File {
                 path: dir.to_owned(),
@@ -188,7 +191,7 @@ impl PairTokenizer {
         let (positive, negative) = (id(prompt.positive)?, prompt.negative.map(id).transpose()?);
         let (query_format, document_format) = (format(prompt.query)?, format(prompt.document)?);
         let joint = prompt.joint.then_some(prompt.between);
-        let this = Self { tokenizer, pieces, query_format, document_format, joint };
+        let this = Self { tokenizer, pieces, query_format, document_format, joint, cut };
         Ok((this, positive, negative))
     }
 
@@ -232,13 +235,18 @@ impl PairTokenizer {
         }
     }
 
-    /// Puts tokenized parts together in at most `max_len` tokens. The document is cut at its end;
-    /// only a query that alone is too long is cut too, and then stands without a document.
+    /// Puts tokenized parts together in at most `max_len` tokens. The document is cut, at its end unless
+    /// the tokenizer says otherwise; only a query that alone is too long is cut too, and then stands
+    /// without a document.
     #[must_use]
     pub fn join(&self, query: &[u32], document: &[u32], max_len: usize) -> EncodedPair {
         let room = max_len.saturating_sub(self.fixed_tokens());
-        let kept_query = &query[..query.len().min(room)];
-        let kept_document = &document[..document.len().min(room - kept_query.len())];
+        let kept = |ids: &'_ [u32], room: usize| match self.cut {
+            TruncationDirection::Right => 0..ids.len().min(room),
+            TruncationDirection::Left => ids.len().saturating_sub(room)..ids.len(),
+        };
+        let kept_query = &query[kept(query, room)];
+        let kept_document = &document[kept(document, room - kept_query.len())];
         let truncated = if kept_query.len() < query.len() {
             Truncation::Query
         } else if kept_document.len() < document.len() {
@@ -334,6 +342,9 @@ impl Encode for PairTokenizer {
         // The template is not part of what is kept, so it does not matter here.
         self.tokenizer.to_string(false).unwrap_or_default().hash(&mut hasher);
         (&self.query_format, &self.document_format).hash(&mut hasher);
+        if self.cut == TruncationDirection::Left {
+            self.cut.as_ref().hash(&mut hasher);
+        }
         hasher.finish()
     }
 }
@@ -349,7 +360,7 @@ pub fn pad_token_id(dir: &Path) -> Result<Option<u32>> {
     let config: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
     // Older files give the token with its properties.
     let token = config["pad_token"].as_str().or_else(|| config["pad_token"]["content"].as_str());
-    token.map_or(Ok(None), |token| Ok(load(dir)?.token_to_id(token)))
+    token.map_or(Ok(None), |token| Ok(load(dir)?.0.token_to_id(token)))
 }
 
 fn ids(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
@@ -362,9 +373,10 @@ fn ids(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
     }
 }
 
-/// Reads `tokenizer.json`, or makes a tokenizer from a BERT `vocab.txt`; truncation and padding
-/// that the file asks for are switched off.
-fn load(dir: &Path) -> Result<Tokenizer> {
+/// Reads `tokenizer.json`, with what `tokenizer_config.json` changes, or makes a tokenizer from a BERT
+/// `vocab.txt`; truncation and padding that the file asks for are switched off. Also says which side of
+/// a text is to be cut.
+fn load(dir: &Path) -> Result<(Tokenizer, TruncationDirection)> {
     let file = dir.join("tokenizer.json");
     let mut tokenizer = if file.is_file() {
         let bytes = std::fs::read(&file).map_err(|source| Error::Io {
@@ -372,10 +384,12 @@ fn load(dir: &Path) -> Result<Tokenizer> {
             action: "read",
             source,
         })?;
-        Tokenizer::from_bytes(bytes).map_err(|error| Error::File {
+        let mut tokenizer = Tokenizer::from_bytes(bytes).map_err(|error| Error::File {
             path: file,
             message: format!("not a tokenizer: {error}"),
-        })?
+        })?;
+        vocab::apply_settings(dir, &mut tokenizer)?;
+        tokenizer
     } else if dir.join("vocab.txt").is_file() {
         vocab::bert_tokenizer(dir)?
     } else {
@@ -383,12 +397,14 @@ fn load(dir: &Path) -> Result<Tokenizer> {
                        model; save_pretrained of transformers' AutoTokenizer writes it";
         return Err(Error::File { path: dir.to_owned(), message: message.to_owned() });
     };
+    let own = tokenizer.get_truncation().map(|truncation| truncation.direction);
+    let cut = vocab::truncation_side(dir)?.or(own).unwrap_or_default();
     tokenizer.with_padding(None);
     tokenizer.with_truncation(None).map_err(|error| Error::File {
         path: dir.to_owned(),
         message: format!("cannot switch off the tokenizer's truncation: {error}"),
     })?;
-    Ok(tokenizer)
+    Ok((tokenizer, cut))
 }
 
 /// Learns the pair template from the tokenizer's post-processor, whatever its kind: it is given

@@ -233,3 +233,116 @@ fn directories_without_a_usable_tokenizer_are_named() {
     let text = error().to_string();
     assert!(text.starts_with(&format!("{path}/tokenizer.json: not a tokenizer: EOF")), "{text}");
 }
+
+/// A directory with a `tokenizer.json` and these settings.
+fn dir_with(tokenizer: &Value, settings: &Value) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    fs::write(dir.path().join("tokenizer_config.json"), settings.to_string()).unwrap();
+    dir
+}
+
+/// Without the tokens of the template.
+fn ids_in(dir: &tempfile::TempDir, text: &str) -> Vec<u32> {
+    PairTokenizer::from_dir(dir.path()).unwrap().document_ids(text).unwrap()
+}
+
+/// transformers builds the normalizer anew from these; other classes take what the file says.
+#[test]
+fn settings_of_a_bert_tokenizer_take_the_place_of_its_own() {
+    let plain = serde_json::to_value(vocab::bert_tokenizer(bert_dir().path()).unwrap()).unwrap();
+    for (settings, expected) in [
+        (json!({}), &[14, 11, 12][..]),
+        (json!({"tokenizer_class": "TokenizersBackend", "do_lower_case": false}), &[14, 11, 12]),
+        (json!({"tokenizer_class": "BertTokenizer"}), &[14, 11, 12]),
+        (json!({"tokenizer_class": "BertTokenizer", "do_lower_case": false}), &[13, 11, 12]),
+        (json!({"tokenizer_class": "BertTokenizerFast", "do_lower_case": false}), &[13, 11, 12]),
+        (json!({"tokenizer_class": "BertTokenizer", "tokenize_chinese_chars": false}), &[14, 1]),
+    ] {
+        assert_eq!(ids_in(&dir_with(&plain, &settings), "Cafe 面包"), expected, "{settings}");
+    }
+    let mut cased = plain.clone();
+    cased["normalizer"]["lowercase"] = false.into();
+    let dir = dir_with(&cased, &json!({}));
+    assert_eq!(ids_in(&dir, "Cafe"), [13]);
+    // Nothing but the model's type names the class, and its default is lower case.
+    fs::write(dir.path().join("config.json"), r#"{"model_type": "bert"}"#).unwrap();
+    assert_eq!(ids_in(&dir, "Cafe"), [14]);
+}
+
+#[test]
+fn settings_of_a_roberta_tokenizer_take_the_place_of_its_own() {
+    let tokenizer = |space: bool| {
+        json!({
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+            "normalizer": null, "post_processor": null, "decoder": null,
+            "pre_tokenizer": {
+                "type": "ByteLevel", "add_prefix_space": space, "trim_offsets": true, "use_regex": true,
+            },
+            "model": {
+                "type": "BPE", "vocab": {"a": 0, "Ġ": 1, "Ġa": 2}, "merges": [["Ġ", "a"]],
+            },
+        })
+    };
+    for (own, settings, expected) in [
+        (false, json!({"add_prefix_space": true}), 0),
+        (true, json!({}), 2),
+        (false, json!({"tokenizer_class": "RobertaTokenizer", "add_prefix_space": true}), 2),
+        (true, json!({"tokenizer_class": "RobertaTokenizerFast"}), 0),
+    ] {
+        assert_eq!(ids_in(&dir_with(&tokenizer(own), &settings), "a"), [expected], "{settings}");
+    }
+}
+
+#[test]
+fn tokens_that_were_added_to_a_vocabulary_are_known() {
+    let dir = bert_dir();
+    assert_eq!(ids_in(&dir, "how <Q> <r>"), [5, 1, 1, 1, 1, 1, 1]);
+    let added = json!({"<r>": 16, "<Q>": 15, "[CLS]": 2}).to_string();
+    fs::write(dir.path().join("added_tokens.json"), added).unwrap();
+    assert_eq!(ids_in(&dir, "how <Q> <r>"), [5, 15, 16]);
+    // Newer files keep them with the settings.
+    let token = |content: &str| {
+        json!({
+            "content": content, "lstrip": false, "normalized": false, "rstrip": false,
+            "single_word": false, "special": true,
+        })
+    };
+    let decoder = json!({"16": token("<Q>"), "15": token("<r>"), "2": token("[CLS]")});
+    let settings = json!({"added_tokens_decoder": decoder}).to_string();
+    fs::write(dir.path().join("tokenizer_config.json"), settings).unwrap();
+    assert_eq!(ids_in(&dir, "how <Q> <r>"), [5, 16, 15]);
+}
+
+/// The document "bake bread," is 7 8 10.
+#[test]
+fn the_side_that_is_cut_is_the_tokenizers() {
+    let dir = bert_dir();
+    for (side, expected) in [("right", [2, 5, 6, 3, 7, 8, 3]), ("left", [2, 5, 6, 3, 8, 10, 3])] {
+        let settings = json!({ "truncation_side": side }).to_string();
+        fs::write(dir.path().join("tokenizer_config.json"), settings).unwrap();
+        let tokenizer = PairTokenizer::from_dir(dir.path()).unwrap();
+        let pair = tokenizer.encode_pair("how to", "bake bread,", 7).unwrap();
+        assert_eq!((&pair.input_ids[..], pair.truncated), (&expected[..], Truncation::Document));
+    }
+    fs::write(dir.path().join("tokenizer_config.json"), r#"{"truncation_side": "top"}"#).unwrap();
+    let error = PairTokenizer::from_dir(dir.path()).unwrap_err().to_string();
+    assert!(
+        error.contains("truncation_side is \"top\", expected \"right\" or \"left\""),
+        "{error}"
+    );
+    // A tokenizer.json may say so itself.
+    let dir = word_dir(&roberta());
+    let path = dir.path().join("tokenizer.json");
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(
+        &path,
+        text.replace(
+            "\"direction\":\"Right\",\"max_length\"",
+            "\"direction\":\"Left\",\"max_length\"",
+        ),
+    )
+    .unwrap();
+    let tokenizer = PairTokenizer::from_dir(dir.path()).unwrap();
+    assert_eq!(tokenizer.encode_pair("a", "b c", 6).unwrap().input_ids, [9, 2, 9, 9, 4, 9]);
+}

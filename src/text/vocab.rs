@@ -6,9 +6,14 @@ use std::fs;
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
-use tokenizers::Tokenizer;
+use tokenizers::normalizers::NormalizerWrapper;
+use tokenizers::pre_tokenizers::PreTokenizerWrapper;
+use tokenizers::{Tokenizer, TruncationDirection};
 
 use crate::error::{Error, Result};
+
+/// What transformers keeps of a tokenizer beside its vocabulary.
+const SETTINGS: &str = "tokenizer_config.json";
 
 /// The special tokens in their customary order, with their keys in `tokenizer_config.json`.
 const SPECIAL_TOKENS: [(&str, &str); 5] = [
@@ -28,7 +33,7 @@ pub(super) fn bert_tokenizer(dir: &Path) -> Result<Tokenizer> {
     let path = dir.join("vocab.txt");
     let file_error = |message| Error::File { path: path.clone(), message };
     let vocabulary = read_vocabulary(&path)?;
-    let config = read_config(&dir.join("tokenizer_config.json"))?;
+    let config = settings(dir)?;
 
     let mut special = HashMap::new();
     let mut added = Vec::new();
@@ -43,16 +48,16 @@ pub(super) fn bert_tokenizer(dir: &Path) -> Result<Tokenizer> {
             "single_word": false, "lstrip": false, "rstrip": false,
         }));
     }
-    let flag = |key, default: bool| config.get(key).and_then(Value::as_bool).unwrap_or(default);
+    added.extend(added_tokens(dir, &config, &added)?);
     let tokenizer = json!({
         "version": "1.0",
         "added_tokens": added,
         "normalizer": {
             "type": "BertNormalizer",
             "clean_text": true,
-            "handle_chinese_chars": flag("tokenize_chinese_chars", true),
+            "handle_chinese_chars": flag(&config, "tokenize_chinese_chars", true),
             "strip_accents": config.get("strip_accents"),
-            "lowercase": flag("do_lower_case", true),
+            "lowercase": flag(&config, "do_lower_case", true),
         },
         "pre_tokenizer": { "type": "BertPreTokenizer" },
         "post_processor": {
@@ -71,15 +76,119 @@ pub(super) fn bert_tokenizer(dir: &Path) -> Result<Tokenizer> {
         .map_err(|error| file_error(format!("gives no BERT tokenizer: {error}")))
 }
 
+/// The tokens that a directory adds to its `vocab.txt`, in the order of their ids, but for those in
+/// `known`: of `added_tokens_decoder` in `config`, else of the older `added_tokens.json`.
+fn added_tokens(dir: &Path, config: &Map<String, Value>, known: &[Value]) -> Result<Vec<Value>> {
+    let mut tokens = Vec::new();
+    if let Some(decoder) = config.get("added_tokens_decoder").and_then(Value::as_object) {
+        for (id, token) in decoder {
+            let mut token = token.clone();
+            token["id"] = id.parse::<u64>().unwrap_or_default().into();
+            tokens.push(token);
+        }
+    } else {
+        let lists = ["additional_special_tokens", "extra_special_tokens"];
+        let special: Vec<_> = lists.iter().filter_map(|key| config.get(*key)?.as_array()).collect();
+        for (content, id) in read_config(&dir.join("added_tokens.json"))? {
+            let is_special = special
+                .iter()
+                .any(|all| all.iter().any(|one| token_text(Some(one)) == Some(&content)));
+            tokens.push(json!({
+                "id": id, "content": content, "special": is_special, "normalized": !is_special,
+                "single_word": false, "lstrip": false, "rstrip": false,
+            }));
+        }
+    }
+    tokens.retain(|token| known.iter().all(|known| known["content"] != token["content"]));
+    tokens.sort_by_key(|token| token["id"].as_u64());
+    Ok(tokens)
+}
+
+/// Does to the tokenizer of a `tokenizer.json` what transformers' BERT and RoBERTa classes do to it: the
+/// settings in `tokenizer_config.json`, or their defaults, take the place of its own.
+///
+/// # Errors
+/// [`Error::File`] or [`Error::Io`] when a file with settings cannot be read.
+pub(super) fn apply_settings(dir: &Path, tokenizer: &mut Tokenizer) -> Result<()> {
+    let config = settings(dir)?;
+    let class = class(dir, &config)?;
+    match class.strip_suffix("Fast").unwrap_or(&class) {
+        "BertTokenizer" => {
+            let Some(NormalizerWrapper::BertNormalizer(own)) = tokenizer.get_normalizer() else {
+                return Ok(());
+            };
+            let mut normalizer = *own;
+            normalizer.lowercase = flag(&config, "do_lower_case", true);
+            normalizer.handle_chinese_chars = flag(&config, "tokenize_chinese_chars", true);
+            normalizer.strip_accents = config.get("strip_accents").and_then(Value::as_bool);
+            tokenizer.with_normalizer(Some(normalizer)).map_err(|error| Error::File {
+                path: dir.join("tokenizer.json"),
+                message: format!("does not take the settings of tokenizer_config.json: {error}"),
+            })?;
+        }
+        "RobertaTokenizer" => {
+            let Some(PreTokenizerWrapper::ByteLevel(own)) = tokenizer.get_pre_tokenizer() else {
+                return Ok(());
+            };
+            let mut pre_tokenizer = *own;
+            pre_tokenizer.add_prefix_space = flag(&config, "add_prefix_space", false);
+            tokenizer.with_pre_tokenizer(Some(pre_tokenizer));
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+/// The class that transformers reads the tokenizer of `dir` with; empty where nothing names one.
+fn class(dir: &Path, config: &Map<String, Value>) -> Result<String> {
+    let named = |config: &Map<String, Value>| {
+        config.get("tokenizer_class").and_then(Value::as_str).map(str::to_owned)
+    };
+    if let Some(class) = named(config) {
+        return Ok(class);
+    }
+    let model = read_config(&dir.join("config.json"))?;
+    let of_model = match model.get("model_type").and_then(Value::as_str) {
+        Some("bert") => "BertTokenizer",
+        Some("roberta") => "RobertaTokenizer",
+        _ => "",
+    };
+    Ok(named(&model).unwrap_or_else(|| of_model.to_owned()))
+}
+
+/// Which side of a text that is too long transformers cuts off, where `tokenizer_config.json` says so.
+///
+/// # Errors
+/// [`Error::File`] or [`Error::Io`] when it cannot be read or names no side.
+pub(super) fn truncation_side(dir: &Path) -> Result<Option<TruncationDirection>> {
+    match settings(dir)?.get("truncation_side") {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(side)) if side == "right" => Ok(Some(TruncationDirection::Right)),
+        Some(Value::String(side)) if side == "left" => Ok(Some(TruncationDirection::Left)),
+        Some(other) => Err(Error::File {
+            path: dir.join(SETTINGS),
+            message: format!("truncation_side is {other}, expected \"right\" or \"left\""),
+        }),
+    }
+}
+
 /// Whether transformers hands the segment ids of the tokenizer in `dir` to the model: not where
 /// `model_input_names` in `tokenizer_config.json` leaves them out.
 ///
 /// # Errors
 /// [`Error::File`] or [`Error::Io`] when that file cannot be read.
 pub(super) fn gives_type_ids(dir: &Path) -> Result<bool> {
-    let config = read_config(&dir.join("tokenizer_config.json"))?;
+    let config = settings(dir)?;
     let names = config.get("model_input_names").and_then(Value::as_array);
     Ok(names.is_none_or(|names| names.iter().any(|name| name == "token_type_ids")))
+}
+
+fn flag(config: &Map<String, Value>, key: &str, default: bool) -> bool {
+    config.get(key).and_then(Value::as_bool).unwrap_or(default)
+}
+
+fn settings(dir: &Path) -> Result<Map<String, Value>> {
+    read_config(&dir.join(SETTINGS))
 }
 
 /// One token a line, numbered from 0; of a token that occurs twice the later number counts.
