@@ -36,8 +36,9 @@ use crate::config::Precision;
 use crate::data::Encode as _;
 use crate::engine::{Engine, EngineOptions};
 use crate::error::{Error, Result};
+use crate::model::stage::TensorSpec;
 use crate::model::weights::WeightFiles;
-use crate::model::{ModelConfig, PackedBatch, Pretrained};
+use crate::model::{ModelConfig, PackedBatch, Parameter, Pretrained};
 use crate::shard::{FlatUnit, ParameterGroups};
 use crate::text::{EncodedPair, PairTokenizer, TokenBatch, TokenPrompt};
 use crate::torch_ext::runtime;
@@ -383,7 +384,9 @@ pub fn check_model(
 ) -> Result<Vec<String>> {
     let parameters: Vec<_> =
         crate::model::stages(config).iter().flat_map(|stage| stage.parameters()).collect();
-    let initialised = weights.check(parameters.iter().flat_map(|p| &p.parts))?;
+    let initialised = weights
+        .check(parameters.iter().flat_map(|p| &p.parts))
+        .map_err(|error| several_labels(dir, config, weights, &parameters).unwrap_or(error))?;
     let vocabulary = config.vocab_size();
     if tokenizer.max_token_id() as usize >= vocabulary {
         return Err(Error::File {
@@ -425,6 +428,34 @@ fn host_scores(scores: &Tensor, count: usize) -> Result<Vec<f32>> {
 
 /// A tokenized batch on the device.
 ///
+/// What is wrong with a model for several classes, whose head gives a number for each.
+fn several_labels(
+    dir: &Path,
+    config: &ModelConfig,
+    weights: &WeightFiles,
+    parameters: &[Parameter],
+) -> Option<Error> {
+    let names =
+        config.raw.get("id2label").and_then(Value::as_object).map(|names| names.len() as i64);
+    let count = config.raw.get("num_labels").and_then(Value::as_i64);
+    // Two are not written down: they are what transformers takes where nothing is said.
+    let labels = Some(names.or(count).unwrap_or(2)).filter(|&labels| labels > 1)?;
+    let heads = ["classifier.weight", "classifier.out_proj.weight", "score.weight"];
+    let mut parts = parameters.iter().flat_map(|parameter| &parameter.parts);
+    let head = parts.find(|part| heads.contains(&part.name.as_str()))?;
+    let shape: Vec<i64> =
+        std::iter::once(labels).chain(head.shape.iter().skip(1).copied()).collect();
+    weights.check(std::iter::once(&TensorSpec::new(head.name.as_str(), &shape))).ok()?;
+    Some(Error::File {
+        path: dir.join("config.json"),
+        message: format!(
+            "a classifier with {labels} labels, whose {} gives a number for each; expected a model with \
+             one, or, to be trained, one without a head, as the model that it was made of",
+            head.name
+        ),
+    })
+}
+
 /// # Errors
 /// [`Error::Torch`] when the device has no room.
 pub fn pack(tokens: &TokenBatch, device: Device) -> Result<PackedBatch> {

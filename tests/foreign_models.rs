@@ -1,0 +1,79 @@
+//! Scoring with models that other programs saved: what they keep beside a model is heeded, what nobody
+//! says is asked for, and what cannot be a reranker is named.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+#[path = "common/launch.rs"]
+mod launch;
+
+use std::fs;
+use std::path::Path;
+
+use launch::{copy_model, reranker, run};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// A workplace with a golden model as `m`, and a pair to score.
+fn workplace(case: &str) -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    copy_model(case, &dir.path().join("m"));
+    let pair = json!({"query": "boil water", "content": "tea water river bank loan ".repeat(20)});
+    fs::write(dir.path().join("pairs.jsonl"), pair.to_string()).unwrap();
+    dir
+}
+
+fn command(dir: &TempDir, more: &[&str]) -> std::process::Command {
+    let args = ["score", "--model", "m", "--input", "pairs.jsonl", "--device", "cpu"];
+    reranker(dir.path(), &[&args[..], more].concat())
+}
+
+fn error_of(dir: &TempDir, more: &[&str]) -> String {
+    let outcome = run(&mut command(dir, more));
+    assert_eq!(outcome.code, Some(2), "{}", outcome.stderr);
+    outcome.stderr
+}
+
+/// Changes keys of a JSON file of the model, which need not be there.
+fn set(dir: &TempDir, file: &str, change: &Value) {
+    let path = dir.path().join("m").join(file);
+    let text = fs::read_to_string(&path).unwrap_or_else(|_| "{}".into());
+    let mut value: Value = serde_json::from_str(&text).unwrap();
+    for (key, to) in change.as_object().unwrap() {
+        value[key] = to.clone();
+    }
+    fs::write(path, value.to_string()).unwrap();
+}
+
+#[test]
+fn a_classifier_is_named_as_such() {
+    let dir = workplace("bert_tiny");
+    let weights = dir.path().join("m/model.safetensors");
+    let tensors = tch::Tensor::read_safetensors(&weights).unwrap();
+    let doubled = |name: &str, tensor: &tch::Tensor| match name {
+        "classifier.weight" | "classifier.bias" => tch::Tensor::cat(&[tensor, tensor], 0),
+        _ => tensor.shallow_clone(),
+    };
+    let tensors: Vec<_> = tensors.iter().map(|(name, t)| (name, doubled(name, t))).collect();
+    tch::Tensor::write_safetensors(&tensors, &weights).unwrap();
+    let expected = "error: m/config.json: a classifier with 2 labels, whose classifier.weight gives a \
+                    number for each; expected a model with one, or, to be trained, one without a head, \
+                    as the model that it was made of\n";
+    let two = [json!({"id2label": {"0": "no", "1": "yes"}}), json!({"num_labels": 2}), json!({})];
+    for labels in two {
+        let mut all = json!({"id2label": null, "num_labels": null});
+        all.as_object_mut().unwrap().extend(labels.as_object().unwrap().clone());
+        set(&dir, "config.json", &all);
+        assert_eq!(error_of(&dir, &[]), expected);
+    }
+    train_refuses(dir.path(), "m/config.json: a classifier with 2 labels");
+}
+
+fn train_refuses(dir: &Path, expected: &str) {
+    let record = r#"{"query": "boil water", "content": "tea", "label": 1}"#;
+    fs::write(dir.join("train.jsonl"), format!("{record}\n{record}\n")).unwrap();
+    let config = "model_name_or_path: m\nmodel_type: bert_encoder\ntrain_dataset: train.jsonl\n\
+                  max_len: 32\n";
+    fs::write(dir.join("t.yaml"), config).unwrap();
+    let outcome = run(&mut reranker(dir, &["check", "--config", "t.yaml"]));
+    assert_eq!(outcome.code, Some(2), "{}", outcome.stderr);
+    assert!(outcome.stderr.contains(expected), "{}", outcome.stderr);
+}
