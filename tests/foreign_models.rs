@@ -8,7 +8,7 @@ mod launch;
 use std::fs;
 use std::path::Path;
 
-use launch::{copy_model, reranker, run};
+use launch::{copy_model, output_of, reranker, run};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -26,6 +26,10 @@ fn command(dir: &TempDir, more: &[&str]) -> std::process::Command {
     reranker(dir.path(), &[&args[..], more].concat())
 }
 
+fn scores(dir: &TempDir, more: &[&str]) -> String {
+    output_of(&mut command(dir, more))
+}
+
 fn error_of(dir: &TempDir, more: &[&str]) -> String {
     let outcome = run(&mut command(dir, more));
     assert_eq!(outcome.code, Some(2), "{}", outcome.stderr);
@@ -41,6 +45,56 @@ fn set(dir: &TempDir, file: &str, change: &Value) {
         value[key] = to.clone();
     }
     fs::write(path, value.to_string()).unwrap();
+}
+
+const GIVEN: [&str; 8] = [
+    "--query-format",
+    "- boil {}",
+    "--document-format",
+    "{} tea",
+    "--seq",
+    "\n",
+    "--special-token",
+    "bank",
+];
+
+#[test]
+fn what_stands_around_a_pair_can_be_given() {
+    let dir = workplace("qwen2_tiny");
+    let outcome = run(&mut command(&dir, &[]));
+    let bare = outcome.stdout;
+    let note = "note: m is a decoder without reranker.json; query and document are put together as they \
+                are (--query-format, --document-format, --seq, --special-token)\n";
+    assert_eq!((outcome.code, &*outcome.stderr), (Some(0), note));
+    let outcome = run(&mut command(&dir, &GIVEN));
+    assert_eq!((outcome.code, &*outcome.stderr), (Some(0), ""));
+    let given = outcome.stdout;
+    assert_ne!(given, bare);
+
+    let [_, query_format, _, document_format, _, seq, _, special_token] = GIVEN;
+    let sidecar = json!({
+        "format_version": 1, "model_type": "llm_decoder", "query_format": query_format,
+        "document_format": document_format, "seq": seq, "special_token": special_token,
+        "max_len": 64, "min_label": 0.0, "max_label": 1.0, "base_model": "x", "run": null,
+        "metrics": null,
+    });
+    set(&dir, "reranker.json", &sidecar);
+    assert_eq!(scores(&dir, &[]), given);
+    let plain = ["--query-format={}", "--document-format={}", "--seq=", "--special-token="];
+    assert_eq!(scores(&dir, &plain), bare);
+}
+
+#[test]
+fn texts_that_have_no_place_are_refused() {
+    let encoder = workplace("bert_tiny");
+    assert_ne!(scores(&encoder, &GIVEN[..4]), scores(&encoder, &[]));
+    let expected = "error: --seq is for decoders, but m is an encoder\n";
+    assert_eq!(error_of(&encoder, &GIVEN), expected);
+    let error = error_of(&encoder, &["--query-format", "boil"]);
+    assert!(error.contains("query_format \"boil\" has no gap"), "{error}");
+    let asked = workplace("qwen3_prompt");
+    let error = error_of(&asked, &["--document-format", "{}", "--prompt", "qwen3-reranker"]);
+    assert!(error.contains("--document-format does not go with m, a language model"), "{error}");
 }
 
 #[test]

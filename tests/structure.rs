@@ -66,13 +66,14 @@ const FLAGS: &[(&str, &str)] = &[
     ),
     (
         "reranker score",
-        "--batch-size --device --echo --format --help --input --max-len --model --output \
-         --precision --prompt --timeout",
+        "--batch-size --device --document-format --echo --format --help --input --max-len --model \
+         --output --precision --prompt --query-format --seq --special-token --timeout",
     ),
     (
         "reranker eval",
-        "--batch-size --bm25 --complete --data --device --gain --help --json --k --label-key --max-len \
-         --model --per-query --precision --prompt --qrels --run --timeout --write-qrels --write-run",
+        "--batch-size --bm25 --complete --data --device --document-format --gain --help --json --k \
+         --label-key --max-len --model --per-query --precision --prompt --qrels --query-format --run \
+         --seq --special-token --timeout --write-qrels --write-run",
     ),
     (
         "reranker convert",

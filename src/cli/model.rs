@@ -9,7 +9,7 @@ use rr_launch::contract::WorkerEnv;
 use super::{DeviceArg, seconds};
 use crate::config::Precision;
 use crate::error::{Error, Result, tell};
-use crate::score::{CrossEncoder, DEFAULT_BATCH_SIZE, LoadOptions, ScoreOptions};
+use crate::score::{CrossEncoder, DEFAULT_BATCH_SIZE, GivenTexts, LoadOptions, ScoreOptions};
 use crate::torch_ext::runtime;
 
 /// A precision, as the command line spells it.
@@ -42,6 +42,18 @@ pub struct ModelArgs {
     /// How to ask a language model without a score head: qwen3-reranker or bge-reranker-gemma
     #[arg(long, value_name = "NAME")]
     prompt: Option<String>,
+    /// What stands around the query, in place of what the model was trained with: a text with one {}
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    query_format: Option<String>,
+    /// What stands around the document, in the same way
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    document_format: Option<String>,
+    /// What stands between query and document, for decoders
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    seq: Option<String>,
+    /// What stands after the document, for decoders
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    special_token: Option<String>,
     /// What to compute in: fp32, or bf16 and fp16, which take half the memory and are faster on GPUs
     #[arg(long, value_enum, default_value_t = PrecisionArg::Fp32)]
     precision: PrecisionArg,
@@ -59,8 +71,7 @@ impl ModelArgs {
     pub(super) fn load(&self, dir: &Path, env: &WorkerEnv) -> Result<CrossEncoder> {
         self.check_batch_size()?;
         let device = runtime::device(self.device.map(Into::into), env.local_rank)?;
-        let (precision, prompt) = (self.precision.into(), self.prompt.as_deref());
-        let model = CrossEncoder::load(dir, LoadOptions { device, precision, prompt })?;
+        let model = CrossEncoder::load(dir, LoadOptions { device, ..self.load_options() })?;
         model.checked_max_len(self.max_len)?;
         if env.rank != 0 {
             return Ok(model);
@@ -70,6 +81,13 @@ impl ModelArgs {
                 "note: {} is a language model without a score head; asked by the prompt {} (--prompt)",
                 dir.display(),
                 prompt.name
+            ));
+        }
+        if model.is_bare() {
+            tell(format_args!(
+                "note: {} is a decoder without reranker.json; query and document are put together as \
+                 they are (--query-format, --document-format, --seq, --special-token)",
+                dir.display()
             ));
         }
         if !model.initialised().is_empty() {
@@ -85,7 +103,21 @@ impl ModelArgs {
     /// Whether the model could be loaded, as far as that can be told without its weights.
     pub(super) fn examine(&self, dir: &Path) -> Result<()> {
         self.check_batch_size()?;
-        CrossEncoder::examine(dir, self.prompt.as_deref(), self.max_len).map(drop)
+        CrossEncoder::examine(dir, self.load_options(), self.max_len).map(drop)
+    }
+
+    fn load_options(&self) -> LoadOptions<'_> {
+        LoadOptions {
+            precision: self.precision.into(),
+            prompt: self.prompt.as_deref(),
+            texts: GivenTexts {
+                query_format: self.query_format.as_deref(),
+                document_format: self.document_format.as_deref(),
+                seq: self.seq.as_deref(),
+                special_token: self.special_token.as_deref(),
+            },
+            ..LoadOptions::default()
+        }
     }
 
     fn check_batch_size(&self) -> Result<()> {

@@ -54,6 +54,46 @@ impl PairTexts<'_> {
     }
 }
 
+/// The texts around query and document that are asked for in place of the model's own; `None` leaves
+/// those.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct GivenTexts<'a> {
+    /// The query goes where `{}` stands.
+    pub query_format: Option<&'a str>,
+    /// The document goes where `{}` stands.
+    pub document_format: Option<&'a str>,
+    /// Between query and document; decoders only.
+    pub seq: Option<&'a str>,
+    /// After the document; decoders only.
+    pub special_token: Option<&'a str>,
+}
+
+impl<'a> GivenTexts<'a> {
+    /// The model's own texts where nothing else is asked for.
+    fn over(self, own: PairTexts<'a>) -> PairTexts<'a> {
+        PairTexts {
+            query_format: self.query_format.unwrap_or(own.query_format),
+            document_format: self.document_format.unwrap_or(own.document_format),
+            seq: self.seq.unwrap_or(own.seq),
+            special_token: self.special_token.unwrap_or(own.special_token),
+        }
+    }
+
+    /// The option of the first text that is asked for.
+    fn first(self) -> Option<&'static str> {
+        let formats =
+            [("--query-format", self.query_format), ("--document-format", self.document_format)];
+        let asked = formats.into_iter().find_map(|(option, text)| text.map(|_| option));
+        asked.or_else(|| self.first_for_decoders())
+    }
+
+    /// The same of those that an encoder has no place for.
+    fn first_for_decoders(self) -> Option<&'static str> {
+        let texts = [("--seq", self.seq), ("--special-token", self.special_token)];
+        texts.into_iter().find_map(|(option, text)| text.map(|_| option))
+    }
+}
+
 /// How a model directory is to be scored with.
 pub(super) struct Form {
     pub(super) tokenizer: PairTokenizer,
@@ -61,21 +101,24 @@ pub(super) struct Form {
     pub(super) max_len: Option<usize>,
     /// The prompt that was found by the model's type alone.
     pub(super) assumed: Option<&'static TokenPrompt>,
+    /// A decoder of which nothing says what stands around a pair.
+    pub(super) is_bare: bool,
 }
 
 impl Form {
     /// Decides it from `dir`: by `reranker.json` where there is one, by the prompt of a language
-    /// model without a score head, else by the texts as they are. A prompt also sets the head of
-    /// `config`.
+    /// model without a score head, else by the texts as they are. A prompt also sets
+    /// the head of `config`.
     ///
     /// # Errors
-    /// [`Error::Usage`] for a prompt that is not known or not needed; [`Error::File`] for a language
-    /// model of which no prompt is known.
+    /// [`Error::Usage`] for a prompt or a text that is not known or not needed; [`Error::File`] for a
+    /// language model of which no prompt is known.
     pub(super) fn of_dir(
         dir: &Path,
         config: &mut ModelConfig,
         weights: &WeightFiles,
         prompt: Option<&str>,
+        given: GivenTexts<'_>,
     ) -> Result<Self> {
         let sidecar = Sidecar::from_dir(dir)?;
         let kept = sidecar.as_ref().and_then(|sidecar| sidecar.prompt.as_deref());
@@ -89,15 +132,7 @@ impl Form {
                     dir.display()
                 )));
             }
-            let texts = sidecar.as_ref().map_or_else(PairTexts::default, |sidecar| PairTexts {
-                query_format: &sidecar.query_format,
-                document_format: &sidecar.document_format,
-                seq: &sidecar.seq,
-                special_token: &sidecar.special_token,
-            });
-            let tokenizer = texts.tokenizer(dir, config.kind())?;
-            let max_len = sidecar.map(|sidecar| sidecar.max_len);
-            return Ok(Self { tokenizer, max_len, assumed: None });
+            return Self::of_texts(dir, config.kind(), sidecar.as_ref(), given);
         }
         let known = TokenPrompt::of_model_type(&config.model_type);
         let prompt = asked.or(known).ok_or_else(|| Error::File {
@@ -108,6 +143,14 @@ impl Form {
                 TokenPrompt::names().join(" or --prompt ")
             ),
         })?;
+        if let Some(option) = given.first() {
+            return Err(Error::Usage(format!(
+                "{option} does not go with {}, a language model without score.weight that is asked by \
+                 the prompt {}",
+                dir.display(),
+                prompt.name
+            )));
+        }
         let (tokenizer, positive, negative) = PairTokenizer::from_dir_for_prompt(dir, prompt)?;
         if let Trunk::Decoder(decoder) = &mut config.trunk {
             decoder.head = ScoreHead::TokenLogit {
@@ -117,7 +160,36 @@ impl Form {
         }
         let assumed = asked.is_none().then_some(prompt);
         let max_len = sidecar.map_or(prompt.max_len, |sidecar| sidecar.max_len);
-        Ok(Self { tokenizer, max_len: Some(max_len), assumed })
+        Ok(Self { tokenizer, max_len: Some(max_len), assumed, is_bare: false })
+    }
+
+    /// The form of a model with a head.
+    fn of_texts(
+        dir: &Path,
+        kind: ModelKind,
+        sidecar: Option<&Sidecar>,
+        given: GivenTexts<'_>,
+    ) -> Result<Self> {
+        if let (ModelKind::BertEncoder, Some(option)) = (kind, given.first_for_decoders()) {
+            return Err(Error::Usage(format!(
+                "{option} is for decoders, but {} is an encoder",
+                dir.display()
+            )));
+        }
+        let own = match sidecar {
+            Some(sidecar) => PairTexts {
+                query_format: &sidecar.query_format,
+                document_format: &sidecar.document_format,
+                seq: &sidecar.seq,
+                special_token: &sidecar.special_token,
+            },
+            None => PairTexts::default(),
+        };
+        let tokenizer = given.over(own).tokenizer(dir, kind)?;
+        let max_len = sidecar.map(|sidecar| sidecar.max_len);
+        let says_nothing = sidecar.is_none() && given.first().is_none();
+        let is_bare = says_nothing && kind == ModelKind::LlmDecoder;
+        Ok(Self { tokenizer, max_len, assumed: None, is_bare })
     }
 }
 

@@ -26,7 +26,7 @@ use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
 pub use file::{Checked, FileJob, Progress};
-pub use form::PairTexts;
+pub use form::{GivenTexts, PairTexts};
 pub use pipeline::score_pairs;
 pub use store::{Due, Earlier, ScoreStore, Writer};
 pub use stream::{Scored, score_stream};
@@ -88,11 +88,18 @@ pub struct LoadOptions<'a> {
     pub precision: Precision,
     /// For a language model without a score head: the name of the [`TokenPrompt`] that asks it.
     pub prompt: Option<&'a str>,
+    /// What stands around query and document, where it is not to be what the model says.
+    pub texts: GivenTexts<'a>,
 }
 
 impl Default for LoadOptions<'_> {
     fn default() -> Self {
-        Self { device: Device::Cpu, precision: Precision::Fp32, prompt: None }
+        Self {
+            device: Device::Cpu,
+            precision: Precision::Fp32,
+            prompt: None,
+            texts: GivenTexts::default(),
+        }
     }
 }
 
@@ -111,6 +118,7 @@ pub struct CrossEncoder {
     precision: Precision,
     initialised: Vec<String>,
     assumed: Option<&'static TokenPrompt>,
+    is_bare: bool,
 }
 
 /// A decoder that reads query and document together, and scores at the last token: by a head, or by
@@ -156,9 +164,9 @@ impl CrossEncoder {
     /// # Errors
     /// As [`CrossEncoder::with_prompt`].
     pub fn load(dir: impl AsRef<Path>, options: LoadOptions<'_>) -> Result<Self> {
-        let LoadOptions { device, precision, prompt } = options;
-        let Opened { config, weights, form, initialised } = Opened::new(dir.as_ref(), prompt)?;
-        let Form { tokenizer, max_len, assumed } = form;
+        let LoadOptions { device, precision, .. } = options;
+        let Opened { config, weights, form, initialised } = Opened::new(dir.as_ref(), options)?;
+        let Form { tokenizer, max_len, assumed, is_bare } = form;
         let tokenizer = Arc::new(tokenizer);
         let rates = ParameterGroups { lr: 0.0, weight_decay: 0.0, special: Vec::new() };
         let kind = runtime::kind_of(precision);
@@ -179,20 +187,21 @@ impl CrossEncoder {
             precision,
             initialised,
             assumed,
+            is_bare,
         })
     }
 
-    /// Checks all that can be wrong with a model and `max_len` without reading its weights; returns
-    /// what [`CrossEncoder::initialised`] would.
+    /// Checks all that can be wrong with a model, the options and `max_len` without reading its weights;
+    /// returns what [`CrossEncoder::initialised`] would.
     ///
     /// # Errors
     /// As [`CrossEncoder::with_prompt`]; [`Error::Usage`] for a `max_len` that the model cannot take.
     pub fn examine(
         dir: impl AsRef<Path>,
-        prompt: Option<&str>,
+        options: LoadOptions<'_>,
         max_len: Option<usize>,
     ) -> Result<Vec<String>> {
-        let Opened { config, form, initialised, .. } = Opened::new(dir.as_ref(), prompt)?;
+        let Opened { config, form, initialised, .. } = Opened::new(dir.as_ref(), options)?;
         if let Some(max_len) = max_len {
             check_max_len(max_len, &form.tokenizer, config.max_positions())?;
         }
@@ -216,6 +225,13 @@ impl CrossEncoder {
     #[must_use]
     pub fn assumed_prompt(&self) -> Option<&'static TokenPrompt> {
         self.assumed
+    }
+
+    /// Whether it is a decoder of which nothing says what stands around a pair: query and document are
+    /// put together as they are, which is hardly what it was trained with.
+    #[must_use]
+    pub fn is_bare(&self) -> bool {
+        self.is_bare
     }
 
     /// One score per `(query, document)` pair, in the order of the input: a sigmoid in `(0, 1)`
@@ -350,12 +366,13 @@ struct Opened {
 }
 
 impl Opened {
-    fn new(dir: &Path, prompt: Option<&str>) -> Result<Self> {
+    fn new(dir: &Path, options: LoadOptions<'_>) -> Result<Self> {
         let name = dir.to_str().ok_or_else(|| {
             Error::Usage(format!("the model's path {} is not UTF-8, expected UTF-8", dir.display()))
         })?;
         let Pretrained { dir, mut config, weights, .. } = Pretrained::open(name)?;
-        let form = Form::of_dir(&dir, &mut config, &weights, prompt)?;
+        let LoadOptions { prompt, texts, .. } = options;
+        let form = Form::of_dir(&dir, &mut config, &weights, prompt, texts)?;
         let initialised = check_model(&dir, &config, &weights, &form.tokenizer)?;
         Ok(Self { config, weights, form, initialised })
     }
@@ -411,23 +428,6 @@ pub fn check_model(
     Ok(initialised)
 }
 
-/// Logits of a packed batch, on the host; every rank calls it as often ([`Engine::score`]).
-///
-/// # Errors
-/// [`Error::Torch`] when the batch does not fit, [`Error::Comm`] from the communicator.
-pub fn score_tokens(engine: &Engine, tokens: &TokenBatch, groups: &Groups) -> Result<Vec<f32>> {
-    host_scores(&engine.score(&pack(tokens, engine.device())?, groups)?, tokens.len())
-}
-
-/// The `count` scores of a batch, on the host.
-fn host_scores(scores: &Tensor, count: usize) -> Result<Vec<f32>> {
-    let mut host = vec![0.0; count];
-    scores.f_to_kind(Kind::Float)?.f_contiguous()?.f_copy_data(&mut host, count)?;
-    Ok(host)
-}
-
-/// A tokenized batch on the device.
-///
 /// What is wrong with a model for several classes, whose head gives a number for each.
 fn several_labels(
     dir: &Path,
@@ -456,6 +456,23 @@ fn several_labels(
     })
 }
 
+/// Logits of a packed batch, on the host; every rank calls it as often ([`Engine::score`]).
+///
+/// # Errors
+/// [`Error::Torch`] when the batch does not fit, [`Error::Comm`] from the communicator.
+pub fn score_tokens(engine: &Engine, tokens: &TokenBatch, groups: &Groups) -> Result<Vec<f32>> {
+    host_scores(&engine.score(&pack(tokens, engine.device())?, groups)?, tokens.len())
+}
+
+/// The `count` scores of a batch, on the host.
+fn host_scores(scores: &Tensor, count: usize) -> Result<Vec<f32>> {
+    let mut host = vec![0.0; count];
+    scores.f_to_kind(Kind::Float)?.f_contiguous()?.f_copy_data(&mut host, count)?;
+    Ok(host)
+}
+
+/// A tokenized batch on the device.
+///
 /// # Errors
 /// [`Error::Torch`] when the device has no room.
 pub fn pack(tokens: &TokenBatch, device: Device) -> Result<PackedBatch> {

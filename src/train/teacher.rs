@@ -19,7 +19,7 @@ use crate::config::{Plan, TeacherPlan};
 use crate::data::{DatasetKind, InputFormat, LoadOptions};
 use crate::error::{Error, Result};
 use crate::model::Pretrained;
-use crate::score::{Checked, CrossEncoder, Earlier, FileJob, Progress, ScoreOptions, Writer};
+use crate::score::{self, Checked, CrossEncoder, Earlier, FileJob, Progress, ScoreOptions, Writer};
 use crate::torch_ext::runtime;
 
 /// The directory inside the output directory.
@@ -73,7 +73,8 @@ pub(super) fn labelled(plan: &Plan) -> Option<PathBuf> {
 /// As loading it for good.
 pub fn check(plan: &Plan) -> Result<()> {
     let Some(teacher) = &plan.data.teacher else { return Ok(()) };
-    let examined = CrossEncoder::examine(&teacher.path, teacher.prompt.as_deref(), teacher.max_len);
+    let options = score::LoadOptions { prompt: teacher.prompt.as_deref(), ..Default::default() };
+    let examined = CrossEncoder::examine(&teacher.path, options, teacher.max_len);
     let unscored = examined.map_err(|error| named(plan, error))?;
     if unscored.is_empty() {
         return Ok(());
@@ -200,6 +201,11 @@ fn score(
     let TeacherPlan { path, prompt, max_len, batch_size } = teacher;
     let model = CrossEncoder::with_prompt(path, device, prompt.as_deref())?;
     let options = ScoreOptions { batch_size: *batch_size, max_len: *max_len, normalize: true };
+    if is_first && model.is_bare() {
+        warn!(
+            "{path} is a decoder without reranker.json; query and document are put together as they are"
+        );
+    }
     let (store, earlier) = job.open(&model, checked, &options, comm)?;
     match earlier {
         Earlier::Scores(scores) if is_first => {
