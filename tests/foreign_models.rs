@@ -98,6 +98,43 @@ fn texts_that_have_no_place_are_refused() {
 }
 
 #[test]
+fn the_length_that_a_tokenizer_was_saved_with_is_kept_to() {
+    let dir = workplace("bert_tiny");
+    let (long, short) = (scores(&dir, &[]), scores(&dir, &["--max-len", "8"]));
+    assert_ne!(long, short);
+    set(&dir, "tokenizer_config.json", &json!({"model_max_length": 8}));
+    assert_eq!(scores(&dir, &[]), short);
+    assert_eq!(scores(&dir, &["--max-len", "64"]), long);
+    // Transformers' word for none, and a number beyond the model's positions.
+    for none in ["1000000000000000019884624838656", "100", "null"] {
+        let none: Value = serde_json::from_str(none).unwrap();
+        set(&dir, "tokenizer_config.json", &json!({"model_max_length": none}));
+        assert_eq!(scores(&dir, &[]), long, "{none}");
+    }
+}
+
+#[test]
+fn the_default_prompt_of_sentence_transformers_stands_before_the_query() {
+    const FILE: &str = "config_sentence_transformers.json";
+    let dir = workplace("bert_tiny");
+    let plain = scores(&dir, &[]);
+    let prompts = json!({"prompts": {"river": "river {bank} "}, "default_prompt_name": null});
+    set(&dir, FILE, &prompts);
+    set(&dir, FILE, &json!({"model_type": "CrossEncoder"}));
+    assert_eq!(scores(&dir, &[]), plain, "no default");
+    set(&dir, FILE, &json!({"default_prompt_name": "river"}));
+    let prompted = scores(&dir, &[]);
+    assert_ne!(prompted, plain);
+    assert_eq!(scores(&dir, &["--query-format", "river {{bank}} {}"]), prompted);
+    assert_eq!(scores(&dir, &["--query-format", "{}"]), plain);
+    set(&dir, FILE, &json!({"default_prompt_name": "lake"}));
+    let error = error_of(&dir, &[]);
+    assert!(error.contains("its default_prompt_name \"lake\" is none of its prompts"), "{error}");
+    set(&dir, FILE, &json!({"model_type": "SentenceTransformer"}));
+    assert_eq!(scores(&dir, &[]), plain, "an embedding model's");
+}
+
+#[test]
 fn a_classifier_is_named_as_such() {
     let dir = workplace("bert_tiny");
     let weights = dir.path().join("m/model.safetensors");

@@ -16,11 +16,16 @@ const ADAPTER: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
 /// What a model of ours has beside its weights, and most models have not.
 pub(super) const SIDECAR: &str = "reranker.json";
 
+/// What sentence-transformers puts around texts.
+const SENTENCE_TRANSFORMERS: &str = "config_sentence_transformers.json";
+
 /// Either of them is enough to make a tokenizer of.
 const TOKENIZER: [&str; 2] = ["tokenizer.json", "vocab.txt"];
 
-/// Everything but weights: configuration, what a model of ours has beside it, the tokenizer.
-pub(super) const SMALL: [&[&str]; 2] = [&[CONFIG, ADAPTER[0], SIDECAR], &TOKENIZER_FILES];
+/// Everything but weights: configuration, what a model of ours or of sentence-transformers has beside it,
+/// the tokenizer.
+pub(super) const SMALL: [&[&str]; 2] =
+    [&[CONFIG, ADAPTER[0], SIDECAR, SENTENCE_TRANSFORMERS], &TOKENIZER_FILES];
 
 /// Weights and the index of their shards, the first that a model has.
 pub(super) const WEIGHTS: [(&str, &str); 3] = [

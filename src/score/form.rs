@@ -10,7 +10,10 @@ use crate::error::{Error, Result};
 use crate::model::config::ScoreHead;
 use crate::model::weights::WeightFiles;
 use crate::model::{ModelConfig, Trunk};
-use crate::text::{DecoderTemplate, PairTokenizer, TextFormat, TokenPrompt};
+use crate::text::{DecoderTemplate, PairTokenizer, TextFormat, TokenPrompt, model_max_length};
+
+/// What sentence-transformers saves beside a model.
+const SENTENCE_TRANSFORMERS: &str = "config_sentence_transformers.json";
 
 /// The texts around query and document, as a configuration or `reranker.json` gives them.
 #[derive(Debug, Clone, Copy)]
@@ -107,8 +110,8 @@ pub(super) struct Form {
 
 impl Form {
     /// Decides it from `dir`: by `reranker.json` where there is one, by the prompt of a language
-    /// model without a score head, else by the texts as they are. A prompt also sets
-    /// the head of `config`.
+    /// model without a score head, else by what transformers and sentence-transformers say. A prompt also
+    /// sets the head of `config`.
     ///
     /// # Errors
     /// [`Error::Usage`] for a prompt or a text that is not known or not needed; [`Error::File`] for a
@@ -176,6 +179,7 @@ impl Form {
                 dir.display()
             )));
         }
+        let default_prompt = if sidecar.is_none() { default_prompt(dir)? } else { None };
         let own = match sidecar {
             Some(sidecar) => PairTexts {
                 query_format: &sidecar.query_format,
@@ -183,13 +187,41 @@ impl Form {
                 seq: &sidecar.seq,
                 special_token: &sidecar.special_token,
             },
-            None => PairTexts::default(),
+            None => PairTexts {
+                query_format: default_prompt.as_deref().unwrap_or("{}"),
+                ..PairTexts::default()
+            },
         };
         let tokenizer = given.over(own).tokenizer(dir, kind)?;
-        let max_len = sidecar.map(|sidecar| sidecar.max_len);
+        let max_len = match sidecar {
+            Some(sidecar) => Some(sidecar.max_len),
+            None => model_max_length(dir)?,
+        };
         let says_nothing = sidecar.is_none() && given.first().is_none();
         let is_bare = says_nothing && kind == ModelKind::LlmDecoder;
         Ok(Self { tokenizer, max_len, assumed: None, is_bare })
+    }
+}
+
+/// What sentence-transformers puts before every query of the cross-encoder in `dir`, as a format.
+fn default_prompt(dir: &Path) -> Result<Option<String>> {
+    let path = dir.join(SENTENCE_TRANSFORMERS);
+    let text = match std::fs::read_to_string(&path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(Error::Io { path, action: "read", source }),
+    };
+    let wrong = |message: String| Error::File { path: path.clone(), message };
+    let config: Value =
+        serde_json::from_str(&text).map_err(|error| wrong(format!("not valid JSON: {error}")))?;
+    // What is saved of an embedding model says nothing of a cross-encoder that is made of it.
+    let name = config["default_prompt_name"].as_str();
+    let Some(name) = name.filter(|_| config["model_type"] == "CrossEncoder") else {
+        return Ok(None);
+    };
+    match &config["prompts"][name] {
+        Value::String(prompt) => Ok(Some(prompt.replace('{', "{{").replace('}', "}}") + "{}")),
+        _ => Err(wrong(format!("its default_prompt_name {name:?} is none of its prompts"))),
     }
 }
 

@@ -183,6 +183,16 @@ pub(super) fn gives_type_ids(dir: &Path) -> Result<bool> {
     Ok(names.is_none_or(|names| names.iter().any(|name| name == "token_type_ids")))
 }
 
+/// The most tokens of an input that transformers makes, where the settings of the tokenizer in `dir` hold
+/// such a number: they give an enormous one for none.
+///
+/// # Errors
+/// [`Error::File`] or [`Error::Io`] when they cannot be read.
+pub fn model_max_length(dir: &Path) -> Result<Option<usize>> {
+    let length = settings(dir)?.get("model_max_length").and_then(Value::as_u64);
+    Ok(length.filter(|&length| length > 0).and_then(|length| usize::try_from(length).ok()))
+}
+
 fn flag(config: &Map<String, Value>, key: &str, default: bool) -> bool {
     config.get(key).and_then(Value::as_bool).unwrap_or(default)
 }
