@@ -183,6 +183,37 @@ fn a_model_that_python_cached_is_asked_once_for_its_sidecar() {
     assert_eq!(server.count("GET /cdn"), 0, "{:?}", server.seen());
 }
 
+/// peft fetches neither the tokenizer nor what stands around a pair.
+#[test]
+fn an_adapter_that_python_cached_is_completed() {
+    let dir = folder();
+    let adapter = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/lora_bert");
+    let config = fs::read_to_string(adapter.join("adapter_config.json")).unwrap();
+    let weights = fs::read(adapter.join("adapter_model.safetensors")).unwrap();
+    copy_model("bert_tiny", &dir.path().join("base"));
+    let mut files = BTreeMap::from([
+        (
+            "adapter_config.json".to_owned(),
+            config.replace("tests/golden/bert_tiny", "./base").into(),
+        ),
+        ("adapter_model.safetensors".to_owned(), weights),
+        ("reranker.json".to_owned(), SIDECAR.into()),
+    ]);
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        files.insert(name.to_owned(), fs::read(dir.path().join("base").join(name)).unwrap());
+    }
+    fs::create_dir(dir.path().join("whole")).unwrap();
+    for (name, bytes) in &files {
+        fs::write(dir.path().join("whole").join(name), bytes).unwrap();
+    }
+    let names = ["adapter_config.json", "adapter_model.safetensors"];
+    cached_by_python(dir.path(), &files, &names);
+    let server = HubServer::start(files, Manner::default());
+    let expected = output_of(&mut score(dir.path(), "whole"));
+    assert_eq!(output_of(online(&mut score(dir.path(), "org/name"), &server)), expected);
+    assert_eq!(server.count("GET /org/name"), 3, "{:?}", server.seen());
+}
+
 #[test]
 fn the_settings_of_a_tokenizer_are_no_tokenizer() {
     let (dir, files) = (folder(), model("bert_tiny"));
