@@ -35,8 +35,10 @@ pub(super) struct AngleCache(RefCell<Vec<(Rotary, Kind, Angles)>>);
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct RawRope {
-    #[serde(alias = "type")]
     rope_type: Option<String>,
+    /// What older files call it; transformers saves such a file with both.
+    #[serde(rename = "type")]
+    older_type: Option<String>,
     rope_theta: Option<f64>,
     factor: Option<f64>,
     partial_rotary_factor: Option<f64>,
@@ -106,7 +108,7 @@ impl Rotary {
             .and_then(Value::as_f64)
             .or(raw.original_max_position_embeddings)
             .unwrap_or(max_positions as f64);
-        match raw.rope_type.as_deref().unwrap_or("default") {
+        match raw.kind() {
             "default" | "dynamic" => Ok(plain),
             "linear" => {
                 let factor = raw.needed(key, "factor", raw.factor)?;
@@ -179,11 +181,15 @@ impl Angles {
 }
 
 impl RawRope {
+    /// The scaling; where a file has both names, transformers goes by the newer.
+    fn kind(&self) -> &str {
+        self.rope_type.as_ref().or(self.older_type.as_ref()).map_or("default", String::as_str)
+    }
+
     fn needed(&self, key: &str, name: &str, value: Option<f64>) -> Result<f64, String> {
-        value.filter(|value| *value > 0.0).ok_or_else(|| {
-            let kind = self.rope_type.as_deref().unwrap_or_default();
-            format!("{key}: {kind} needs {name}, a number above 0")
-        })
+        value
+            .filter(|value| *value > 0.0)
+            .ok_or_else(|| format!("{key}: {} needs {name}, a number above 0", self.kind()))
     }
 
     /// Llama 3.1's: long wavelengths are stretched, short ones kept, those between blended.
@@ -288,9 +294,15 @@ mod tests {
             let fields = scaling.as_object_mut().unwrap();
             config["rope_theta"] = fields.remove("rope_theta").unwrap();
             let kind = fields.remove("rope_type").unwrap();
-            fields.insert("type".into(), kind);
+            fields.insert("type".into(), kind.clone());
             config["rope_scaling"] = scaling;
             assert_eq!(Rotary::read(&config, dim, 64).unwrap(), rotary, "{case}");
+            // As transformers saves such a file; where the two differ, the newer name counts.
+            config["rope_scaling"]["rope_type"] = kind;
+            for older in ["longrope", "default"] {
+                assert_eq!(Rotary::read(&config, dim, 64).unwrap(), rotary, "{case}");
+                config["rope_scaling"]["type"] = older.into();
+            }
         }
     }
 
