@@ -13,7 +13,7 @@ use reranker::optim::Schedule;
 use tch::{Kind, Tensor};
 
 /// Classifiers of each family.
-const CLASSIFIERS: [&str; 13] = [
+const CLASSIFIERS: [&str; 14] = [
     "bert_tiny",
     "bert_odd",
     "roberta_tiny",
@@ -25,6 +25,7 @@ const CLASSIFIERS: [&str; 13] = [
     "llama_odd",
     "llama_yarn",
     "qwen2_yarn",
+    "qwen2_bidirectional",
     "mistral_tiny",
     "gemma_tiny",
 ];

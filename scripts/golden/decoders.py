@@ -237,4 +237,25 @@ CASES = {
         prompt="bge-reranker-gemma",
         max_len=300,
     ),
+    # Layers that look both ways, as those of embedding models do, in full and in a window. The last
+    # layer's only row that counts has nothing after it.
+    "qwen2_bidirectional": Case(
+        "qwen2",
+        TOKENS
+        | dict(
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=POSITIONS,
+            is_causal=False,
+            use_sliding_window=True,
+            sliding_window=4,
+            layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+            initializer_range=0.2,
+        ),
+        template=TEMPLATE,
+        max_len=POSITIONS,
+    ),
 }

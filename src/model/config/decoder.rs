@@ -204,6 +204,7 @@ struct RawDecoder {
     max_window_layers: Option<i64>,
     layer_types: Option<Vec<String>>,
     use_bidirectional_attention: Option<bool>,
+    is_causal: Option<bool>,
     #[serde(default, deserialize_with = "present")]
     #[expect(clippy::option_option, reason = "outside: present; inside: not null")]
     pad_token_id: Option<Option<i64>>,
@@ -281,7 +282,7 @@ impl RawDecoder {
             qk_norm: family.qk_norm,
             embedding_scale: family.gemma.then(|| (hidden as f64).sqrt()),
             rotary: Rotary::read(config, head_dim, max_positions)?,
-            windows: self.windows(family, layers)?,
+            windows: self.windows(family, layers, config)?,
             attention_dropout,
             initializer_range,
             head: ScoreHead::Trained,
@@ -320,39 +321,51 @@ impl RawDecoder {
         }
     }
 
-    fn windows(&self, family: &Family, layers: i64) -> Result<Vec<Window>, String> {
+    fn windows(&self, family: &Family, layers: i64, config: &Value) -> Result<Vec<Window>, String> {
         let size = self.sliding_window.unwrap_or(Some(4096));
         if let Some(size) = size.filter(|&size| size < 1) {
             return Err(format!("sliding_window is {size}, expected at least 1, or null"));
         }
-        let window = size.map_or(Window::CAUSAL, Window::causal);
+        // To transformers null is as good as false. Its windows that look both ways hold as many
+        // positions on either side, and so one more on the left than those that do not.
+        let is_causal = config.get("is_causal").is_none_or(|_| self.is_causal == Some(true));
+        let (full, window) = if is_causal {
+            (Window::CAUSAL, size.map_or(Window::CAUSAL, Window::causal))
+        } else {
+            (Window::FULL, size.map_or(Window::FULL, Window::local))
+        };
         match (&family.sliding, &self.layer_types) {
             (Sliding::Never | Sliding::Everywhere, Some(_)) => {
                 Err(format!("layer_types is not supported in a {}", family.model_type))
             }
-            (Sliding::Never, None) => Ok(vec![Window::CAUSAL; layers as usize]),
+            (Sliding::Never, None) => Ok(vec![full; layers as usize]),
             (Sliding::Everywhere, None) => Ok(vec![window; layers as usize]),
             (Sliding::SomeLayers, types) => {
-                let window =
-                    if self.use_sliding_window == Some(true) { window } else { Window::CAUSAL };
+                let window = if self.use_sliding_window == Some(true) { window } else { full };
                 if let Some(types) = types {
-                    return of_layer_types(types, layers, window);
+                    return of_layer_types(types, layers, full, window);
                 }
                 let first = self.max_window_layers.unwrap_or(28);
-                let of = |layer| if layer >= first { window } else { Window::CAUSAL };
+                let of = |layer| if layer >= first { window } else { full };
                 Ok((0..layers).map(of).collect())
             }
         }
     }
 }
 
-fn of_layer_types(types: &[String], layers: i64, window: Window) -> Result<Vec<Window>, String> {
+/// The window of each layer: `full` or `sliding`, by its type.
+fn of_layer_types(
+    types: &[String],
+    layers: i64,
+    full: Window,
+    sliding: Window,
+) -> Result<Vec<Window>, String> {
     if types.len() as i64 != layers {
         return Err(format!("layer_types has {} entries for {layers} layers", types.len()));
     }
     let of = |kind: &String| match kind.as_str() {
-        "full_attention" => Ok(Window::CAUSAL),
-        "sliding_attention" => Ok(window),
+        "full_attention" => Ok(full),
+        "sliding_attention" => Ok(sliding),
         other => Err(format!(
             "layer_types holds {other:?}, expected full_attention or sliding_attention"
         )),

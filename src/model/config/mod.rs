@@ -68,7 +68,7 @@ pub enum Trunk {
     Encoder(EncoderConfig),
     /// The same with rotary positions and windows.
     ModernBert(ModernBertConfig),
-    /// Every token sees those before it; the head reads the last.
+    /// Every token sees those before it, or all where `is_causal` is false; the head reads the last.
     Decoder(DecoderConfig),
 }
 
