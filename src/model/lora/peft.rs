@@ -17,7 +17,7 @@ pub const PREFIX: &str = "base_model.model.";
 
 /// Settings that change what an adapter computes, by the value that is known here; null and absent
 /// mean the same as that.
-const KNOWN: [(&str, Value); 7] = [
+const KNOWN: [(&str, Value); 12] = [
     ("use_dora", Value::Bool(false)),
     ("fan_in_fan_out", Value::Bool(false)),
     ("lora_bias", Value::Bool(false)),
@@ -25,7 +25,16 @@ const KNOWN: [(&str, Value); 7] = [
     ("alpha_pattern", Value::Null),
     ("layer_replication", Value::Null),
     ("trainable_token_indices", Value::Null),
+    ("alora_invocation_tokens", Value::Null),
+    ("arrow_config", Value::Null),
+    ("kasa_config", Value::Null),
+    ("monteclora_config", Value::Null),
+    ("use_bdlora", Value::Null),
 ];
+
+/// Ways of initialising an adapter that leave the base's weights as they are, beside true and false.
+/// With the others peft changes those weights whenever it loads the adapter.
+const PLAIN_INITS: [&str; 3] = ["gaussian", "eva", "orthogonal"];
 
 /// What an `adapter_config.json` says, as far as computing with the adapter needs it.
 #[derive(Debug, Clone, PartialEq)]
@@ -70,6 +79,18 @@ impl AdapterConfig {
             if !(found.is_null() || *found == known || is_empty) {
                 return Err(format!("{key} is {found}, which is not supported, expected {known}"));
             }
+        }
+        let init = &value["init_lora_weights"];
+        let is_plain = match init.as_str() {
+            Some(name) => PLAIN_INITS.contains(&name.to_lowercase().as_str()),
+            None => init.is_null() || init.is_boolean(),
+        };
+        if !is_plain {
+            return Err(format!(
+                "init_lora_weights is {init}, with which peft changes the base model's weights as it \
+                 loads the adapter; give one that is converted to plain LoRA (peft's save_pretrained \
+                 with path_initial_model_for_weight_conversion), or the merged model"
+            ));
         }
         let base = value["base_model_name_or_path"].as_str().filter(|base| !base.is_empty());
         let base = base.ok_or("base_model_name_or_path is missing: which model is it for?")?;
@@ -138,11 +159,27 @@ mod tests {
         let expected = AdapterConfig { base: "org/base@abc".into(), alpha: 6.0, by_root: false };
         assert_eq!(config.as_ref(), Ok(&expected));
         assert_eq!(expected.scaling(4), 1.5);
+        for init in [json!(true), json!(false), Value::Null, json!("gaussian"), json!("eva")] {
+            let mut plain = good.clone();
+            plain["init_lora_weights"] = init;
+            assert_eq!(AdapterConfig::from_json(&plain).as_ref(), Ok(&expected), "{plain}");
+        }
         assert_eq!(AdapterConfig { by_root: true, ..expected }.scaling(4), 3.0);
         for (key, value, says) in [
             ("peft_type", json!("LOHA"), "peft_type is \"LOHA\""),
             ("use_dora", json!(true), "use_dora is true"),
             ("alpha_pattern", json!({"query": 3}), "alpha_pattern is {\"query\":3}"),
+            ("alora_invocation_tokens", json!([7]), "alora_invocation_tokens is [7], which is not"),
+            (
+                "init_lora_weights",
+                json!("pissa_niter_4"),
+                "init_lora_weights is \"pissa_niter_4\", ",
+            ),
+            (
+                "init_lora_weights",
+                json!("loftq"),
+                "init_lora_weights is \"loftq\", with which peft",
+            ),
             ("base_model_name_or_path", Value::Null, "base_model_name_or_path is missing"),
         ] {
             let mut bad = good.clone();
