@@ -79,6 +79,7 @@ fn backward_bytes(
         // The fp32 copies that `model::linear` multiplies are what its graph keeps.
         value: if on_host && options.kind == Kind::Half { fp32 } else { width },
         attention: if on_host { fp32 } else { width },
+        normed: if on_host { fp32 } else { width },
     };
     // Gradients of a parameter come in a tensor of their own before they are added to the others.
     let largest = |stage: &dyn Stage| {

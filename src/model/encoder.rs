@@ -65,7 +65,7 @@ impl Stage for Embeddings {
     fn saved_bytes_per_token(&self, width: Width) -> usize {
         let hidden = self.0.hidden as usize;
         // The sum before and after normalisation, the output, a mask of bytes, three ids.
-        3 * hidden * width.value + hidden + 3 * size_of::<i64>()
+        hidden * (2 * width.value + width.normed) + hidden + 3 * size_of::<i64>()
     }
 
     fn backward_bytes_per_token(&self, width: Width) -> usize {
@@ -89,7 +89,7 @@ impl Stage for Embeddings {
         let sum = embedding(word, &batch.input_ids, padding)?
             .f_add(&embedding(token_type, &batch.type_ids, NO_PADDING)?)?
             .f_add(&embedding(position, &positions, position_padding)?)?;
-        let normed = layer_norm(&sum, gamma, beta, self.0.layer_norm_eps)?;
+        let normed = layer_norm(&sum, gamma, Some(beta), self.0.layer_norm_eps)?;
         dropout(normed, self.0.hidden_dropout, context.dropout_seed.is_some())
     }
 }
@@ -152,7 +152,8 @@ impl Stage for Layer {
         }
         // Two sums before normalisation and two outputs of it; the feed-forward layer before and
         // after its activation; two masks of bytes.
-        attention + (4 * hidden + 2 * inner) * width.value + 2 * hidden
+        let sums = 2 * hidden * width.normed;
+        attention + sums + (2 * hidden + 2 * inner) * width.value + 2 * hidden
     }
 
     fn backward_bytes_per_token(&self, width: Width) -> usize {
@@ -193,11 +194,11 @@ impl Stage for Layer {
         };
         let attended = dropout(views.linear(&attended, true)?, c.hidden_dropout, train)?;
         let [gamma, beta] = views.take();
-        let x = layer_norm(&attended.f_add(&residual)?, gamma, beta, c.layer_norm_eps)?;
+        let x = layer_norm(&attended.f_add(&residual)?, gamma, Some(beta), c.layer_norm_eps)?;
         let up = c.activation.apply(&views.linear(&x, true)?)?;
         let down = dropout(views.linear(&up, true)?, c.hidden_dropout, train)?;
         let [gamma, beta] = views.take();
-        layer_norm(&down.f_add(&x)?, gamma, beta, c.layer_norm_eps)
+        layer_norm(&down.f_add(&x)?, gamma, Some(beta), c.layer_norm_eps)
     }
 }
 

@@ -7,7 +7,7 @@ use tch::{Kind, Tensor};
 use super::config::{ModernBertConfig, Pooling};
 use super::stage::{
     ForwardContext, Init, NO_PADDING, PackedBatch, Parameter, Stage, TensorSpec, Width, dropout,
-    embedding, inner, to_fp32,
+    embedding, inner, layer_norm, to_fp32,
 };
 use super::views::Views;
 use crate::error::Result;
@@ -52,7 +52,7 @@ fn norm(config: &ModernBertConfig, name: &str) -> Vec<Parameter> {
 fn normalise(config: &ModernBertConfig, x: &Tensor, views: &mut Views<'_>) -> Result<Tensor> {
     let weight = views.one();
     let bias = config.norm_bias.then(|| views.one());
-    Ok(x.f_layer_norm(weight.size(), Some(weight), bias, config.norm_eps, false)?)
+    layer_norm(x, weight, bias, config.norm_eps)
 }
 
 #[derive(Debug)]
@@ -74,7 +74,7 @@ impl Stage for Embeddings {
     fn saved_bytes_per_token(&self, width: Width) -> usize {
         let hidden = self.0.hidden as usize;
         // The embedding before and after normalisation, a mask of bytes, an id.
-        2 * hidden * width.value + hidden + size_of::<i64>()
+        hidden * (width.value + width.normed) + hidden + size_of::<i64>()
     }
 
     fn backward_bytes_per_token(&self, width: Width) -> usize {
@@ -171,7 +171,8 @@ impl Stage for Layer {
             return attention;
         }
         // Two sums, two norms' outputs; the gate's halves, the activation, their product; masks.
-        attention + (4 * hidden + 4 * inner) * width.value + hidden + inner
+        let sums = 2 * hidden * width.normed;
+        attention + sums + (2 * hidden + 4 * inner) * width.value + hidden + inner
     }
 
     fn backward_bytes_per_token(&self, width: Width) -> usize {

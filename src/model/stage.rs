@@ -223,6 +223,8 @@ pub struct Width {
     pub value: usize,
     /// Of what attention keeps: fp32 where it is this crate's own kernel.
     pub attention: usize,
+    /// Of what layer normalisation keeps of its input: fp32 where [`layer_norm`] computes in it.
+    pub normed: usize,
 }
 
 /// One link of the chain that is a model.
@@ -257,12 +259,29 @@ pub trait Stage: std::fmt::Debug + Send {
 /// The padding index of an embedding table without one.
 pub const NO_PADDING: i64 = -1;
 
-/// Rows `ids` of `table`. The row `padding` gets no gradient, as in `torch.nn.Embedding`.
+/// Whether the gradient of `parameter` would be added up in too low a precision: libtorch's kernels for
+/// embeddings and layer normalisation do so on the CPU, one token after the other in the parameter's
+/// dtype, in which the sum soon stops growing.
+fn sums_coarsely(parameter: &Tensor) -> Result<bool> {
+    let is_low = matches!(parameter.f_kind()?, Kind::BFloat16 | Kind::Half);
+    Ok(is_low && parameter.device() == Device::Cpu && parameter.requires_grad())
+}
+
+/// Rows `ids` `[T]` of `table`. The row `padding` gets no gradient, as in `torch.nn.Embedding`.
 ///
 /// # Errors
 /// [`crate::Error::Torch`] from libtorch.
 pub fn embedding(table: &Tensor, ids: &Tensor, padding: i64) -> Result<Tensor> {
-    Ok(Tensor::f_embedding(table, ids, padding, false, false)?)
+    let rows_of = |table: &Tensor, ids: &Tensor, padding| {
+        Tensor::f_embedding(table, ids, padding, false, false)
+    };
+    if !sums_coarsely(table)? {
+        return Ok(rows_of(table, ids, padding)?);
+    }
+    // Each row once, so that the table gets one gradient of it, which was added up in fp32.
+    let (distinct, places, _) = ids.f_internal_unique2(true, true, false)?;
+    let rows = to_fp32(&rows_of(table, &distinct, padding)?)?;
+    Ok(rows_of(&rows, &places, NO_PADDING)?.f_to_kind(table.f_kind()?)?)
 }
 
 /// `x W^T`, `+ b` where there is a bias.
@@ -285,9 +304,15 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
 ///
 /// # Errors
 /// [`crate::Error::Torch`] from libtorch.
-pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f64) -> Result<Tensor> {
     let width = weight.size();
-    Ok(x.f_layer_norm(&width, Some(weight), Some(bias), eps, false)?)
+    if sums_coarsely(weight)? {
+        let bias = bias.map(to_fp32).transpose()?;
+        let weight = to_fp32(weight)?;
+        let normed = to_fp32(x)?.f_layer_norm(&width, Some(&weight), bias.as_ref(), eps, false)?;
+        return Ok(normed.f_to_kind(x.f_kind()?)?);
+    }
+    Ok(x.f_layer_norm(&width, Some(weight), bias, eps, false)?)
 }
 
 /// Root-mean-square normalisation over the last dimension (Zhang & Sennrich, 2019), computed in
@@ -329,4 +354,60 @@ pub fn inner(input: Option<&Tensor>) -> &Tensor {
 /// [`crate::Error::Torch`] from libtorch.
 pub fn to_fp32(x: &Tensor) -> Result<Tensor> {
     Ok(x.f_to_kind(Kind::Float)?)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may panic")]
+    use super::*;
+
+    const TOKENS: i64 = 2048;
+    const WIDTH: i64 = 4;
+
+    /// The gradients of `parameters` that `forward` gives where that of its output `[T, H]` is 1, in fp32.
+    fn gradients(
+        parameters: &[Tensor],
+        kind: Kind,
+        forward: impl Fn(&[Tensor]) -> Result<Tensor>,
+    ) -> Vec<Tensor> {
+        let leaf = |values: &Tensor| values.to_kind(kind).detach().set_requires_grad(true);
+        let leaves: Vec<Tensor> = parameters.iter().map(leaf).collect();
+        let output = forward(&leaves).unwrap();
+        assert_eq!(output.kind(), kind);
+        output.sum(Kind::Float).backward();
+        leaves.iter().map(|leaf| leaf.grad().to_kind(Kind::Float)).collect()
+    }
+
+    /// A sum in bf16 that adds one token after the other ends at 256, where adding 1 changes nothing.
+    #[test]
+    fn gradients_of_many_tokens_are_added_up_in_fp32() {
+        let options = (Kind::Float, Device::Cpu);
+        let (ones, zeros) = (Tensor::ones([WIDTH], options), Tensor::zeros([WIDTH], options));
+        let row = Tensor::from_slice(&[-1.0_f32, 0.5, 2.0, -1.5]);
+        let x = row.expand([TOKENS, WIDTH], false).contiguous();
+        let ids = Tensor::arange(TOKENS, (Kind::Int64, Device::Cpu)).remainder(3);
+        let table = Tensor::stack(&[&zeros, &ones, &row], 0);
+        for kind in [Kind::BFloat16, Kind::Half] {
+            let close = |ours: &[Tensor], exact: &[Tensor]| {
+                for (ours, exact) in ours.iter().zip(exact) {
+                    let difference = (ours - exact).norm() / exact.norm();
+                    assert!(difference.double_value(&[]) <= 4e-3, "{kind:?}: {ours} {exact}");
+                }
+            };
+            let norm = |kind| {
+                let x = x.to_kind(kind);
+                gradients(&[ones.shallow_clone(), zeros.shallow_clone()], kind, |views| {
+                    layer_norm(&x, &views[0], Some(&views[1]), 1e-5)
+                })
+            };
+            close(&norm(kind), &norm(Kind::Float));
+            let rows = |kind| {
+                gradients(&[table.shallow_clone()], kind, |views| embedding(&views[0], &ids, 0))
+            };
+            close(&rows(kind), &rows(Kind::Float));
+            let values = table.to_kind(kind);
+            let looked_up = embedding(&values.copy().set_requires_grad(true), &ids, 0).unwrap();
+            assert!(looked_up.equal(&values.index_select(0, &ids)), "{kind:?}");
+        }
+    }
 }
