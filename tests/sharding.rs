@@ -5,7 +5,9 @@
 
 mod common;
 
-use common::ranks::{Case, Outcome, STRATEGIES, ZERO2, ZERO3, assert_close, train};
+use common::ranks::{
+    Case, Outcome, STRATEGIES, Trainer, ZERO2, ZERO3, assert_close, on_ranks, train,
+};
 use reranker::shard::{HeldBytes, Offload};
 use tch::Kind;
 
@@ -169,10 +171,33 @@ fn gradients_may_be_reduced_in_fp32() {
         for outcome in &train(case) {
             assert_close(case, outcome, reference, 3e-2);
             assert_eq!(outcome.forecast.held, outcome.held, "{name}: the forecast");
-            let part = |divided: bool| if divided { 3 } else { 1 };
-            let reduced = 4 * outcome.elements / part(sharding.states);
-            let computed = if sharding.gradients { 0 } else { 2 * outcome.elements };
-            assert_eq!(outcome.held.gradients, reduced + computed, "{name}");
+            // Where they are whole, those of a backward pass, and in fp32 those of the step so far.
+            let each =
+                if sharding.gradients { 4 * outcome.elements / 3 } else { 6 * outcome.elements };
+            assert_eq!(outcome.held.gradients, each, "{name}");
+        }
+    }
+}
+
+/// In bf16 a sum of many micro-batches stops growing: these would differ by a hundredth.
+#[test]
+fn micro_batches_are_added_up_in_fp32_under_every_strategy() {
+    let base = Case { kind: Kind::BFloat16, reduce_fp32: true, ..Case::reference(64, None) };
+    let norm_of_a_step = |case: Case| {
+        let norms = on_ranks(case, None, move |groups| {
+            let mut trainer = Trainer::new(case, groups);
+            trainer.steps(0, 1, groups);
+            trainer.norms[0]
+        });
+        norms[0]
+    };
+    let expected = norm_of_a_step(Case { sharding: ZERO2, ..base });
+    for (name, sharding) in STRATEGIES {
+        for ranks in [1, 2] {
+            let norm = norm_of_a_step(Case { sharding, ranks, ..base });
+            let difference = (norm - expected).abs() / expected;
+            let tolerance = if ranks == 1 { 1e-6 } else { 1e-3 };
+            assert!(difference <= tolerance, "{name}, {ranks} ranks: {norm}, expected {expected}");
         }
     }
 }

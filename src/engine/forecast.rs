@@ -139,7 +139,7 @@ fn held(lengths: &[Lengths], options: &EngineOptions) -> HeldBytes {
         parameters: if sharding.parameters { 0 } else { elements * width },
         gradients: match (sharding.gradients, wide) {
             (true, _) => part(true) * if wide { 4 } else { width },
-            (false, true) => elements * width + part(sharding.states) * 4,
+            (false, true) => elements * (width + 4),
             (false, false) => elements * width,
         },
         ..HeldBytes::default()

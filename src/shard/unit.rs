@@ -101,8 +101,9 @@ pub struct FlatUnit {
 struct Training {
     /// `[length]` in the computing precision; absent between two uses where gradients are divided.
     grads: Tensor,
-    /// `[slice]`: reduced gradients of the step so far, where gradients are divided or reduced in
-    /// another precision.
+    /// The gradients of the step so far, where those of a backward pass are not added to each other:
+    /// `[slice]`, reduced, where they are divided, else `[length]` in the precision that they are
+    /// reduced in, where that is another.
     reduced: Option<Tensor>,
     moments: Moments,
 }
@@ -195,7 +196,8 @@ impl FlatUnit {
             set_grad(view, &grad)?;
         }
         let widens = self.options.widens();
-        let length = self.trained.slice.len();
+        let slice = self.trained.slice.len();
+        let length = if sharding.gradients { slice } else { layout.length };
         let reduced = if sharding.gradients || widens {
             Some(zeros(length, if widens { Kind::Float } else { kind })?)
         } else {
@@ -204,7 +206,7 @@ impl FlatUnit {
         if sharding.gradients {
             storage::give_back(&grads)?;
         }
-        let moments = Moments::zeros(length, if offload.states { Device::Cpu } else { device })?;
+        let moments = Moments::zeros(slice, if offload.states { Device::Cpu } else { device })?;
         self.training = Some(Training { grads, reduced, moments });
         Ok(())
     }
@@ -251,10 +253,10 @@ impl FlatUnit {
     /// # Errors
     /// [`crate::Error::Torch`] from libtorch.
     pub fn grads(&self) -> Result<Tensor> {
-        let training = self.training();
-        match &training.reduced {
-            Some(reduced) => Ok(reduced.shallow_clone()),
-            None => cut(&training.grads, &self.trained.slice),
+        let Training { grads, reduced, .. } = self.training();
+        match reduced {
+            Some(part) if self.options.share.sharding.gradients => Ok(part.shallow_clone()),
+            whole => cut(whole.as_ref().unwrap_or(grads), &self.trained.slice),
         }
     }
 
@@ -289,22 +291,26 @@ impl FlatUnit {
     }
 
     /// Starts the reduction that is due after a backward pass: none before the `last` micro-batch
-    /// of a step where whole gradients can be kept until then. [`FlatUnit::end_reduction`] follows
-    /// once it is done.
+    /// of a step where whole gradients can be kept until then, in the precision of the reduction.
+    /// [`FlatUnit::end_reduction`] follows once it is done.
     ///
     /// # Errors
-    /// [`crate::Error::Comm`] from the communicator.
+    /// [`crate::Error::Comm`] from the communicator, [`crate::Error::Torch`] when there is no room.
     pub fn start_reduction(&self, comm: &dyn Communicator, last: bool) -> Result<Reducing> {
         let sharding = self.options.share.sharding;
+        let Training { grads, reduced, .. } = self.training();
+        let buffer = match reduced {
+            Some(whole) if !sharding.gradients => {
+                let _ = whole.shallow_clone().f_add_(grads)?;
+                let _ = grads.shallow_clone().f_zero_()?;
+                whole.shallow_clone()
+            }
+            _ if self.options.widens() => grads.f_to_kind(Kind::Float)?,
+            _ => grads.shallow_clone(),
+        };
         if !((sharding.gradients || last) && self.is_trained()) {
             return Ok(Reducing { pending: Pending::done(), buffer: None });
         }
-        let grads = &self.training().grads;
-        let buffer = if self.options.widens() {
-            grads.f_to_kind(Kind::Float)?
-        } else {
-            grads.shallow_clone()
-        };
         let pending = if sharding.states {
             comm.reduce_scatter(&buffer, Reduction::Sum)?
         } else {
@@ -325,13 +331,11 @@ impl FlatUnit {
     ) -> Result<()> {
         let training = self.training();
         reducing.pending.wait()?;
-        if let (Some(reduced), Some(buffer)) = (&training.reduced, &reducing.buffer) {
-            let _ = reduced.shallow_clone().f_add_(&cut(buffer, &self.trained.slice)?)?;
-            if self.options.share.sharding.gradients {
-                storage::give_back(&training.grads)?;
-            } else {
-                let _ = training.grads.shallow_clone().f_zero_()?;
-            }
+        if let (Some(part), Some(buffer)) = (&training.reduced, &reducing.buffer)
+            && self.options.share.sharding.gradients
+        {
+            let _ = part.shallow_clone().f_add_(&cut(buffer, &self.trained.slice)?)?;
+            storage::give_back(&training.grads)?;
         }
         if let Some(replicas) = replicas.filter(|_| self.is_trained()) {
             replicas.all_reduce(&self.grads()?, Reduction::Sum)?.wait()?;
