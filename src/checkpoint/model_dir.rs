@@ -218,12 +218,53 @@ fn saved_config(config: &ModelConfig, base: &Path) -> Result<Value> {
     raw.insert("dtype".into(), json!("float32"));
     raw.insert("id2label".into(), json!({"0": "LABEL_0"}));
     raw.insert("label2id".into(), json!({"LABEL_0": 0}));
-    let has_padding = raw.get("pad_token_id").is_some_and(|id| !id.is_null());
-    if config.kind() == ModelKind::LlmDecoder
-        && !has_padding
-        && let Some(id) = pad_token_id(base)?
-    {
-        raw.insert("pad_token_id".into(), json!(id));
+    // Files that say -1 mean none; transformers would look for a token of that id.
+    let given = raw.get("pad_token_id");
+    let has_padding = given.and_then(Value::as_i64).is_some_and(|id| id >= 0);
+    if config.kind() == ModelKind::LlmDecoder && !has_padding {
+        match (pad_token_id(base)?, given) {
+            (None, None) => {}
+            (id, _) => {
+                raw.insert("pad_token_id".into(), json!(id));
+            }
+        }
     }
     Ok(Value::Object(raw))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may panic")]
+    use super::*;
+
+    /// What is saved of a decoder whose configuration and tokenizer give these.
+    fn saved_padding(id: &Value, token: &Value) -> Option<Value> {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/qwen2_tiny");
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::copy(golden.join("tokenizer.json"), dir.path().join("tokenizer.json")).unwrap();
+        let edited =
+            [("config.json", "pad_token_id", id), ("tokenizer_config.json", "pad_token", token)];
+        for (name, key, value) in edited {
+            let text = std::fs::read_to_string(golden.join(name)).unwrap();
+            let mut file: Map<String, Value> = serde_json::from_str(&text).unwrap();
+            file.remove(key);
+            if !value.is_null() {
+                file.insert(key.into(), value.clone());
+            }
+            std::fs::write(dir.path().join(name), json!(file).to_string()).unwrap();
+        }
+        let config = ModelConfig::from_dir(dir.path()).unwrap();
+        saved_config(&config, dir.path()).unwrap().get("pad_token_id").cloned()
+    }
+
+    #[test]
+    fn a_saved_decoder_has_the_padding_token_that_there_is() {
+        let nothing = Value::Null;
+        assert_eq!(saved_padding(&json!(3), &json!("[PAD]")), Some(json!(3)));
+        assert_eq!(saved_padding(&nothing, &json!("[PAD]")), Some(json!(0)));
+        assert_eq!(saved_padding(&nothing, &nothing), None);
+        // No token has this id, and a batch would be read at its padding.
+        assert_eq!(saved_padding(&json!(-1), &json!("[PAD]")), Some(json!(0)));
+        assert_eq!(saved_padding(&json!(-1), &nothing), Some(nothing));
+    }
 }
