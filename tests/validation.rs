@@ -64,6 +64,23 @@ fn the_best_model_is_kept_whole_under_ddp_and_zero3() {
     }
 }
 
+/// Whatever batches the rest falls into, and so whatever the number of workers.
+#[test]
+fn one_label_out_of_range_leaves_no_validation_loss() {
+    let bench = Bench::new(0.0);
+    let path = bench.root.path().join("groups.jsonl");
+    let groups = std::fs::read_to_string(&path).unwrap();
+    let odd = r#"{"query": "tea", "hits": [{"content": "leaf", "label": 5}]}"#;
+    std::fs::write(&path, format!("{groups}{odd}\n")).unwrap();
+    let output = bench.command("out", 2, &["epochs=1"]).output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    let found = validations(&bench.root.path().join("out"));
+    assert!(found[0]["loss"].is_null() && found[0]["ndcg@10"].is_number(), "{found:?}\n{stderr}");
+    let warning = "val_dataset: has labels outside min_label to max_label, so that validation gives \
+                   no loss, only ranking metrics";
+    assert_eq!(stderr.matches(warning).count(), 1, "{stderr}");
+}
+
 #[test]
 fn training_stops_on_all_ranks_when_nothing_gets_better() {
     let bench = Bench::new(0.0);

@@ -197,6 +197,20 @@ pub struct LabelRange {
     pub max: f64,
 }
 
+impl LabelRange {
+    /// Whether `label`, which data hold in fp32, is none of those outside the two.
+    #[must_use]
+    pub fn contains(&self, label: f32) -> bool {
+        (self.min as f32..=self.max as f32).contains(&label)
+    }
+
+    /// What a label of the range is mapped to, from 0 to 1.
+    #[must_use]
+    pub fn map(&self, label: f32) -> f32 {
+        ((f64::from(label) - self.min) / (self.max - self.min)).clamp(0.0, 1.0) as f32
+    }
+}
+
 /// The losses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]

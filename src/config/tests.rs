@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
-use super::{Device, LossKind, Plan, Sources, Strategy, ZeroStage};
+use super::{Device, LabelRange, LossKind, Plan, Sources, Strategy, ZeroStage};
 use crate::error::Result;
 
 mod bad_input;
@@ -403,4 +403,16 @@ fn the_shipped_files_load() {
             Plan::load(&sources).unwrap();
         }
     }
+}
+
+/// Labels of data are fp32, the ends of the range are not.
+#[test]
+fn a_range_of_labels_holds_its_ends() {
+    let range = LabelRange { min: 0.1, max: 0.8 };
+    for (label, expected) in [(0.1, 0.0), (0.45, 0.5), (0.8, 1.0)] {
+        let mapped = range.map(label);
+        assert!(range.contains(label) && (mapped - expected).abs() < 1e-6, "{label}: {mapped}");
+        assert!((0.0..=1.0).contains(&mapped), "{label}: {mapped}");
+    }
+    assert_eq!([0.09, 0.81, f32::NAN].map(|label| range.contains(label)), [false; 3]);
 }

@@ -4,12 +4,12 @@
 use serde_json::{Value, json};
 
 use crate::checkpoint::training::file_crc32;
-use crate::config::{DatasetKind, LabelRange, Metric, Plan, ValidationPlan};
+use crate::config::{DatasetKind, Metric, Plan, ValidationPlan};
 use crate::data::Dataset;
 use crate::error::{Error, Result};
 
 use super::inputs::Inputs;
-use super::validate::Validation;
+use super::validate::{Validation, loss_applies};
 
 /// Where a checkpoint keeps, beside the best validation, what it was judged by.
 pub(super) const DATA: &str = "data";
@@ -108,7 +108,6 @@ pub(super) fn data(plan: &Plan, inputs: &Inputs) -> Result<Option<String>> {
 /// [`Error::Config`] that names the setting and what is missing.
 pub(super) fn check(plan: &Plan, data: &Dataset) -> Result<()> {
     let Some(metric) = plan.validation.metric else { return Ok(()) };
-    let LabelRange { min, max } = plan.data.labels;
     let labels = || (0..data.pair_count() as u32).map(|pair| f64::from(data.pair(pair).label));
     let is_ranking = metric != Metric::Loss;
     let is_grouped = data.kind == DatasetKind::Grouped;
@@ -116,11 +115,7 @@ pub(super) fn check(plan: &Plan, data: &Dataset) -> Result<()> {
         "compares the hits of a query, but val_dataset holds single pairs; give grouped records"
     } else if is_ranking && labels().all(|label| label <= 0.0) {
         "needs a document with a label above 0, and val_dataset has none"
-    } else if !is_ranking
-        && !plan.loss.needs_groups()
-        && is_grouped
-        && labels().any(|label| !(min..=max).contains(&label))
-    {
+    } else if !is_ranking && !loss_applies(plan, data) {
         "applies to labels from min_label to max_label, but val_dataset has others; set max_label, \
          or use ndcg@10, mrr@10 or map"
     } else {

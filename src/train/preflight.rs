@@ -6,6 +6,7 @@ use std::fmt;
 use serde::Serialize;
 
 use super::inputs::Inputs;
+use super::validate::loss_applies;
 use super::{checkpoints, engine_options, parameter_groups};
 use crate::config::{self, DatasetKind, ModelKind, Plan, Strategy};
 use crate::data::{Dataset, LabelHistogram, LoadReport, SamplerReport, grouped};
@@ -251,6 +252,14 @@ fn warnings(inputs: &Inputs, plan: &Plan) -> Vec<String> {
         warnings.push("the tokenizer has no pair template: texts are joined as they are".into());
     }
     warnings.extend(padding_at_the_end(inputs, plan));
+    if let Some(validation) = &inputs.validation
+        && !plan.loss.needs_groups()
+        && !loss_applies(plan, validation)
+    {
+        let message = "has labels outside min_label to max_label, so that validation gives no loss, \
+                       only ranking metrics";
+        warnings.push(plan.warning("val_dataset", message));
+    }
     warnings
 }
 

@@ -9,7 +9,7 @@ use tch::Tensor;
 
 use super::worst::QueryReport;
 use crate::comm::{Communicator, Groups, Reduction, reduce_values};
-use crate::config::{DatasetKind, LossKind, Metric, Plan};
+use crate::config::{DatasetKind, Metric, Plan};
 use crate::data::{Dataset, SamplerOptions, sampler};
 use crate::engine::Engine;
 use crate::error::Result;
@@ -77,11 +77,15 @@ pub(super) fn validate(
     groups: &Groups,
 ) -> Result<(Validation, QueryReport)> {
     let mut sums = Sums::default();
+    let has_loss = loss_applies(plan, dataset);
     for (batch, tokens) in shares(tokenizer, dataset, plan, groups.world.as_ref())?.enumerate() {
         let tokens = tokens?;
         heartbeat::working(format_args!("validating, batch {}", batch + 1));
         let scores = score_tokens(engine, &tokens, groups)?;
-        sums.add(&tokens, &scores, plan, dataset.kind)?;
+        sums.rank(&tokens, &scores)?;
+        if has_loss {
+            sums.judge(&tokens, &scores, plan, dataset.kind)?;
+        }
     }
     let mut values = [0.0; 8];
     values[..6].copy_from_slice(&sums.ranking.to_array());
@@ -131,20 +135,26 @@ struct Sums {
 }
 
 impl Sums {
-    fn add(
-        &mut self,
-        tokens: &TokenBatch,
-        scores: &[f32],
-        plan: &Plan,
-        kind: DatasetKind,
-    ) -> Result<()> {
+    /// Adds what becomes of the batch's queries.
+    fn rank(&mut self, tokens: &TokenBatch, scores: &[f32]) -> Result<()> {
         for bounds in tokens.cu_groups.windows(2) {
             let group = bounds[0] as usize..bounds[1] as usize;
             let (scores, labels) = (&scores[group.clone()], &tokens.labels[group.clone()]);
             self.ranking.add(scores, labels)?;
             self.queries.add(&tokens.pairs[group], scores, labels)?;
         }
-        let Some(labels) = loss_labels(tokens, plan, kind) else { return Ok(()) };
+        Ok(())
+    }
+
+    /// Adds the batch's loss.
+    fn judge(
+        &mut self,
+        tokens: &TokenBatch,
+        scores: &[f32],
+        plan: &Plan,
+        kind: DatasetKind,
+    ) -> Result<()> {
+        let labels = loss_labels(tokens, plan, kind);
         if labels.is_empty() {
             return Ok(());
         }
@@ -155,23 +165,25 @@ impl Sums {
     }
 }
 
-/// The labels as the training loss wants them: a pointwise loss over grouped data maps raw labels
-/// as pointwise data is mapped, and does not apply where one is out of range.
-fn loss_labels(tokens: &TokenBatch, plan: &Plan, kind: DatasetKind) -> Option<Vec<f32>> {
-    let range = plan.data.labels;
-    match (plan.loss, kind) {
-        (LossKind::PointwiseBce | LossKind::PointwiseMse, DatasetKind::Grouped) => tokens
-            .labels
-            .iter()
-            .map(|&label| {
-                let mapped = (f64::from(label) - range.min) / (range.max - range.min);
-                (0.0..=1.0).contains(&mapped).then_some(mapped as f32)
-            })
-            .collect(),
-        (LossKind::PointwiseBce | LossKind::PointwiseMse, DatasetKind::Pointwise)
-        | (LossKind::PairwiseRanknet | LossKind::ListwiseCe, DatasetKind::Grouped) => {
-            Some(tokens.labels.clone())
+/// Whether the training loss can be computed over all of `dataset`, and so over the shares of however
+/// many workers: single pairs have none that compares the hits of a query, and grouped data a pointwise
+/// one only where all their labels are in the range that such data map to `[0, 1]`.
+pub(super) fn loss_applies(plan: &Plan, dataset: &Dataset) -> bool {
+    match (plan.loss.needs_groups(), dataset.kind) {
+        (true, kind) => kind == DatasetKind::Grouped,
+        (false, DatasetKind::Pointwise) => true,
+        (false, DatasetKind::Grouped) => {
+            let mut pairs = 0..dataset.pair_count() as u32;
+            pairs.all(|pair| plan.data.labels.contains(dataset.pair(pair).label))
         }
-        (LossKind::PairwiseRanknet | LossKind::ListwiseCe, DatasetKind::Pointwise) => None,
     }
+}
+
+/// The labels as the training loss wants them: a pointwise loss over grouped data maps raw labels
+/// as pointwise data is mapped.
+fn loss_labels(tokens: &TokenBatch, plan: &Plan, kind: DatasetKind) -> Vec<f32> {
+    if plan.loss.needs_groups() || kind == DatasetKind::Pointwise {
+        return tokens.labels.clone();
+    }
+    tokens.labels.iter().map(|&label| plan.data.labels.map(label)).collect()
 }
