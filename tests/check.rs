@@ -169,6 +169,24 @@ fn a_template_that_ends_in_padding_is_pointed_out() {
     );
 }
 
+#[test]
+fn a_decoder_without_a_padding_token_is_pointed_out() {
+    let dir = decoder_case("distributed_type: NO\n", "special_token: \"[SEP]\"");
+    let edit = |file: &str, key: &str, value: Value| {
+        let path = dir.path().join("decoder").join(file);
+        let mut json: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+        json[key] = value;
+        fs::write(path, json.to_string()).unwrap();
+    };
+    edit("config.json", "pad_token_id", (-1).into());
+    assert!(!check(&dir, &[]).contains("padding token"), "the tokenizer names one");
+    edit("tokenizer_config.json", "pad_token", Value::Null);
+    let start =
+        "warning: training.yaml:1: model_name_or_path: the tokenizer has no padding token: ";
+    let text = check(&dir, &[]);
+    assert!(line(&text, start).is_some(), "{text}");
+}
+
 /// The forecast is what the workers count, to the byte, for an encoder and a decoder.
 #[test]
 fn the_memory_forecast_is_what_a_run_holds() {

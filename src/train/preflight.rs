@@ -252,6 +252,7 @@ fn warnings(inputs: &Inputs, plan: &Plan) -> Vec<String> {
         warnings.push("the tokenizer has no pair template: texts are joined as they are".into());
     }
     warnings.extend(padding_at_the_end(inputs, plan));
+    warnings.extend(no_padding(inputs, plan));
     if let Some(validation) = &inputs.validation
         && !plan.loss.needs_groups()
         && !loss_applies(plan, validation)
@@ -261,6 +262,18 @@ fn warnings(inputs: &Inputs, plan: &Plan) -> Vec<String> {
         warnings.push(plan.warning("val_dataset", message));
     }
     warnings
+}
+
+/// transformers finds the last token of each of several texts by the padding token, which the saved
+/// model gets from its tokenizer.
+fn no_padding(inputs: &Inputs, plan: &Plan) -> Option<String> {
+    let is_missing = plan.model.kind == ModelKind::LlmDecoder && inputs.padding.is_none();
+    is_missing.then(|| {
+        let message = "the tokenizer has no padding token: transformers and sentence-transformers \
+                       will score the saved model's pairs one at a time only; name one of its tokens \
+                       as pad_token in tokenizer_config.json, another than inputs end in";
+        plan.warning("model_name_or_path", message)
+    })
 }
 
 /// A decoder's score is read at the last token. transformers, and what builds on it, look for the
