@@ -319,6 +319,34 @@ fn machines_that_see_different_checkpoints_go_on_from_one_that_both_see() {
     assert!(weights(&root.join("run/model")) == weights(&root.join("whole/model")));
 }
 
+/// One stale file on one host: the ranks would train a mixture, or meet in collectives of different sizes.
+#[test]
+fn machines_that_were_given_different_things_train_nothing() {
+    let bench = Bench::new(0.1);
+    let root = bench.root.path();
+    for (file, from, to, says) in [
+        ("t.yaml", "lr: 1e-3", "lr: 5e-2", ["lr is 0.001 here", "lr is 0.05 here"]),
+        ("t.yaml", "epochs: 2", "epochs: 3", ["epochs is 2 here", "epochs is 3 here"]),
+        ("pairs.jsonl", "\"label\":1", "\"label\":0", ["training data (CRC-32) is "; 2]),
+        ("groups.jsonl", "{", "{\"more\":1,", ["validation data (CRC-32) is "; 2]),
+    ] {
+        let there = tempfile::tempdir().unwrap();
+        let copied = Command::new("cp").arg("-r").arg(root.join(".")).arg(there.path()).status();
+        assert!(copied.unwrap().success());
+        let text = fs::read_to_string(root.join(file)).unwrap();
+        let stale = text.replacen(from, to, 1);
+        assert_ne!(text, stale, "{file}");
+        fs::write(there.path().join(file), stale).unwrap();
+        let ends = on_two_machines([root, there.path()]);
+        for ((code, said), says) in ends.iter().zip(says) {
+            assert_eq!(*code, 2, "{file}: {said}");
+            assert!(said.contains(says), "{file}: {said}");
+            assert!(!said.contains("trained step"), "{file}: {said}");
+        }
+        let _ = fs::remove_dir_all(root.join("run"));
+    }
+}
+
 /// The loss and gradient norm of every step that a run has logged, in the order of the lines.
 fn steps(dir: &Path) -> Vec<(u64, String)> {
     let text = fs::read_to_string(dir.join("runs/metrics.jsonl")).unwrap();

@@ -16,7 +16,7 @@ use super::origin::{
 use super::output::launch;
 use super::report::METRICS;
 use super::start::{Start, bring_best, find, named};
-use super::{best, group, output, teacher};
+use super::{best, group, output, same, teacher};
 use crate::atomic::{StagedDir, create_dir_synced};
 use crate::checkpoint::Sidecar;
 use crate::checkpoint::model_dir::{MAX_SHARD_BYTES, ModelFiles};
@@ -224,8 +224,6 @@ fn without_place_of_teacher(settings: &mut BTreeMap<String, Value>) {
 /// weights once they are in an engine.
 fn identity(plan: &Plan, inputs: &Inputs, engine: Option<&Engine>) -> Result<Identity> {
     let mut all = settings(plan);
-    let contents =
-        |path: &Path| -> Result<Value> { Ok(json!(format!("{:08x}", file_crc32(path)?))) };
     // Of a teacher's scores, before they are there, nothing is known.
     if let Some(data) = teacher::labelled(plan) {
         all.insert(DATA.into(), contents(&data)?);
@@ -247,6 +245,11 @@ fn identity(plan: &Plan, inputs: &Inputs, engine: Option<&Engine>) -> Result<Ide
         all.insert(WEIGHTS.into(), json!(sums.fold(0_i64, i64::wrapping_add)));
     }
     Ok(Identity(all))
+}
+
+/// The contents of a file in an identity.
+fn contents(path: &Path) -> Result<Value> {
+    Ok(json!(format!("{:08x}", file_crc32(path)?)))
 }
 
 /// What a tokenizer does beside what is in its first file: how it joins the texts of a pair, whether it
@@ -273,6 +276,11 @@ impl<'a> Checkpoints<'a> {
         lock: Option<Lock>,
     ) -> Result<(Self, Option<Manifest>)> {
         let identity = identity(plan, inputs, Some(engine))?;
+        let mut facts = identity.0.clone();
+        if let Some(data) = &plan.data.validation {
+            facts.insert("validation data (CRC-32)".into(), contents(data)?);
+        }
+        same::check(&facts, groups.world.as_ref())?;
         let mut start = find(plan, &identity, groups)?;
         if let Some(start) = &mut start {
             let is_first = groups.world.rank() == 0;

@@ -5,6 +5,7 @@ use std::time::Duration;
 use rr_launch::contract::WorkerEnv;
 use tch::Device;
 
+use super::same;
 use crate::comm::{Communicator, Gloo, Groups, Nccl, Solo, TIMEOUT};
 use crate::config::{Plan, Strategy, ZeroStage};
 use crate::error::{Error, Result};
@@ -15,7 +16,8 @@ pub(super) fn timeout(plan: &Plan) -> Duration {
     plan.sources.timeout.unwrap_or(TIMEOUT)
 }
 
-/// Meets the other ranks, and forms the groups that the strategy works over.
+/// Meets the other ranks, sees that they were told the same, and forms the groups that the strategy works
+/// over.
 pub(super) fn join(plan: &Plan, env: &WorkerEnv, device: Device) -> Result<Groups> {
     let timeout = timeout(plan);
     let world: Box<dyn Communicator> = match (env.world_size, device) {
@@ -28,6 +30,11 @@ pub(super) fn join(plan: &Plan, env: &WorkerEnv, device: Device) -> Result<Group
         }
         _ => Box::new(Gloo::join(env, timeout)?),
     };
+    if let Err(error) = same::check(&same::settings(plan), world.as_ref()) {
+        // As at the end of a run that fails: no other rank is to take the end of this one for the cause.
+        std::mem::forget(world);
+        return Err(error);
+    }
     match plan.parallel.strategy {
         Strategy::Hybrid { .. } => Groups::hybrid(world, env.local_world_size),
         Strategy::Ddp | Strategy::Zero { .. } => Ok(Groups::flat(world)),

@@ -10,6 +10,7 @@ mod output;
 mod page;
 mod preflight;
 mod report;
+mod same;
 mod start;
 mod status;
 pub mod teacher;
