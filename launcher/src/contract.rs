@@ -33,6 +33,10 @@ pub mod vars {
     pub const LOCAL_WORLD_SIZE: &str = "LOCAL_WORLD_SIZE";
     /// This host's number among all hosts, from 0.
     pub const GROUP_RANK: &str = "GROUP_RANK";
+    /// deepspeed's name of [`LOCAL_WORLD_SIZE`].
+    pub const LOCAL_SIZE: &str = "LOCAL_SIZE";
+    /// deepspeed's name of [`GROUP_RANK`].
+    pub const CROSS_RANK: &str = "CROSS_RANK";
     /// The number of hosts; torchrun's name.
     pub const GROUP_WORLD_SIZE: &str = "GROUP_WORLD_SIZE";
     /// torchrun's name of the one role that there is.
@@ -319,20 +323,23 @@ impl WorkerEnv {
     }
 
     /// `RANK` and its companions, as torchrun, rr-launch or a Kubernetes `PyTorchJob` set them. The
-    /// last gives no local rank, and runs one worker per host. `LOCAL_WORLD_SIZE` alone missing
-    /// (deepspeed's launcher) means that all workers are on this host.
+    /// last gives no local rank, and runs one worker per host. deepspeed's launcher calls the workers
+    /// of a host `LOCAL_SIZE`; where both are missing, all workers are on this host.
     fn from_torchrun(lookup: &Lookup<'_>) -> Result<Self, ContractError> {
         let world_size = lookup.require_size(vars::WORLD_SIZE, || format!("{} is", vars::RANK))?;
         let rank = lookup.require_rank(vars::RANK, vars::WORLD_SIZE, world_size)?;
-        let local_world_size = if lookup.has(vars::LOCAL_WORLD_SIZE) {
-            lookup.require_size(vars::LOCAL_WORLD_SIZE, String::new)?
+        let local_names = [vars::LOCAL_WORLD_SIZE, vars::LOCAL_SIZE];
+        let local_size = local_names.into_iter().find(|name| lookup.has(name));
+        let local_world_size = if let Some(name) = local_size {
+            lookup.require_size(name, String::new)?
         } else if lookup.has(vars::LOCAL_RANK) {
             world_size
         } else {
             1
         };
         let local_rank = if lookup.has(vars::LOCAL_RANK) {
-            lookup.require_rank(vars::LOCAL_RANK, vars::LOCAL_WORLD_SIZE, local_world_size)?
+            let size = local_size.unwrap_or(vars::WORLD_SIZE);
+            lookup.require_rank(vars::LOCAL_RANK, size, local_world_size)?
         } else {
             0
         };
@@ -343,7 +350,10 @@ impl WorkerEnv {
             let fits = |&size: &usize| pods.is_none_or(|pods| pods == size);
             lookup.parse(vars::WORLD_SIZE, expected, fits)?;
         }
-        let group_rank = lookup.optional(vars::GROUP_RANK)?.unwrap_or(0);
+        let group_rank = match lookup.optional(vars::GROUP_RANK)? {
+            None => lookup.optional(vars::CROSS_RANK)?.unwrap_or(0),
+            Some(rank) => rank,
+        };
         let because = || format!("{} is {world_size}", vars::WORLD_SIZE);
         let mut worker =
             Self { rank, local_rank, world_size, local_world_size, group_rank, ..Self::alone() };

@@ -73,6 +73,19 @@ fn what_the_launcher_writes_is_what_a_worker_reads() {
     assert!(variables.contains(&("TORCHELASTIC_USE_AGENT_STORE", "False")));
 }
 
+/// What its `launch.py` sets on the second of two hosts.
+#[test]
+fn deepspeed_has_names_of_its_own() {
+    let mut variables = torchrun_but("LOCAL_WORLD_SIZE", None);
+    variables.retain(|(name, _)| *name != "GROUP_RANK");
+    variables.extend([("CROSS_RANK", "1"), ("CROSS_SIZE", "2"), ("LOCAL_SIZE", "2")]);
+    let worker = read(&variables).unwrap();
+    assert_eq!((worker.local_world_size, worker.group_rank), (2, 1));
+    // Older versions give no size at all: one host then.
+    variables.retain(|(name, _)| *name != "LOCAL_SIZE");
+    assert_eq!(read(&variables).unwrap().local_world_size, 4);
+}
+
 #[test]
 fn a_kubernetes_worker_has_no_local_rank() {
     let worker =
