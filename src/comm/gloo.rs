@@ -1,22 +1,35 @@
 //! Gloo over TCP, for workers without a GPU.
 
 use std::cell::RefCell;
-use std::net::{TcpStream, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs, UdpSocket};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rr_launch::contract::{WorkerEnv, heartbeat, vars};
 use tch::{Device, Tensor};
+use tracing::warn;
 
 use super::{Communicator, Pending, Place, Reduction, late, operation, tell_waiting};
 use crate::error::{Error, Result};
 use crate::torch_ext::gloo::{Group, Join, Via, Work};
 
-/// The environment variable that names the network interface to bind, as for torch.
+/// The environment variable that names the network interfaces to bind, as for torch.
 const INTERFACE_VARIABLE: &str = "GLOO_SOCKET_IFNAME";
 
 /// Between two looks for rank 0's store.
 const STORE_POLL: Duration = Duration::from_millis(10);
+
+/// Between two questions after the address of rank 0's host.
+const NAME_POLL: Duration = Duration::from_millis(250);
+
+/// The longest that one attempt to reach the store may take: behind a firewall none is ever answered.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The least that is left for the rendezvous itself, so that it can say what is missing.
+const LEAST_JOINING: Duration = Duration::from_secs(1);
+
+/// The longest deadline; c10d's clocks do not reach much further.
+const LONGEST_TIMEOUT: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// A group of ranks joined through rank 0's TCP store.
 #[derive(Debug)]
@@ -26,6 +39,8 @@ pub struct Gloo {
     world_size: usize,
     /// The host of rank 0, as the ranks name it.
     master: String,
+    /// Whether some ranks are on other hosts than others.
+    spans_hosts: bool,
     place: RefCell<Option<Place>>,
 }
 
@@ -34,50 +49,66 @@ impl Gloo {
     ///
     /// # Errors
     /// [`Error::Usage`] when the port is taken, but [`Error::Comm`] where rr-launch has found it free
-    /// before; [`Error::Comm`] when a peer does not come before `timeout`.
+    /// before, or for a network interface that is not there; [`Error::Comm`] when a peer does not come
+    /// before `timeout`.
     pub fn join(env: &WorkerEnv, timeout: Duration) -> Result<Self> {
         let failed = |message: String| Error::Comm {
             rank: env.rank,
             operation: format!("joining the group at {}:{}", env.master_addr, env.master_port),
             message,
         };
-        let via = match std::env::var(INTERFACE_VARIABLE) {
-            Ok(name) if !name.is_empty() => Via::Interface(name),
-            _ => Via::Address(
-                own_address(&env.master_addr, env.master_port)
-                    .map_err(|error| failed(format!("no way to that address: {error}")))?,
-            ),
-        };
+        let timeout = timeout.min(LONGEST_TIMEOUT);
+        let deadline = Instant::now() + timeout;
+        let interfaces = interfaces(std::env::var(INTERFACE_VARIABLE).ok().as_deref())?;
         // torchrun's agent already listens at the address that it gives.
         let agent_serves = std::env::var(vars::TORCHELASTIC_USE_AGENT_STORE)
             .is_ok_and(|value| value.eq_ignore_ascii_case("true"));
         let serves_store = env.rank == 0 && !agent_serves;
-        if !serves_store {
-            wait_for_store(&env.master_addr, env.master_port, timeout);
+        if !serves_store && !wait_for_store(&env.master_addr, env.master_port, deadline) {
+            return Err(failed(format!(
+                "nothing has answered there for {} s: rank 0 has not started, or listens elsewhere \
+                 (--timeout)",
+                timeout.as_secs_f64()
+            )));
         }
+        let spans_hosts = env.local_world_size < env.world_size;
+        let (via, way) = means(env, interfaces, deadline)
+            .map_err(|error| failed(format!("no way to that address: {error}")))?;
+        let is_asked = matches!(via, Via::Asked(_));
         let join = Join {
             host: env.master_addr.clone(),
             port: env.master_port,
             serves_store,
             rank: env.rank,
             world_size: env.world_size,
+            joining: deadline.saturating_duration_since(Instant::now()).max(LEAST_JOINING),
             timeout,
             via,
+            way,
             prefix: format!("gloo/{}", env.restart_count),
         };
         let group = Group::join(&join).map_err(|message| {
             if message.contains("EADDRINUSE") || message.contains("already in use") {
                 let is_launched = std::env::var_os(vars::RR_LAUNCHER).is_some();
                 port_is_taken(env, is_launched)
+            } else if is_asked && !message.contains("timed out") {
+                let host = &env.master_addr;
+                failed(format!(
+                    "{message}; {host} is a loopback address on this host: name the interface that leads \
+                     to the others in {INTERFACE_VARIABLE}"
+                ))
             } else {
                 failed(message)
             }
         })?;
-        Ok(Self::over(group, env.rank, env.world_size, &env.master_addr))
+        let master = env.master_addr.clone();
+        let (rank, world_size) = (env.rank, env.world_size);
+        Ok(Self { group, rank, world_size, master, spans_hosts, place: RefCell::new(None) })
     }
 
-    fn over(group: Group, rank: usize, world_size: usize, master: &str) -> Self {
-        Self { group, rank, world_size, master: master.to_owned(), place: RefCell::new(None) }
+    /// Whether some ranks are on other hosts than others.
+    pub(super) fn spans_hosts(&self) -> bool {
+        self.spans_hosts
     }
 
     pub(super) fn master(&self) -> &str {
@@ -109,7 +140,15 @@ impl Gloo {
         let name = format!("{name}/{}", ranks[0]);
         let group =
             self.group.split(rank, ranks.len(), &name).map_err(self.failed("splitting a group"))?;
-        Ok(Some(Self::over(group, rank, ranks.len(), &self.master)))
+        let Self { master, spans_hosts, .. } = self;
+        Ok(Some(Self {
+            group,
+            rank,
+            world_size: ranks.len(),
+            master: master.clone(),
+            spans_hosts: *spans_hosts,
+            place: RefCell::new(None),
+        }))
     }
 
     /// Gloo works on host memory: a tensor elsewhere goes through a copy.
@@ -209,23 +248,96 @@ fn port_is_taken(env: &WorkerEnv, is_launched: bool) -> Error {
     }
 }
 
-/// Waits until rank 0's store listens, or the deadline passes; joining then tells what is wrong.
+/// Waits until rank 0's store listens; false where the deadline passes before that.
 /// The store's own client sleeps a whole second after a refused connection, which workers that
 /// start together would pay on most starts.
-fn wait_for_store(host: &str, port: u16, timeout: Duration) {
-    let deadline = Instant::now() + timeout;
-    while Instant::now() < deadline && TcpStream::connect((host, port)).is_err() {
+fn wait_for_store(host: &str, port: u16, deadline: Instant) -> bool {
+    let answers = |address: SocketAddr| {
+        let left = deadline.saturating_duration_since(Instant::now()).max(STORE_POLL);
+        TcpStream::connect_timeout(&address, left.min(CONNECT_TIMEOUT)).is_ok()
+    };
+    // A name is asked for anew each time: it may not be there yet, or not lead there yet.
+    while !(host, port).to_socket_addrs().is_ok_and(|mut all| all.any(answers)) {
+        if Instant::now() >= deadline {
+            return false;
+        }
         std::thread::sleep(STORE_POLL);
     }
+    true
 }
 
-/// The address of this host on the way to `host`. Connecting a UDP socket asks the routing table
-/// and sends nothing; a host name that resolves to a loopback address thus stays on loopback.
-fn own_address(host: &str, port: u16) -> std::io::Result<String> {
+/// The two ends of the way to rank 0's host.
+struct Way {
+    /// The address of this host on it.
+    own: IpAddr,
+    /// That of rank 0's host.
+    master: IpAddr,
+}
+
+/// The way to `host`, whose name may not be known before the deadline: in a cluster it appears with
+/// its pod. Connecting a UDP socket asks the routing table and sends nothing; a host name that resolves
+/// to a loopback address thus stays on loopback.
+fn way_to(host: &str, port: u16, deadline: Instant) -> std::io::Result<Way> {
+    let mut is_told = false;
+    while let Err(error) = (host, port).to_socket_addrs() {
+        if Instant::now() >= deadline {
+            return Err(error);
+        }
+        if !is_told {
+            warn!("the address of {host} is not known yet: {error}; waiting for it (--timeout)");
+            is_told = true;
+        }
+        std::thread::sleep(NAME_POLL);
+    }
     let bind = if host.contains(':') { "[::]:0" } else { "0.0.0.0:0" };
     let socket = UdpSocket::bind(bind)?;
     socket.connect((host, port))?;
-    Ok(socket.local_addr()?.ip().to_string())
+    Ok(Way { own: socket.local_addr()?.ip(), master: socket.peer_addr()?.ip() })
+}
+
+/// What the peers of this rank reach it through, of `interfaces` where they are given, and the address by
+/// which it reaches rank 0's host where that is another.
+fn means(
+    env: &WorkerEnv,
+    interfaces: Option<String>,
+    deadline: Instant,
+) -> std::io::Result<(Via, Option<String>)> {
+    let way = way_to(&env.master_addr, env.master_port, deadline);
+    let told = |way: &Way| {
+        let is_elsewhere = !way.own.is_loopback() && way.own != way.master;
+        is_elsewhere.then(|| way.master.to_string())
+    };
+    if let Some(names) = interfaces {
+        return Ok((Via::Interfaces(names), way.ok().as_ref().and_then(told)));
+    }
+    let way = way?;
+    let own = way.own.to_string();
+    let spans_hosts = env.local_world_size < env.world_size;
+    let is_hidden = spans_hosts && way.own.is_loopback();
+    Ok((if is_hidden { Via::Asked(own) } else { Via::Address(own) }, told(&way)))
+}
+
+/// The interfaces of this host that `value`, that of [`INTERFACE_VARIABLE`], names.
+///
+/// # Errors
+/// [`Error::Usage`] for one that this host does not have.
+fn interfaces(value: Option<&str>) -> Result<Option<String>> {
+    let names: Vec<&str> = value
+        .into_iter()
+        .flat_map(|value| value.split(','))
+        .map(str::trim)
+        .filter(|name| !name.is_empty())
+        .collect();
+    // A line each, of this network namespace; an alias, such as eth0:1, has none.
+    let known = std::fs::read_to_string("/proc/self/net/dev").unwrap_or_default();
+    let has = |name: &str| known.lines().any(|line| line.trim().starts_with(&format!("{name}:")));
+    let is_missing = |name: &&&str| !known.is_empty() && !name.contains(':') && !has(name);
+    if let Some(name) = names.iter().find(is_missing) {
+        return Err(Error::Usage(format!(
+            "{INTERFACE_VARIABLE} names {name:?}, which is no network interface of this host (ip link)"
+        )));
+    }
+    Ok((!names.is_empty()).then(|| names.join(",")))
 }
 
 /// How long Gloo has waited in vain, by its message "Timed out waiting 3000ms for …"; `None` where it
@@ -251,6 +363,29 @@ mod tests {
         let [given, chosen] = [false, true].map(|is_launched| port_is_taken(&env, is_launched));
         assert_eq!((given.exit_code(), chosen.exit_code()), (2, 1));
         assert!(chosen.to_string().contains("127.0.0.1:29500"), "{chosen}");
+    }
+
+    #[test]
+    fn interfaces_are_a_list_of_those_that_there_are() {
+        let read = |value| interfaces(value).map_err(|error| error.to_string());
+        assert_eq!(read(None), Ok(None));
+        assert_eq!(read(Some(" ,")), Ok(None));
+        assert_eq!(read(Some("lo, lo")), Ok(Some("lo,lo".to_owned())));
+        let error = read(Some("lo,eht0")).expect_err("a name that nothing has");
+        assert!(
+            error.contains("GLOO_SOCKET_IFNAME names \"eht0\", which is no network"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn waiting_for_a_store_ends_with_the_deadline() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let port = listener.local_addr().expect("an address").port();
+        let soon = || Instant::now() + Duration::from_millis(50);
+        assert!(wait_for_store("127.0.0.1", port, soon()));
+        drop(listener);
+        assert!(!wait_for_store("127.0.0.1", port, soon()));
     }
 
     #[test]

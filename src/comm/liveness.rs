@@ -59,9 +59,11 @@ impl Liveness {
         };
         let deadline = Instant::now() + timeout;
         let peers = if host.rank() == 0 {
-            // The address under which the others know this host; a name for it may be one that this
-            // host does not have itself, as behind a proxy.
-            let listener = TcpListener::bind((host.master(), 0))
+            // Where others come from other hosts, every address of this one, as the store does: the
+            // name for it may be of loopback here, or of an address that it does not have itself, as
+            // behind a proxy.
+            let own = if host.spans_hosts() { "::" } else { host.master() };
+            let listener = TcpListener::bind((own, 0))
                 .or_else(|_| TcpListener::bind("[::]:0"))
                 .or_else(|_| TcpListener::bind("0.0.0.0:0"))
                 .map_err(failed)?;

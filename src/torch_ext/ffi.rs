@@ -59,9 +59,12 @@ pub(super) struct GlooJoin {
     pub serves_store: bool,
     pub rank: c_int,
     pub world_size: c_int,
+    pub joining_ms: i64,
     pub timeout_ms: i64,
     pub local_address: *const c_char,
-    pub interface: *const c_char,
+    pub interfaces: *const c_char,
+    pub way: *const c_char,
+    pub asks_the_way: bool,
     pub prefix: *const c_char,
 }
 

@@ -20,10 +20,14 @@ pub struct Join {
     pub rank: usize,
     /// Number of ranks.
     pub world_size: usize,
-    /// Deadline of the rendezvous and of every collective.
+    /// Deadline of the rendezvous.
+    pub joining: Duration,
+    /// Deadline of every collective.
     pub timeout: Duration,
     /// What the peers reach this rank through.
     pub via: Via,
+    /// The address by which this rank reaches the store's host, where it is on another.
+    pub way: Option<String>,
     /// Separates this group's keys in the store from those of an earlier group.
     pub prefix: String,
 }
@@ -33,8 +37,11 @@ pub struct Join {
 pub enum Via {
     /// An address of this host.
     Address(String),
-    /// A network interface, by name.
-    Interface(String),
+    /// Loopback, though peers are on other hosts: the address by which one of those reaches the store's
+    /// host, which is this one; loopback where none tells.
+    Asked(String),
+    /// Network interfaces, by name, with commas between.
+    Interfaces(String),
 }
 
 /// How values of several ranks become one.
@@ -72,21 +79,26 @@ impl Group {
     /// The backend's message: a port taken, a peer absent until the timeout.
     pub fn join(join: &Join) -> Result<Self, String> {
         let text = |s: &str| CString::new(s).map_err(|_| format!("{s:?} holds a NUL byte"));
-        let (address, interface) = match &join.via {
-            Via::Address(address) => (address.as_str(), ""),
-            Via::Interface(name) => ("", name.as_str()),
+        let (address, interfaces) = match &join.via {
+            Via::Address(address) | Via::Asked(address) => (address.as_str(), ""),
+            Via::Interfaces(names) => ("", names.as_str()),
         };
+        let way = text(join.way.as_deref().unwrap_or_default())?;
         let (host, prefix) = (text(&join.host)?, text(&join.prefix)?);
-        let (address, interface) = (text(address)?, text(interface)?);
+        let (address, interfaces) = (text(address)?, text(interfaces)?);
+        let milliseconds = |time: Duration| i64::try_from(time.as_millis()).unwrap_or(i64::MAX);
         let raw = ffi::GlooJoin {
             host: host.as_ptr(),
             port: join.port,
             serves_store: join.serves_store,
             rank: i32::try_from(join.rank).map_err(|e| e.to_string())?,
             world_size: i32::try_from(join.world_size).map_err(|e| e.to_string())?,
-            timeout_ms: i64::try_from(join.timeout.as_millis()).unwrap_or(i64::MAX),
+            joining_ms: milliseconds(join.joining),
+            timeout_ms: milliseconds(join.timeout),
             local_address: address.as_ptr(),
-            interface: interface.as_ptr(),
+            interfaces: interfaces.as_ptr(),
+            way: way.as_ptr(),
+            asks_the_way: matches!(join.via, Via::Asked(_)),
             prefix: prefix.as_ptr(),
         };
         let mut group = std::ptr::null_mut();

@@ -11,6 +11,7 @@
 
 #include <cstdlib>
 #include <mutex>
+#include <sstream>
 
 #include "shim.h"
 
@@ -56,11 +57,32 @@ struct RrGlooJoin {
   bool serves_store;          // on this rank
   int rank;
   int world_size;
-  int64_t timeout_ms;         // of the rendezvous and of every collective
-  const char* local_address;  // the own address that reaches the peers; empty: an interface
-  const char* interface;      // the network interface to bind; used when local_address is empty
+  int64_t joining_ms;         // the deadline of the rendezvous
+  int64_t timeout_ms;         // of every collective
+  const char* local_address;  // the own address that reaches the peers; empty: interfaces
+  const char* interfaces;     // names with commas between; used when local_address is empty
+  const char* way;            // the store's address as another host reaches it; empty: unknown here
+  bool asks_the_way;          // local_address reaches this host alone, and others are elsewhere
   const char* prefix;         // separates this group's keys from an earlier group's
 };
+
+namespace {
+
+// The address that a rank binds. One on the store's host, whose name leads to loopback there, takes the
+// address by which a rank of another host reaches that host.
+std::string address_to_bind(c10d::Store& store, const RrGlooJoin* join) {
+  const auto key = [](int rank) { return "way/" + std::to_string(rank); };
+  const std::string nowhere = "-";
+  const std::string way = join->way;
+  store.set(key(join->rank), way.empty() ? nowhere : way);
+  for (int rank = 0; join->asks_the_way && rank < join->world_size; ++rank) {
+    const std::string told = store.get_to_str(key(rank));
+    if (told != nowhere) return told;
+  }
+  return join->local_address;
+}
+
+}  // namespace
 
 char* rr_gloo_join(const RrGlooJoin* join, Group** out) {
   return rr::guarded([&] {
@@ -70,15 +92,21 @@ char* rr_gloo_join(const RrGlooJoin* join, Group** out) {
     store_options.port = join->port;
     store_options.isServer = join->serves_store;
     store_options.numWorkers = static_cast<size_t>(join->world_size);
-    store_options.timeout = timeout;
+    store_options.timeout = std::chrono::milliseconds(join->joining_ms);
     auto tcp = c10::make_intrusive<c10d::TCPStore>(std::string(join->host), store_options);
     auto store = c10::make_intrusive<c10d::PrefixStore>(std::string(join->prefix), tcp);
     auto options = c10d::ProcessGroupGloo::Options::create(timeout);
-    options->devices.push_back(
-        join->local_address[0] != '\0'
-            ? c10d::ProcessGroupGloo::createDeviceForHostname(join->local_address)
-            : c10d::ProcessGroupGloo::createDeviceForInterface(join->interface));
+    const auto address = address_to_bind(*store, join);
+    if (!address.empty()) {
+      options->devices.push_back(c10d::ProcessGroupGloo::createDeviceForHostname(address));
+    }
+    std::istringstream names(address.empty() ? join->interfaces : "");
+    for (std::string name; std::getline(names, name, ',');) {
+      options->devices.push_back(c10d::ProcessGroupGloo::createDeviceForInterface(name));
+    }
     *out = make_group(store, join->rank, join->world_size, options).release();
+    // Groups that are split off later have as long as this one had.
+    tcp->setTimeout(timeout);
   });
 }
 
