@@ -27,6 +27,7 @@ const IGNORED: &[&str] = &[
     "gradient_predivide_factor",
     "memory_breakdown",
     "prescale_gradients",
+    "sparse_gradients",
     "steps_per_print",
     "tensorboard",
     "wandb",
@@ -57,6 +58,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("quantize_training", NOT_DONE),
     ("sparse_attention", NOT_DONE),
     ("tensor_parallel", NOT_DONE),
+    ("torch_autocast", "not done here; use bf16 or fp16"),
 ];
 
 const DATA_TYPES: &[(&str, Precision)] =
@@ -228,7 +230,8 @@ fn precision(fields: &mut Fields<'_>) -> Result<Option<Setting<Precision>>> {
         fields.boolean_or_auto("enabled")
     })?;
     let (bf16, _) = fields.section("bf16", |fields| {
-        fields.ignored(&["immediate_grad_update"])?;
+        fields.ignored(&["check_grad_overflow", "immediate_grad_update"])?;
+        fields.only("loss_scale", "1", "bf16 needs none")?;
         fields.boolean_or_auto("enabled")
     })?;
     let says = |setting: &Option<Setting<Auto<bool>>>, what| {

@@ -178,6 +178,28 @@ const FSDP_IGNORED: &[&str] = &[
     "fsdp_use_orig_params",
 ];
 
+/// What is said of kinds of parallelism that do not exist here.
+const OTHER_PARALLELISM: &str = "tensor, pipeline and context parallelism are not done here";
+
+/// The sizes of accelerate's `parallelism_config`: over how many workers FSDP divides is known without.
+fn read_sizes(fields: &mut Fields<'_>) -> Result<()> {
+    fields.ignored(&[
+        "parallelism_config_cp_comm_strategy",
+        "parallelism_config_dp_shard_size",
+        "parallelism_config_sp_attn_implementation",
+        "parallelism_config_sp_backend",
+        "parallelism_config_sp_seq_length",
+        "parallelism_config_sp_seq_length_is_variable",
+    ])?;
+    for key in
+        ["parallelism_config_cp_size", "parallelism_config_sp_size", "parallelism_config_tp_size"]
+    {
+        fields.only(key, "1", OTHER_PARALLELISM)?;
+    }
+    let hybrid = "parameters are repeated over machines by fsdp_sharding_strategy: HYBRID_SHARD";
+    fields.only("parallelism_config_dp_replicate_size", "1", hybrid)
+}
+
 impl RawParallel {
     /// Asks `fields` for every legal key.
     ///
@@ -188,9 +210,10 @@ impl RawParallel {
             fields.section("deepspeed_config", RawDeepSpeed::read)?;
         let (fsdp, fsdp_place) = fields.section("fsdp_config", RawFsdp::read)?;
         fields.ignored(IGNORED)?;
-        for key in ["megatron_lm_config", "tp_config", "parallelism_config"] {
-            fields.empty(key, "tensor, pipeline and context parallelism are not done here")?;
+        for key in ["megatron_lm_config", "tp_config"] {
+            fields.empty(key, OTHER_PARALLELISM)?;
         }
+        fields.section("parallelism_config", read_sizes)?;
         fields.empty("fp8_config", "fp8 is not done here; use mixed_precision: bf16")?;
         Ok(Self {
             distributed_type: fields.choice("distributed_type", DISTRIBUTED_TYPES)?,

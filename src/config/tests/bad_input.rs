@@ -423,6 +423,13 @@ fn bad_parallel_files_are_one_line() {
             "parallel.yaml:1:1: megatron_lm_config: tensor, pipeline and context parallelism are \
              not done here",
         ),
+        (
+            "parallelism_config: {parallelism_config_dp_shard_size: 4, \
+             parallelism_config_tp_size: 1, parallelism_config_dp_replicate_size: 2}",
+            "parallel.yaml:1:128: parallelism_config.parallelism_config_dp_replicate_size: \
+             expected 1, found the number 2: parameters are repeated over machines by \
+             fsdp_sharding_strategy: HYBRID_SHARD",
+        ),
         ("use_cpuu: true", "parallel.yaml:1:1: use_cpuu: unknown key; did you mean use_cpu?"),
     ];
     for (yaml, message) in table {
