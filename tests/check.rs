@@ -47,7 +47,7 @@ fn memory_is_predicted_and_what_cannot_fit_is_told() {
     assert!(line(&text, "memory per worker: parameters 0 MB").is_some(), "{text}");
     assert!(!text.contains("this does not fit"), "{text}");
 
-    let huge = ["--nproc", "2", "--device", "cpu", "--set", "batch_size=1000000000"];
+    let huge = ["--nproc", "2", "--device", "cpu", "--set", "batch_size=1000000"];
     let text = check(&dir, &huge);
     let message = line(&text, "warning: this does not fit: this machine has to hold ").unwrap();
     let end = "lower batch_size or max_len, set gradient_checkpointing: true, or divide more";
