@@ -3,10 +3,12 @@
 
 mod common;
 
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::training::Bench;
+use common::training::{Bench, succeed};
+use serde_json::Value;
 
 /// Long enough for a machine that is busy with other tests.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -119,4 +121,34 @@ fn a_log_that_nobody_reads_ends_no_training() {
     drop(worker.stderr.take());
     assert_eq!(wait(&mut worker), 0);
     assert!(bench.root.path().join("run/model").exists());
+}
+
+/// Multiplies the head's weights in a file of safetensors.
+fn scale_head(path: &Path, factor: f32) {
+    let mut bytes = std::fs::read(path).unwrap();
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    let place = &header["classifier.weight"]["data_offsets"];
+    let [from, to] = [0, 1].map(|end| 8 + length + place[end].as_u64().unwrap() as usize);
+    for value in bytes[from..to].chunks_exact_mut(4) {
+        let scaled = f32::from_le_bytes((&*value).try_into().unwrap()) * factor;
+        value.copy_from_slice(&scaled.to_le_bytes());
+    }
+    std::fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn a_run_tells_of_the_steps_that_overflow_in_fp16() {
+    let bench = Bench::new(0.1);
+    scale_head(&bench.root.path().join("base/model.safetensors"), 3000.0);
+    let settings = ["mixed_precision=fp16", "epochs=1", "batch_size=4", "log_interval=10"];
+    let said = succeed(&mut bench.command("run", 1, &settings));
+    assert!(said.contains("step 1: a gradient overflows in fp16"), "{said}");
+    assert_eq!(said.matches("overflows in fp16").count(), 1, "{said}");
+    assert!(said.contains("all 7 steps were skipped"), "{said}");
+    let metrics =
+        std::fs::read_to_string(bench.root.path().join("run/runs/metrics.jsonl")).unwrap();
+    let line: Value = serde_json::from_str(metrics.lines().next().unwrap()).unwrap();
+    assert_eq!(line["skipped_steps"], 7, "{line}");
+    assert_eq!(line["loss_scale"], 512.0, "{line}");
 }

@@ -267,7 +267,7 @@ impl Job<'_> {
     /// All epochs that are left, or fewer where validations stop getting better or the ranks are
     /// asked to make room.
     fn train(&mut self) -> Result<Ending> {
-        self.reporter.start();
+        self.reporter.start(self.engine.loss_scale());
         // An earlier start stopped early, and was interrupted before it ended.
         if self.best.as_ref().is_some_and(Best::is_over) {
             return Ok(Ending::Done);
@@ -288,6 +288,7 @@ impl Job<'_> {
                 let ends_epoch = steps.peek().is_none();
                 self.progress.advance(step_plan.items(), ends_epoch);
                 let step = self.progress.step;
+                self.reporter.scaled(step - 1, self.engine.loss_scale());
                 self.reporter.step(step, epoch, lr, step_plan.pairs(), &report);
                 let is_over = self.validate_where_due(epoch, ends_epoch)? == Verdict::Stop;
                 let (reporter, data) = (&self.reporter, self.validation_data.as_ref());

@@ -24,6 +24,7 @@ use crate::config::Plan;
 use crate::data::{MicroBatchPlan, StepPlan};
 use crate::engine::StepReport;
 use crate::error::{Error, Result};
+use crate::optim::LossScale;
 use crate::torch_ext::runtime;
 
 /// The file of metrics, one JSON object a line.
@@ -42,6 +43,8 @@ pub(super) struct Reporter {
     pairs: usize,
     tokens: u64,
     window: Window,
+    /// In fp16, as it was behind the last step.
+    loss_scale: Option<LossScale>,
 }
 
 struct Sink {
@@ -164,6 +167,7 @@ impl Reporter {
             pairs: 0,
             tokens: 0,
             window: Window::default(),
+            loss_scale: None,
         })
     }
 
@@ -180,9 +184,31 @@ impl Reporter {
         }
     }
 
-    /// Training begins now.
-    pub(super) fn start(&mut self) {
+    /// Training begins now, in fp16 with this loss scale.
+    pub(super) fn start(&mut self, loss_scale: Option<&LossScale>) {
+        self.loss_scale = loss_scale.copied();
         self.started = Instant::now();
+    }
+
+    /// The loss scale behind the step after `step`. The first that was skipped is told: the line of metrics
+    /// shows the last step of an interval alone.
+    pub(super) fn scaled(&mut self, step: usize, loss_scale: Option<&LossScale>) {
+        let before = self.skipped();
+        self.loss_scale = loss_scale.copied();
+        let (Some(now), true) = (self.loss_scale, self.sink.is_some()) else { return };
+        if before == 0 && now.skipped() > 0 {
+            warn!(
+                "step {}: a gradient overflows in fp16, so the step is skipped and the loss scale halved to \
+                 {}; a few of them at the start are usual, and the end tells how many there were",
+                step + 1,
+                now.scale()
+            );
+        }
+    }
+
+    /// Steps of the whole run that were skipped because a gradient overflowed in fp16.
+    fn skipped(&self) -> usize {
+        self.loss_scale.as_ref().map_or(0, LossScale::skipped)
     }
 
     /// Time spent training since [`Reporter::start`], validation left out.
@@ -245,7 +271,7 @@ impl Reporter {
             "trained"
         );
         let memory = sink.memory();
-        sink.write(&json!({
+        let mut line = json!({
             "type": "train",
             "step": step,
             "epoch": epoch + 1,
@@ -259,7 +285,12 @@ impl Reporter {
             "pairs_per_s": pairs_per_s,
             "tokens_per_s": tokens_per_s,
             "memory_bytes": memory,
-        }));
+        });
+        if let Some(loss_scale) = self.loss_scale {
+            line["loss_scale"] = json!(loss_scale.scale());
+            line["skipped_steps"] = json!(loss_scale.skipped());
+        }
+        sink.write(&line);
     }
 
     /// A validation came out, perhaps the best so far where that matters; `took` is not counted as
@@ -302,9 +333,18 @@ impl Reporter {
     pub(super) fn finish(&mut self, memory: &Memory) {
         self.flush();
         let (last, total, seconds) = (self.last_step, self.total_steps, self.elapsed());
+        let skipped = self.skipped();
         let Some(sink) = &mut self.sink else { return };
         if last < total {
             info!("stopped early, after {last} of {total} steps");
+        }
+        if skipped > 0 && skipped == last {
+            warn!(
+                "all {last} steps were skipped, as gradients overflowed in fp16: the model is what it was; \
+                 lower lr, or use bf16"
+            );
+        } else if skipped > 0 {
+            info!("{skipped} of {last} steps were skipped, as gradients overflowed in fp16");
         }
         info!("trained {} pairs ({} tokens) in {seconds:.1} s", self.pairs, self.tokens);
         info!("{memory}");
