@@ -1,9 +1,9 @@
 //! The signals to the launcher, which it takes over before it does anything else: as the first process
 //! of a container it would not hear of one that it does not handle.
 
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
-use std::{io, iter};
 
 use crate::contract::preemption;
 use crate::error::LaunchError;
@@ -36,13 +36,10 @@ impl Requests {
         self.preempting.contains(&signal)
     }
 
-    /// The signal that ends workers where nobody has sent one: TERM, and where that asks to make room
-    /// one that workers have not inherited as ignored.
+    /// The signal that ends workers where nobody has sent one: TERM, and where that asks to make room INT.
+    /// Workers start with neither ignored.
     pub fn ending_signal(&self) -> i32 {
-        let others =
-            [libc::SIGINT, libc::SIGHUP].into_iter().filter(|&other| !sys::is_ignored(other));
-        let mut all = iter::once(libc::SIGTERM).chain(others);
-        all.find(|&signal| !self.asks_to_make_room(signal)).unwrap_or(libc::SIGTERM)
+        if self.asks_to_make_room(libc::SIGTERM) { libc::SIGINT } else { libc::SIGTERM }
     }
 
     /// Before any worker is started: a signal is the end.

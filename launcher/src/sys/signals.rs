@@ -49,11 +49,12 @@ pub fn outlive_file_size_limit() {
 }
 
 /// In the child between fork and exec: undoes what this process has set for itself, and blocks no signal
-/// but `blocked`. Nor is TERM ignored, which this process heeds however it was started.
+/// but `blocked`. Nor are TERM and INT ignored, by which this process ends its children however it was
+/// started; a terminal's INT goes to the process group of this process, in which they are not.
 pub(super) fn start_with_default_signals(blocked: &libc::sigset_t) -> io::Result<()> {
     // SAFETY: async-signal-safe calls; the set is initialised, a null old set is allowed.
     unsafe {
-        for signal in [libc::SIGPIPE, libc::SIGXFSZ, libc::SIGTERM] {
+        for signal in [libc::SIGPIPE, libc::SIGXFSZ, libc::SIGTERM, libc::SIGINT] {
             libc::signal(signal, libc::SIG_DFL);
         }
         checked(libc::sigprocmask(libc::SIG_SETMASK, blocked, std::ptr::null_mut())).map(drop)
