@@ -19,6 +19,8 @@ readonly MACHINES=("rr-node0-$$" "rr-node1-$$")
 readonly NET=10.213.81
 readonly TINY=(--cpu --nproc 1)
 readonly LONG=(--set epochs=60 --set log_interval=20)
+# Of runs that are ended before they are done, however late Slurm gets to it.
+readonly ENDLESS=(--set epochs=5000 --set log_interval=20)
 
 skip() {
     echo "check_clusters: skipped: $*"
@@ -107,7 +109,7 @@ MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=1,batch_sched_delay=0
-KillWait=3
+KillWait=6
 ReturnToService=2
 NodeName=node[0-1] CPUs=2 SocketsPerBoard=1 CoresPerSocket=2 ThreadsPerCore=1
 PartitionName=all Nodes=ALL Default=YES State=UP
@@ -130,7 +132,7 @@ start_slurm() {
     on 0 slurmd -D >"$work/slurmd0.log" 2>&1 &
     on 1 slurmd -D >"$work/slurmd1.log" 2>&1 &
     until [[ $(on 0 sinfo --noheader --format=%D --states=idle 2>/dev/null) == 2 ]]; do
-        ((tries += 1, tries < 200)) || fail "Slurm did not start:"$'\n'"$(tail -n 5 "$work"/slurm*.log)"
+        ((tries += 1, tries < 600)) || fail "Slurm did not start:"$'\n'"$(tail -n 5 "$work"/slurm*.log)"
         sleep 0.1
     done
 }
@@ -174,7 +176,7 @@ trains_alike() { # name command...
 
 nobody_left() { # name
     local machine pid left="" tries=0
-    while ((tries += 1, tries <= 100)); do
+    while ((tries += 1, tries <= 300)); do
         left=""
         for machine in "${MACHINES[@]}"; do
             for pid in $(ip netns pids "$machine"); do
@@ -184,13 +186,13 @@ nobody_left() { # name
         [[ -n $left ]] || return 0
         sleep 0.1
     done
-    fail "$1: still running after 10 s: $left"
+    fail "$1: still running after 30 s: $left"
 }
 
 wait_for_line() { # file pattern
     local tries=0
     until grep -qs -- "$2" "$1"; do
-        ((tries += 1, tries < 300)) || fail "no '$2' in 30 s:"$'\n'"$(tail -n 15 "$1")"
+        ((tries += 1, tries < 1200)) || fail "no '$2' in 120 s:"$'\n'"$(tail -n 15 "$1")"
         sleep 0.1
     done
 }
@@ -254,7 +256,7 @@ check_failures() {
     for name in killed-reranker killed-rr-launch; do
         words=$(if [[ $name == *launch ]]; then launch $name; else train $name; fi)
         # shellcheck disable=SC2086
-        on 0 srun --nodes=2 --ntasks-per-node=1 $words "${LONG[@]}" >"$work/$name.log" 2>&1 &
+        on 0 srun --nodes=2 --ntasks-per-node=1 $words "${ENDLESS[@]}" >"$work/$name.log" 2>&1 &
         srun=$!
         wait_for_line "$work/$name.log" "trained step=20 "
         for pid in $(ip netns pids "${MACHINES[1]}"); do
@@ -268,7 +270,7 @@ check_failures() {
     say "a killed rank: srun's exit code is 137, nobody is left"
 }
 
-# TERM, and three seconds later KILL, which comes before rr-launch's own. What srun exits with after a KILL
+# TERM, and six seconds later KILL, which comes before rr-launch's own. What srun exits with after a KILL
 # is not looked at: it waits two seconds more at most, then says 0.
 check_scancel() {
     local srun code name words
@@ -280,7 +282,7 @@ check_scancel() {
             words="$BIN/rr-launch --nnodes auto ${TINY[*]} -- bash $work/stubborn.sh"
             set -- $words
         else
-            set -- $words "${LONG[@]}"
+            set -- $words "${ENDLESS[@]}"
         fi
         on 0 srun --job-name=$name --nodes=2 --ntasks-per-node=1 "$@" >"$work/$name.log" 2>&1 &
         srun=$!

@@ -152,7 +152,8 @@ def check_wandb(directory: Path, first: list[dict], lines: list[dict]) -> str:
     seen = history(killed)["train/loss"]
     told = expected(first)["train/loss"]
     expect(same(told[: len(seen)], seen[: len(told)], 1e-12), "wandb's first run differs")
-    expect(len(seen) >= len(told) - 1, f"wandb saw {len(seen)} of {len(told)} lines")
+    # What was on its way to the client ends with the process.
+    expect(len(seen) >= max(1, len(told) - 10), f"wandb saw {len(seen)} of {len(told)} lines")
     return runs[0].run_id
 
 

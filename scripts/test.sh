@@ -7,6 +7,11 @@
 # Sets up what is missing first (scripts/setup.sh); needs no environment variable. All of it is built
 # with --release, so that libtorch's bindings, minutes of work, compile once.
 set -euo pipefail
+# Tests send signals, and what was ignored at the start (nohup, a script's background job) no shell can
+# heed again.
+if [[ -z ${RR_TEST_SIGNALS:-} ]]; then
+    RR_TEST_SIGNALS=default exec env --default-signal=HUP,INT,QUIT,TERM,USR1,USR2,PIPE,CHLD "$0" "$@"
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly STEPS=(fmt clippy doc build test linkage golden training quickstart interop trackers report
@@ -61,7 +66,8 @@ step_doc() { RUSTDOCFLAGS="-D warnings" cargo doc --release --workspace --no-dep
 
 step_build() { cargo build --release --workspace; }
 
-step_test() { cargo test --release --workspace; }
+# Many times what it takes: a test that waits for ever is a failure, and no hanging machine.
+step_test() { timeout --foreground --kill-after=30 4000 cargo test --release --workspace; }
 
 # The names that a binary asks the dynamic linker for, of libtorch's libraries, on one line.
 torch_libraries() {
@@ -162,27 +168,32 @@ step_gpu() {
     PYTHON=$python scripts/gpu-check.sh --stand-in
 }
 
-step_nodes() {
-    cargo build --release --workspace
-    PYTHON=$python scripts/check_nodes.sh
-}
-
-step_torchrun() {
-    cargo build --release --workspace
-    PYTHON=$python scripts/check_torchrun.sh
-    "$python" scripts/check_contract.py
-}
-
-step_clusters() {
+# Runs a check that ends with 77 where it cannot be done here.
+unless_skipped() {
     local code=0
-    cargo build --release --workspace
-    scripts/check_clusters.sh || code=$?
+    "$@" || code=$?
     if ((code == 77)); then
-        skipped+=("clusters: Slurm and Open MPI cannot run here (see above)")
+        skipped+=("$current: it cannot be done here (see above)")
         echo "SKIPPED ${skipped[-1]}"
         return
     fi
     return $code
+}
+
+step_nodes() {
+    cargo build --release --workspace
+    PYTHON=$python unless_skipped scripts/check_nodes.sh
+}
+
+step_torchrun() {
+    cargo build --release --workspace
+    PYTHON=$python unless_skipped scripts/check_torchrun.sh
+    "$python" scripts/check_contract.py
+}
+
+step_clusters() {
+    cargo build --release --workspace
+    unless_skipped scripts/check_clusters.sh
 }
 
 # Errors leave through here too (set -e), so that the last line always tells how it went.
@@ -212,8 +223,21 @@ list_steps() {
     for step in "${STEPS[@]}"; do printf '%-12s%s\n' "$step" "$(describe "$step")"; done
 }
 
+# The programs heed what a scheduler, a launcher or a user's profile says; here nobody has said anything.
+forget_surroundings() {
+    local name
+    while read -r name; do
+        case $name in
+        RANK | WORLD_SIZE | LOCAL_* | GROUP_* | ROLE_* | MASTER_* | RR_* | SLURM_* | OMPI_* | PET_*) unset "$name" ;;
+        TORCH* | CUDA_* | CUBLAS_* | NCCL_* | GLOO_* | OMP_* | GOMP_* | KMP_* | MKL_*) unset "$name" ;;
+        HF_* | HUGGING* | TRANSFORMERS_* | WANDB_* | RUST_LOG | RERANKER_PYTHON) unset "$name" ;;
+        esac
+    done < <(compgen -e)
+}
+
 main() {
     local step chosen=("$@")
+    forget_surroundings
     if [[ ${1:-} == --list || ${1:-} == --help || ${1:-} == -h ]]; then
         list_steps
         exit 0

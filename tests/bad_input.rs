@@ -7,10 +7,9 @@ mod launch;
 
 use std::fs;
 use std::net::TcpListener;
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use launch::{Outcome, copy_model, launcher, reranker, run, snapshot};
+use launch::{Outcome, copy_model, launcher, reranker, run, snapshot, write_program};
 use tempfile::TempDir;
 
 const TRAINING: &str = "model_name_or_path: model
@@ -122,8 +121,7 @@ impl Calls {
         let (log, real) = (calls.0.path().join("log"), env!("CARGO_BIN_EXE_reranker"));
         let script =
             format!("#!/bin/sh\necho \"$1\" >> '{}'\nexec '{real}' \"$@\"\n", log.display());
-        fs::write(calls.program(), script).unwrap();
-        fs::set_permissions(calls.program(), fs::Permissions::from_mode(0o755)).unwrap();
+        write_program(&calls.program(), &script);
         calls
     }
 

@@ -290,12 +290,12 @@ fn a_rank_that_stops_is_noticed_by_the_others_and_by_the_launcher() {
         return;
     }
     let bench = Bench::new(0.0);
-    let output = stop_a_rank(&bench, "late", &[], &["--timeout", "3"]);
+    let output = stop_a_rank(&bench, "late", &[], &["--timeout", "8"]);
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{stderr}");
-    assert!(stderr.contains("timed out after 3 s; a peer is stuck, gone or slow"), "{stderr}");
+    assert!(stderr.contains("timed out after 8 s; a peer is stuck, gone or slow"), "{stderr}");
 
-    let flags = ["--hang-timeout", "4", "--stack-timeout", "0"];
+    let flags = ["--hang-timeout", "10", "--stack-timeout", "0"];
     let output = stop_a_rank(&bench, "hung", &flags, &[]);
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(40), "{stderr}");

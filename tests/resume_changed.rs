@@ -223,7 +223,7 @@ fn a_directory_called_best_is_not_removed_unasked() {
 /// One of two workers, started by hand in `folder`, with the output directory `out`.
 fn by_hand(folder: &Path, out: &Path, port: u16, rank: &str, arguments: &[&str]) -> Child {
     let mut worker = Command::new(env!("CARGO_BIN_EXE_reranker"));
-    worker.current_dir(folder).args(arguments).args(["--config", "t.yaml", "--timeout", "20"]);
+    worker.current_dir(folder).args(arguments).args(["--config", "t.yaml", "--timeout", "120"]);
     worker.arg("--set").arg(format!("output_dir={}", out.display()));
     worker.envs([("RANK", rank), ("LOCAL_RANK", "0"), ("GROUP_RANK", rank), ("WORLD_SIZE", "2")]);
     worker.envs([

@@ -178,11 +178,11 @@ fn a_model_that_cannot_be_saved_ends_the_run_and_the_next_start_saves_it() {
 #[test]
 fn a_disk_may_be_slower_than_ranks_wait_for_one_another() {
     // Rank 0 flushes more files than the other rank. So that it is slow enough to count:
-    for (rank, slow_ms, least_s) in [("0", "700", 8), ("1", "1200", 3)] {
+    for (rank, slow_ms, least_s) in [("0", "700", 8), ("1", "2000", 5)] {
         let bench = Bench::new(0.0);
         // Checkpoints are written beside the steps, the last one and the model at the end.
         let mut slow = command(&bench, &["save_steps=14", "val_dataset=null"]);
-        slow.args(["--timeout", "2"]).env("LD_PRELOAD", fault_disk());
+        slow.args(["--timeout", "4"]).env("LD_PRELOAD", fault_disk());
         slow.envs([("FAULT_PATH", "partial"), ("FAULT_CALL", "fsync"), ("FAULT_RANK", rank)]);
         let begun = Instant::now();
         let output = slow.env("FAULT_SLOW_MS", slow_ms).output().unwrap();

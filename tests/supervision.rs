@@ -205,7 +205,7 @@ fn a_hang_is_seen_its_rank_named_and_the_run_restarted() {
     let endless = ["batch_size=2", "epochs=100000"];
     for (rank, name) in [(0, "first"), (1, "last")] {
         let dir = bench.root.path().join(name);
-        let flags = ["--hang-timeout", "3", "--max-restarts", "1"];
+        let flags = ["--hang-timeout", "8", "--max-restarts", "1"];
         let launcher = start(&mut command(&bench, name, &endless, &flags));
         wait_for_step(&dir, 3);
         let before = workers(launcher.id());

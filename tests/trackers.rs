@@ -6,9 +6,8 @@
 mod launch;
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
 
-use launch::{Outcome, copy_model, reranker, run};
+use launch::{Outcome, copy_model, reranker, run, write_program};
 use tempfile::TempDir;
 
 const TRAINING: &str = "model_name_or_path: model
@@ -30,8 +29,7 @@ fn train_with(python: &str) -> (TempDir, Outcome) {
     fs::write(path("training.yaml"), TRAINING).unwrap();
     let record = r#"{"query": "how to boil water", "content": "heat the water", "label": 1}"#;
     fs::write(path("train.jsonl"), format!("{record}\n{record}\n")).unwrap();
-    fs::write(path("python"), format!("#!/bin/sh\n{python}\n")).unwrap();
-    fs::set_permissions(path("python"), fs::Permissions::from_mode(0o755)).unwrap();
+    write_program(&path("python"), &format!("#!/bin/sh\n{python}\n"));
     let args = ["train", "--device", "cpu", "--config", "training.yaml"];
     let outcome = run(reranker(dir.path(), &args).env("RERANKER_PYTHON", "./python"));
     (dir, outcome)

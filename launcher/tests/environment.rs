@@ -6,7 +6,7 @@ mod common;
 
 use std::collections::HashMap;
 
-use common::{launcher, run, shell};
+use common::{launcher, run, shell, write_program};
 
 /// The environment of every worker of a launch, by rank.
 fn environments(
@@ -200,11 +200,9 @@ fn bound_workers_have_cores_of_their_own_and_unbound_ones_all() {
 
 #[test]
 fn a_script_without_a_first_line_gets_all_of_many_arguments() {
-    use std::os::unix::fs::PermissionsExt as _;
     let folder = tempfile::tempdir().unwrap();
     let script = folder.path().join("count");
-    std::fs::write(&script, "echo $# ${20000}").unwrap();
-    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+    write_program(&script, "echo $# ${20000}");
     let mut command = launcher();
     command.args(["--cpu", "--nproc", "3", "--prefix", "", "--"]).arg(&script);
     let outcome = run(command.args((1..=20_000).map(|number| format!("argument-{number}"))));

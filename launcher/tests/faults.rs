@@ -255,7 +255,12 @@ fn group(bytes: u64) -> Result<Group, String> {
         let dir = Path::new(root).join(path).join(&name);
         let made = fs::create_dir(&dir).map(|()| Group(dir.clone()));
         match made.and_then(|group| fs::write(dir.join(limit), bytes.to_string()).map(|()| group)) {
-            Ok(group) => return Ok(group),
+            Ok(group) => {
+                // Nor may it go on in swap, where there is such a limit.
+                let _ = fs::write(dir.join("memory.swap.max"), "0");
+                let _ = fs::write(dir.join("memory.memsw.limit_in_bytes"), bytes.to_string());
+                return Ok(group);
+            }
             Err(error) => reasons.push(format!("{}: {error}", dir.display())),
         }
     }

@@ -7,7 +7,9 @@ mod common;
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
-use common::{Launch, Outcome, assert_codes, is_alive, launcher, pids, send, wait_all};
+use common::{
+    DEADLINE, Launch, Outcome, assert_codes, eventually, is_alive, launcher, pids, send, wait_all,
+};
 use serde_json::Value;
 
 /// What a failure on one node may take to end all of them.
@@ -172,10 +174,10 @@ fn who_comes_late_is_told_too_that_nothing_comes_of_it() {
     let first = start(port, "0", "true");
     let connect = || std::net::TcpStream::connect(("127.0.0.1", port)).ok();
     let mut strays = Vec::new();
-    common::eventually(END, || {
+    assert!(eventually(DEADLINE, || {
         strays.extend(connect());
         strays.len() == 2
-    });
+    }));
     first.signal("TERM");
     first.wait_for_word("ended by SIGTERM");
     strays.extend(connect());
@@ -187,16 +189,23 @@ fn who_comes_late_is_told_too_that_nothing_comes_of_it() {
 #[test]
 fn a_second_node_of_the_same_rank_is_refused() {
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let folder = tempfile::tempdir().unwrap();
+    let go = folder.path().join("go");
+    let script = format!("echo; until [ -e {} ]; do sleep 0.02; done", go.display());
     let start = |node: &str, patience: &str| {
         let mut command = launcher();
         let rdzv = format!("127.0.0.1:{port}");
         command.args(["--cpu", "--nnodes", "3", "--node-rank", node, "--rdzv", &rdzv]);
         command.args(["--rdzv-timeout", patience]);
-        Launch::start(command.args(["--", "sh", "-c", "echo; exec sleep 2"]))
+        Launch::start(command.args(["--", "sh", "-c", &script]))
     };
-    let (first, second) = (start("0", "60"), start("1", "60"));
-    std::thread::sleep(Duration::from_millis(500));
-    let twin = start("1", "60").wait();
+    let (first, mut second, mut twin) = (start("0", "60"), start("1", "60"), start("1", "60"));
+    // Either may come first.
+    assert!(eventually(DEADLINE, || !is_alive(second.pid()) || !is_alive(twin.pid())));
+    if !is_alive(second.pid()) {
+        std::mem::swap(&mut second, &mut twin);
+    }
+    let twin = twin.wait();
     assert_eq!(twin.code, Some(2), "{}", twin.stderr);
     assert!(twin.stderr.contains("--node-rank 1 of host "), "{}", twin.stderr);
     assert!(is_alive(first.pid()) && is_alive(second.pid()));
@@ -204,6 +213,7 @@ fn a_second_node_of_the_same_rank_is_refused() {
     first.wait_for_lines(1);
     // Who waits for the next launch in vain.
     let late = start("2", "0.5").wait();
+    std::fs::write(go, "").unwrap();
     assert_eq!(late.code, Some(44), "{}", late.stderr);
     assert!(late.stderr.contains("without this node, with all nodes"), "{}", late.stderr);
     assert!(late.stderr.contains("waited 0.5 s (--rdzv-timeout) for the end"), "{}", late.stderr);

@@ -52,17 +52,19 @@ impl Hosts {
         let switch = hosts.switch.as_str();
         ip(&["netns", "add", switch])?;
         ip(&["-n", switch, "link", "add", "bridge", "type", "bridge"])?;
-        ip(&["-n", switch, "link", "set", "bridge", "up"])?;
+        // Who can do this can do the rest.
+        let ip = |args: &[&str]| ip(args).unwrap();
+        ip(&["-n", switch, "link", "set", "bridge", "up"]);
         for (node, name) in hosts.names.iter().enumerate() {
             let port = format!("port{node}");
-            ip(&["netns", "add", name])?;
+            ip(&["netns", "add", name]);
             let cable = ["link", "add", &port, "netns", switch, "type", "veth", "peer"];
-            ip(&[&cable[..], &["name", "eth0", "netns", name]].concat())?;
-            ip(&["-n", switch, "link", "set", &port, "master", "bridge", "up"])?;
+            ip(&[&cable[..], &["name", "eth0", "netns", name]].concat());
+            ip(&["-n", switch, "link", "set", &port, "master", "bridge", "up"]);
             let address = format!("{}/24", Self::address(node));
-            ip(&["-n", name, "address", "add", &address, "dev", "eth0"])?;
-            ip(&["-n", name, "link", "set", "eth0", "up"])?;
-            ip(&["-n", name, "link", "set", "lo", "up"])?;
+            ip(&["-n", name, "address", "add", &address, "dev", "eth0"]);
+            ip(&["-n", name, "link", "set", "eth0", "up"]);
+            ip(&["-n", name, "link", "set", "lo", "up"]);
         }
         Ok(hosts)
     }
@@ -120,7 +122,7 @@ fn enlist(folder: &Path, then: &str) -> String {
 fn hosts_agree_on_ranks_and_meet_at_rank_0() {
     let Some(hosts) = Hosts::new() else { return };
     let program = r#"
-import os, socket
+import os, socket, time
 env = lambda name: os.environ[name]
 meet = (env("MASTER_ADDR"), int(env("MASTER_PORT")))
 if env("RANK") == "0":
@@ -133,7 +135,7 @@ else:
             assert socket.create_connection(meet).recv(5) == b"hello"
             break
         except ConnectionRefusedError:
-            pass
+            time.sleep(0.02)
 names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE MASTER_ADDR RR_RUN_ID"
 print(*map(env, names.split()))
 "#;
@@ -174,7 +176,7 @@ fn rank_0_is_met_where_all_hosts_reach_it() {
     assert!(outcomes.iter().all(|outcome| outcome.stdout == "10.213.78.1\n"));
     // An address that holds on a link only is of no use without the link's name.
     let program = r#"
-import os, socket
+import os, socket, time
 meet = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
 if os.environ["RANK"] == "0":
     socket.create_server(("::", meet[1]), family=socket.AF_INET6).accept()
@@ -184,7 +186,7 @@ else:
             socket.create_connection(meet)
             break
         except ConnectionRefusedError:
-            pass
+            time.sleep(0.02)
 "#;
     let link = ["address", "add", "fe80::1/64", "dev", "eth0", "nodad"];
     ip(&[&["-n", &hosts.names[0]][..], &link].concat()).unwrap();

@@ -5,10 +5,9 @@
 mod common;
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
 use std::process::Command;
 
-use common::{Launch, Outcome, launcher, run};
+use common::{Launch, Outcome, launcher, run, write_program};
 use tempfile::TempDir;
 
 /// A folder with a `reranker` that writes every command line it gets into `calls`, answers `check`
@@ -26,8 +25,7 @@ fn stand_in_that(check: &str, train: &str) -> TempDir {
         "#!/bin/sh\necho \"$*\" >> '{}'\nif [ \"$1\" = check ]; then\n{check}\nelse\n{train}\nfi\n",
         calls.display()
     );
-    fs::write(&path, script).unwrap();
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    write_program(&path, &script);
     folder
 }
 

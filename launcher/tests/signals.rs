@@ -150,7 +150,7 @@ fn a_second_int_ends_at_once() {
     let everybody = pids(folder.path(), 4);
     launch.signal("INT");
     // Two signals of one kind that are pending together are one signal.
-    std::thread::sleep(Duration::from_millis(500));
+    launch.wait_for_lines(2);
     let begin = Instant::now();
     launch.signal("INT");
     let outcome = launch.wait();

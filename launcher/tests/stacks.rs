@@ -7,12 +7,14 @@ mod common;
 
 use std::fs;
 use std::net::TcpListener;
-use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use common::{DEADLINE, Launch, Outcome, assert_all_end, eventually, pids, run, shell};
+use common::{
+    DEADLINE, Launch, Outcome, assert_all_end, eventually, pids, run, shell, write_program,
+};
 use serde_json::Value;
 
 const BEAT: &str = r#"beat() { printf '%-127s\n' "rr-heartbeat $*" 1<>"$RR_HEARTBEAT"; }"#;
@@ -33,9 +35,7 @@ fn path_with(folder: &Path, tool: Option<(&str, &str)>) -> PathBuf {
         symlink(which(name).unwrap(), bin.join(name)).unwrap();
     }
     if let Some((name, script)) = tool {
-        let file = bin.join(name);
-        fs::write(&file, format!("#!/bin/sh\n{script}\n")).unwrap();
-        fs::set_permissions(file, fs::Permissions::from_mode(0o755)).unwrap();
+        write_program(&bin.join(name), &format!("#!/bin/sh\n{script}\n"));
     }
     bin
 }

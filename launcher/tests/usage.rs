@@ -6,7 +6,7 @@ mod common;
 
 use std::net::TcpListener;
 
-use common::{launcher, run, shell};
+use common::{launcher, run, shell, write_program};
 
 /// Runs a command line that must be refused, and returns the line that says why.
 fn refused(flags: &[&str]) -> String {
@@ -111,9 +111,7 @@ fn a_taken_port_is_refused() {
 fn a_file_that_is_no_program_is_refused_however_it_is_found() {
     let folder = tempfile::tempdir().unwrap();
     let script = folder.path().join("broken");
-    std::fs::write(&script, "#!/no/such/interpreter\n").unwrap();
-    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-    std::fs::set_permissions(&script, mode).unwrap();
+    write_program(&script, "#!/no/such/interpreter\n");
     let outcome = run(launcher().args(["--cpu", "--nproc", "2", "--"]).arg(&script));
     assert_eq!(outcome.code, Some(2));
     assert_eq!(outcome.stderr.lines().count(), 1, "{}", outcome.stderr);
@@ -129,11 +127,9 @@ fn a_worker_may_exit_with_any_code_of_its_own() {
 
 #[test]
 fn a_program_that_nothing_can_run_is_named_with_the_reason() {
-    use std::os::unix::fs::PermissionsExt as _;
     let folder = tempfile::tempdir().unwrap();
     let script = folder.path().join("train.sh");
-    std::fs::write(&script, "#!/no/such/interpreter\n").unwrap();
-    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+    write_program(&script, "#!/no/such/interpreter\n");
     let outcome = run(launcher().args(["--cpu", "--"]).arg(&script));
     assert_eq!(outcome.code, Some(2), "{}", outcome.stderr);
     assert!(outcome.stderr.contains("named in its first line"), "{}", outcome.stderr);

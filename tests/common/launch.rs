@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{Read, Seek, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -13,9 +13,26 @@ use std::time::{Duration, Instant};
 /// Far beyond what anything here takes, even on a machine that is busy with other things.
 const DEADLINE: Duration = Duration::from_secs(120);
 
-/// Variables from which a worker learns its place in a job, and those of the Hugging Face hub.
-const FOREIGN: [&str; 9] =
-    ["RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "RR_", "SLURM_", "OMPI_", "HF_", "HUGGING"];
+/// What variables begin with from which a worker learns its place in a job, with which users tell a library
+/// what to do, and those of the Hugging Face hub.
+const FOREIGN: [&str; 16] = [
+    "RANK",
+    "LOCAL_",
+    "WORLD_SIZE",
+    "MASTER_",
+    "RR_",
+    "SLURM_",
+    "OMPI_",
+    "PET_",
+    "TORCH",
+    "CUDA_",
+    "CUBLAS_",
+    "HF_",
+    "HUGGING",
+    "TRANSFORMERS_",
+    "WANDB_",
+    "RUST_LOG",
+];
 
 /// How a program ended.
 #[derive(Debug)]
@@ -41,7 +58,7 @@ fn program(path: &Path, dir: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(path);
     for (name, _) in std::env::vars_os() {
         let known = name.to_string_lossy();
-        if known == "RUST_LOG" || FOREIGN.iter().any(|prefix| known.starts_with(prefix)) {
+        if FOREIGN.iter().any(|prefix| known.starts_with(prefix)) {
             command.env_remove(&name);
         }
     }
@@ -89,6 +106,19 @@ fn text_of(file: &mut File) -> String {
     file.seek(SeekFrom::Start(0)).unwrap();
     file.read_to_end(&mut bytes).unwrap();
     String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// Writes a script that can be run. Another process writes it: were it open for writing here while another
+/// test starts a program, that one's copy of the descriptor would make running it fail ("Text file busy").
+pub fn write_program(path: &Path, text: &str) {
+    let mut child = Command::new("sh")
+        .args(["-c", "cat > \"$0\" && chmod 755 \"$0\""])
+        .arg(path)
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+    assert!(child.wait().unwrap().success());
 }
 
 /// Every file and directory below `dir`, with the bytes of the files.

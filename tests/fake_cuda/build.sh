@@ -20,6 +20,10 @@ for needed in "$torch/lib/libtorch_cuda.so" "$headers/cuda_runtime_api.h"; do
         exit 2
     fi
 done
+# Tests and the GPU check may want it at the same time.
+mkdir -p "$(dirname "$out")"
+exec 9>"$out.lock"
+flock 9
 if [[ -e $out/built && -z $(find . ../fake_nccl ../../scripts/torch_cpu_stubs.py -newer "$out/built") &&
     $(<"$out/built") == "$torch" ]]; then
     exit

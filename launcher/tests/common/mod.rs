@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may end with a panic")]
 
 use std::fs;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{Read, Seek, SeekFrom, Write as _};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -12,6 +12,21 @@ use std::time::{Duration, Instant};
 
 /// Far beyond what anything here takes, even on a machine that is busy with other things.
 pub const DEADLINE: Duration = Duration::from_secs(120);
+
+/// What variables begin with that schedulers, launchers and users set for programs such as these.
+const FOREIGN: [&str; 11] = [
+    "RANK",
+    "LOCAL_",
+    "WORLD_SIZE",
+    "MASTER_",
+    "RR_",
+    "SLURM_",
+    "OMPI_",
+    "OMP_",
+    "CUDA_",
+    "TORCH",
+    "PET_",
+];
 
 /// How a launch went.
 pub struct Outcome {
@@ -33,11 +48,7 @@ pub fn launcher() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_rr-launch"));
     for (name, _) in std::env::vars_os() {
         let name = name.to_string_lossy().into_owned();
-        let foreign =
-            ["RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"]
-                .contains(&name.as_str())
-                || name.starts_with("RR_");
-        if foreign {
+        if FOREIGN.iter().any(|prefix| name.starts_with(prefix)) {
             command.env_remove(name);
         }
     }
@@ -126,6 +137,19 @@ impl Launch {
 /// Runs a launcher to its end.
 pub fn run(command: &mut Command) -> Outcome {
     Launch::start(command).wait()
+}
+
+/// Writes a script that can be run. Another process writes it: were it open for writing here while another
+/// test starts a program, that one's copy of the descriptor would make running it fail ("Text file busy").
+pub fn write_program(path: &Path, text: &str) {
+    let mut child = Command::new("sh")
+        .args(["-c", "cat > \"$0\" && chmod 755 \"$0\""])
+        .arg(path)
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+    assert!(child.wait().unwrap().success());
 }
 
 /// Waits for the end of launchers that have been started.
