@@ -44,9 +44,7 @@ impl Pool {
     /// The first cause, by the clock of node 0. A worker that failed while the others saved counts
     /// for more than the request to save.
     fn first(&self) -> Option<Ending> {
-        // Of a node that does not know node 0's clock yet, only the loss of node 0 has no time: what that
-        // has said was before.
-        let time = |ending: &&Ending| ending.at_us.unwrap_or(i64::MAX);
+        let time = |ending: &&Ending| self.time(ending);
         let earliest =
             |endings: &mut dyn Iterator<Item = &Ending>| endings.min_by_key(time).copied();
         let first = earliest(&mut self.endings.iter())?;
@@ -60,6 +58,17 @@ impl Pool {
             )
         };
         earliest(&mut self.endings.iter().filter(is_failure)).or(Some(first))
+    }
+
+    /// When workers ended, by the clock of node 0.
+    fn time(&self, ending: &Ending) -> i64 {
+        // Of a node that does not know node 0's clock yet, only the loss of node 0 has no time: what that
+        // has said was before.
+        let at = |ending: &Ending| ending.at_us.unwrap_or(i64::MAX);
+        let Cause::NodeLost { node } = ending.cause else { return at(ending) };
+        // As was what any node has said: its clock is known to within the time that a message takes.
+        let is_said = |said: &&Ending| said.node == node && said.cause != ending.cause;
+        self.endings.iter().filter(is_said).map(at).fold(at(ending), i64::max)
     }
 
     /// Whether workers were asked to save, and then one failed.
@@ -237,6 +246,19 @@ mod tests {
         let failed = Cause::LauncherFailed { code: 2 };
         pool.ends(ending(0, failed, 5));
         pool.ends(Ending { at_us: None, ..ending(1, Cause::NodeLost { node: 0 }, 0) });
+        assert_eq!(pool.settle(&world(), 600.0, 7).cause, Some(failed));
+    }
+
+    #[test]
+    fn what_a_node_has_said_comes_before_its_loss_whatever_its_clock_says() {
+        let mut pool = Pool::new(3);
+        for node in [0, 2] {
+            pool.is_gone(node, Part::default());
+        }
+        pool.loses(1);
+        let failed = Cause::LauncherFailed { code: 2 };
+        pool.ends(ending(1, failed, 5));
+        pool.ends(ending(1, Cause::NodeLost { node: 1 }, 4));
         assert_eq!(pool.settle(&world(), 600.0, 7).cause, Some(failed));
     }
 
