@@ -36,10 +36,11 @@ impl Requests {
         self.preempting.contains(&signal)
     }
 
-    /// The signal that ends workers where nobody has sent one: TERM, and where that asks to make room INT.
-    /// Workers start with neither ignored.
+    /// The signal that ends workers where nobody has sent one: TERM, and where that asks to make room HUP.
+    /// Workers start with neither ignored, and hardly a program handles HUP: an INT would find a Python program
+    /// that waits for its peers in a collective deaf until that returns.
     pub fn ending_signal(&self) -> i32 {
-        if self.asks_to_make_room(libc::SIGTERM) { libc::SIGINT } else { libc::SIGTERM }
+        if self.asks_to_make_room(libc::SIGTERM) { libc::SIGHUP } else { libc::SIGTERM }
     }
 
     /// Before any worker is started: a signal is the end.

@@ -5,9 +5,10 @@
 mod common;
 
 use std::fs;
+use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 
-use common::{Launch, Outcome, launcher, run, write_program};
+use common::{Launch, Outcome, ignoring, launcher, run, write_program};
 use tempfile::TempDir;
 
 /// A folder with a `reranker` that writes every command line it gets into `calls`, answers `check`
@@ -146,6 +147,17 @@ fn a_signal_ends_the_check_and_the_launch() {
     // Some send it to all processes of a job, the check among them.
     let outcome = launch(&stand_in("kill -USR1 $$"), &["--cpu", "--config", "t.yaml"]);
     assert_eq!(outcome.code, Some(41), "{}", outcome.stderr);
+}
+
+#[test]
+fn an_int_that_was_ignored_does_not_end_the_check() {
+    // A terminal sends it to the whole group, as Ctrl-C on a script whose background job this is.
+    let folder = stand_in(&format!("kill -INT 0; {PLAN}"));
+    let mut command = launcher();
+    command.env("RR_RERANKER", folder.path().join("reranker")).args(["--config", "t.yaml"]);
+    let outcome = run(ignoring("INT", &command).process_group(0));
+    assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+    assert!(outcome.stdout.contains("[1] training 1 of 2"), "{}", outcome.stdout);
 }
 
 #[test]

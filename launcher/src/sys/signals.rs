@@ -49,15 +49,23 @@ pub fn outlive_file_size_limit() {
 }
 
 /// In the child between fork and exec: undoes what this process has set for itself, and blocks no signal
-/// but `blocked`. Nor are TERM and INT ignored, by which this process ends its children however it was
-/// started; a terminal's INT goes to the process group of this process, in which they are not.
+/// but `blocked`. Nor is TERM ignored, which this process heeds however it was started.
 pub(super) fn start_with_default_signals(blocked: &libc::sigset_t) -> io::Result<()> {
     // SAFETY: async-signal-safe calls; the set is initialised, a null old set is allowed.
     unsafe {
-        for signal in [libc::SIGPIPE, libc::SIGXFSZ, libc::SIGTERM, libc::SIGINT] {
+        for signal in [libc::SIGPIPE, libc::SIGXFSZ, libc::SIGTERM] {
             libc::signal(signal, libc::SIG_DFL);
         }
         checked(libc::sigprocmask(libc::SIG_SETMASK, blocked, std::ptr::null_mut())).map(drop)
+    }
+}
+
+/// In the child between fork and exec: HUP ends it, however this process was started (`nohup`). That of a
+/// terminal goes to the processes of its session, of which a child with a session of its own is none.
+pub(super) fn heed_hangup() {
+    // SAFETY: an async-signal-safe call, which replaces no handler of ours.
+    unsafe {
+        libc::signal(libc::SIGHUP, libc::SIG_DFL);
     }
 }
 

@@ -11,7 +11,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 use std::ptr;
 
-use super::signals::{signal_set, start_with_default_signals};
+use super::signals::{heed_hangup, signal_set, start_with_default_signals};
 use super::{Pid, Roster, checked, cpu_set, die_with, own_pid};
 
 /// Bytes of the child's stack, beside its list of arguments, which `execvpe` may copy there: it also
@@ -56,7 +56,7 @@ struct Order<'a> {
 impl Start<'_> {
     /// Starts it as the leader of a session and a group of its own, which is killed when this thread ends and may be
     /// traced by this process, with no signal blocked but those that are held back and the usual answers
-    /// to a broken pipe and to a file that grows too large.
+    /// to a broken pipe, to a file that grows too large, to TERM and to HUP.
     ///
     /// # Errors
     /// What the system says, of the new process or of its program.
@@ -134,6 +134,7 @@ impl Order<'_> {
             // What finds no place still dies with its parent.
             self.start.roster.enter(libc::getpid());
             start_with_default_signals(&self.blocked)?;
+            heed_hangup();
             let (arguments, environment) = (self.arguments.as_ptr(), self.environment.as_ptr());
             libc::execvpe(self.start.program.as_ptr(), arguments, environment);
         }

@@ -63,6 +63,20 @@ pub fn shell(workers: usize, flags: &[&str], script: &str) -> Command {
     command
 }
 
+/// A launcher that a shell starts with these signals ignored, `INT HUP`.
+pub fn ignoring(signals: &str, launcher: &Command) -> Command {
+    let mut command = Command::new("sh");
+    let before = format!("[ -z '{signals}' ] || trap '' {signals}; exec \"$@\"");
+    command.args(["-c", &before, "sh"]).arg(launcher.get_program()).args(launcher.get_args());
+    for (name, value) in launcher.get_envs() {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
+    command
+}
+
 impl Launch {
     /// Starts a launcher.
     pub fn start(command: &mut Command) -> Self {
