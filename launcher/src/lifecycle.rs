@@ -21,6 +21,9 @@ use crate::sys;
 /// file server or a broken driver, takes longer; the launcher does not hang with it.
 const KILL_PATIENCE: Duration = Duration::from_secs(30);
 
+/// What ends workers that may be saving: to those TERM does nothing, as it comes when a scheduler's patience ends.
+const END_OF_SAVING: i32 = libc::SIGHUP;
+
 /// How a worker ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Exit {
@@ -279,11 +282,11 @@ impl Lifecycle {
             // A program that knows nothing of preemption is ended by the signal.
             (Exit::Signal(by), Some(Cause::Preempted { signal: Some(sent) })) if by == sent => {
                 self.is_incomplete = true;
-                self.end_saving(now)
+                self.end_saving(self.ending)
             }
             (_, Some(Cause::Preempted { .. })) => {
                 self.is_incomplete = true;
-                let order = self.end_saving(now);
+                let order = self.end_saving(END_OF_SAVING);
                 if order.is_some() {
                     (self.cause, self.is_final) = (Some(Cause::Failure { rank, exit }), true);
                 }
@@ -331,7 +334,7 @@ impl Lifecycle {
                 if self.is_saving() =>
             {
                 self.cause = Some(cause);
-                self.end_saving(now)
+                self.end_saving(END_OF_SAVING)
             }
             _ => self.stop(cause, self.ending, now),
         }
@@ -466,12 +469,11 @@ impl Lifecycle {
         begins
     }
 
-    /// One has ended without saving: the others end too.
-    fn end_saving(&mut self, now: Instant) -> Option<Order> {
-        self.is_saving().then(|| {
-            self.phase = Phase::Stopping { kill_at: now.checked_add(self.grace) };
-            Order::Signal(self.ending)
-        })
+    /// One has ended without saving: the others end too, by `signal`, and are killed when they would have been.
+    fn end_saving(&mut self, signal: i32) -> Option<Order> {
+        let Phase::Saving { kill_at } = self.phase else { return None };
+        self.phase = Phase::Stopping { kill_at };
+        Some(Order::Signal(signal))
     }
 
     fn inspect(&mut self, cause: Cause, now: Instant) -> Option<Order> {

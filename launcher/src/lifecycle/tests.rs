@@ -21,6 +21,7 @@ fn killed(rank: usize, signal: i32) -> Event {
 
 const GONE: Event = Event::AllGone { step: None };
 const TERM: Option<Order> = Some(Order::Signal(SIGTERM));
+const HUP: Option<Order> = Some(Order::Signal(SIGHUP));
 
 /// Events, all at one moment, with the order that each gives; then the launcher's exit code.
 fn check(max_restarts: u32, events: &[(Event, Option<Order>)], code: u8) {
@@ -81,7 +82,7 @@ fn term_comes_before_kill() {
 fn signals_are_handed_on_and_a_second_int_kills() {
     let events = [
         (Event::Signalled(SIGTERM), TERM),
-        (Event::Signalled(SIGHUP), Some(Order::Signal(SIGHUP))),
+        (Event::Signalled(SIGHUP), HUP),
         (killed(0, SIGTERM), None),
         (Event::Signalled(SIGINT), Some(Order::Kill)),
         (Event::Signalled(SIGINT), None),
@@ -114,13 +115,13 @@ fn workers_that_are_asked_to_make_room_save_and_end() {
     let int = (Event::PreemptionAsked(SIGINT), Some(Order::Ask(SIGINT)));
     let second = (Event::PreemptionAsked(SIGINT), Some(Order::Kill));
     check(0, &[int, second], 130);
-    check(0, &[int, (ended(1, 5), TERM), second], 5);
+    check(0, &[int, (ended(1, 5), HUP), second], 5);
     check(0, &[asked, (ended(0, 0), None), (ended(1, 0), None), (GONE, None)], 0);
     // Srun sends the signal to the workers, and not to us.
     check(5, &[saved(1), saved(0), (GONE, None)], 41);
-    // A program that knows nothing of it, and one that fails over it.
+    // A program that knows nothing of it, and one that fails over it: to who saves TERM does nothing.
     check(5, &[asked, (killed(0, SIGUSR1), TERM), (killed(1, SIGUSR1), None), (GONE, None)], 138);
-    check(0, &[asked, (ended(1, 4), TERM), (ended(0, 1), None), (GONE, None)], 4);
+    check(0, &[asked, (ended(1, 4), HUP), (ended(0, 1), None), (GONE, None)], 4);
 }
 
 #[test]
@@ -134,20 +135,30 @@ fn who_does_not_save_in_time_is_killed() {
 }
 
 #[test]
+fn the_grace_of_a_request_to_make_room_does_not_begin_anew() {
+    let failed = Event::PeerEnds(Cause::NodeLost { node: 1 });
+    for (event, order) in [(ended(0, 4), HUP), (killed(0, SIGUSR1), TERM), (failed, HUP)] {
+        let (mut life, asked) = (life(3), Instant::now());
+        life.on(Event::PreemptionAsked(SIGUSR1), asked);
+        assert_eq!(life.on(event, asked + GRACE / 2), order, "{event:?}");
+        assert_eq!(life.on(Event::TimePassed, asked + GRACE), Some(Order::Kill), "{event:?}");
+    }
+}
+
+#[test]
 fn where_term_asks_to_make_room_another_signal_ends() {
-    let int = Some(Order::Signal(SIGINT));
     let asked = (Event::PreemptionAsked(SIGTERM), Some(Order::Ask(SIGTERM)));
     let (now, hang) = (Instant::now(), Event::Hung { rank: None });
     let lost = Event::PeerEnds(Cause::NodeLost { node: 1 });
     for (events, code) in [
-        (vec![(ended(1, 3), int), (killed(0, SIGINT), None)], 3),
-        (vec![(hang, Some(Order::Inspect)), (Event::Inspected, int)], 40),
-        (vec![(Event::OutputClosed, int)], 141),
-        (vec![(lost, int)], 44),
-        (vec![asked, (killed(1, SIGTERM), int), (killed(0, SIGINT), None)], 143),
-        (vec![asked, (ended(1, 4), int), (killed(0, SIGINT), None)], 4),
+        (vec![(ended(1, 3), HUP), (killed(0, SIGHUP), None)], 3),
+        (vec![(hang, Some(Order::Inspect)), (Event::Inspected, HUP)], 40),
+        (vec![(Event::OutputClosed, HUP)], 141),
+        (vec![(lost, HUP)], 44),
+        (vec![asked, (killed(1, SIGTERM), HUP), (killed(0, SIGHUP), None)], 143),
+        (vec![asked, (ended(1, 4), HUP), (killed(0, SIGHUP), None)], 4),
     ] {
-        let mut life = Lifecycle::new(GRACE, INSPECTION, SIGINT, Restarts::new(0));
+        let mut life = Lifecycle::new(GRACE, INSPECTION, SIGHUP, Restarts::new(0));
         for &(event, order) in &events {
             assert_eq!(life.on(event, now), order, "{event:?} of {events:?}");
         }
@@ -194,7 +205,8 @@ fn what_happens_on_another_node_happens_here() {
     let asked = Cause::Preempted { signal: Some(SIGUSR1) };
     let ask = (Event::PeerEnds(asked), Some(Order::Ask(SIGUSR1)));
     check(3, &[ask, (ended(0, 41), None), settled(asked, true, false, false), (GONE, None)], 41);
-    check(3, &[ask, ends(failed), settled(failed, true, true, true), (GONE, None)], 9);
+    let ends_saving = (Event::PeerEnds(failed), HUP);
+    check(3, &[ask, ends_saving, settled(failed, true, true, true), (GONE, None)], 9);
     let int = Cause::Signal(SIGINT);
     let events = [
         (Event::PeerEnds(int), Some(Order::Signal(SIGINT))),
@@ -226,9 +238,9 @@ fn what_is_asked_for_while_a_failed_attempt_ends_is_not_forgotten() {
     check(3, &[fails, closed, term, gone], 141);
     // A rank that fails while all save: that was asked for before.
     let ask = (asked.0, Some(Order::Ask(SIGUSR1)));
-    check(3, &[ask, (ended(1, 4), TERM), (ended(0, 41), None), gone], 4);
+    check(3, &[ask, (ended(1, 4), HUP), (ended(0, 41), None), gone], 4);
     let by_itself = (ended(0, 41), None);
-    check(3, &[by_itself, fails, gone], 3);
+    check(3, &[by_itself, (ended(1, 3), HUP), gone], 3);
     // On another node.
     let (failed, by) =
         (Cause::Failure { rank: 5, exit: Exit::Code(9) }, Some(Cause::Signal(SIGTERM)));
