@@ -251,7 +251,8 @@ impl WorkerEnv {
     }
 
     /// Reads variables through `lookup`: `RANK` and its companions if `RANK` is set, else Open
-    /// MPI's, else those of a step of `srun`, else a world of one.
+    /// MPI's, else those of a step of `srun`, else a world of one. A `RANK` that repeats one of the
+    /// others counts as that.
     ///
     /// Open MPI goes before Slurm because under `mpirun` inside a Slurm job a worker also
     /// inherits the Slurm variables of the daemon that started it.
@@ -260,7 +261,7 @@ impl WorkerEnv {
     /// [`ContractError`] when a variable is malformed, contradicts another or is missing.
     pub fn from_lookup(lookup: impl Fn(&str) -> Option<String>) -> Result<Self, ContractError> {
         let lookup = Lookup(&lookup);
-        let mut worker = if lookup.has(vars::RANK) {
+        let mut worker = if lookup.has(vars::RANK) && !job::is_repeated(&lookup)? {
             Self::from_torchrun(&lookup)?
         } else if lookup.has(vars::OMPI_COMM_WORLD_RANK) {
             Self::from_open_mpi(&lookup)?

@@ -50,6 +50,28 @@ pub fn is_of_srun(lookup: &Lookup<'_>) -> Result<bool, ContractError> {
     Ok(step.is_some_and(|number| number < NOT_OF_SRUN))
 }
 
+/// Whether `RANK` and its companions only repeat what the scheduler says, as enroot's hook for images with
+/// PyTorch and many scripts set them (`RANK=$SLURM_PROCID`). Unlike a launcher's they do not tell how many
+/// workers this host has, and under `srun` with one task a node they count nodes.
+pub fn is_repeated(lookup: &Lookup<'_>) -> Result<bool, ContractError> {
+    let of_launchers =
+        [vars::LOCAL_WORLD_SIZE, vars::LOCAL_SIZE, vars::TORCHELASTIC_RUN_ID, vars::RR_LAUNCHER];
+    if of_launchers.into_iter().any(|name| lookup.has(name)) {
+        return Ok(false);
+    }
+    let (rank, size, local_rank) = if lookup.has(vars::OMPI_COMM_WORLD_RANK) {
+        let local_rank = vars::OMPI_COMM_WORLD_LOCAL_RANK;
+        (vars::OMPI_COMM_WORLD_RANK, vars::OMPI_COMM_WORLD_SIZE, local_rank)
+    } else if is_of_srun(lookup)? {
+        (vars::SLURM_PROCID, vars::SLURM_STEP_NUM_TASKS, vars::SLURM_LOCALID)
+    } else {
+        return Ok(false);
+    };
+    let repeats = |name, other| lookup.get(name) == lookup.get(other);
+    let is_local = !lookup.has(vars::LOCAL_RANK) || repeats(vars::LOCAL_RANK, local_rank);
+    Ok(repeats(vars::RANK, rank) && repeats(vars::WORLD_SIZE, size) && is_local)
+}
+
 fn first_host(lookup: &Lookup<'_>, name: &'static str) -> Result<Option<String>, ContractError> {
     let Some(value) = lookup.get(name) else { return Ok(None) };
     match slurm::first_host(&value) {

@@ -1,7 +1,7 @@
 //! Which of several nodes this one is, and where they meet, as a scheduler tells it: what
 //! `--nnodes auto` reads. Each node runs one launcher.
 
-use super::job::{Job, is_of_srun};
+use super::job::{Job, is_of_srun, is_repeated};
 use super::{ContractError, Lookup, vars};
 
 /// One node of several.
@@ -27,8 +27,8 @@ impl NodeEnv {
     }
 
     /// Reads variables through `lookup`: those of a Kubernetes `PyTorchJob` (`PET_*`, or `RANK` and
-    /// `WORLD_SIZE`, which count pods), else Open MPI's, else Slurm's. `MASTER_ADDR` wins over the
-    /// host that Slurm's list begins with.
+    /// `WORLD_SIZE`, which count pods), else Open MPI's, else Slurm's, also where `RANK` repeats one of
+    /// these. `MASTER_ADDR` wins over the host that Slurm's list begins with.
     ///
     /// # Errors
     /// As [`Self::from_env`].
@@ -38,7 +38,7 @@ impl NodeEnv {
         let lookup = Lookup(&lookup);
         let node = if lookup.has(vars::PET_NNODES) {
             Self::from_pytorch_job(&lookup)?
-        } else if lookup.has(vars::RANK) {
+        } else if lookup.has(vars::RANK) && !is_repeated(&lookup)? {
             Self::from_pods(&lookup)?
         } else if lookup.has(vars::OMPI_COMM_WORLD_RANK) {
             Self::from_open_mpi(&lookup)?
@@ -181,6 +181,26 @@ mod tests {
             let error = job("2", step).unwrap_err();
             assert_eq!(error, ContractError::NotOfSrun { nodes: 2 });
         }
+    }
+
+    #[test]
+    fn slurm_is_read_also_where_its_ranks_have_torchruns_names() {
+        // enroot's hook for images with PyTorch.
+        let mut task = vec![
+            ("SLURM_JOB_ID", "77"),
+            ("SLURM_STEP_ID", "0"),
+            ("SLURM_STEP_NUM_NODES", "2"),
+            ("SLURM_STEP_NUM_TASKS", "2"),
+            ("SLURM_NODEID", "1"),
+            ("SLURM_PROCID", "1"),
+            ("SLURM_LOCALID", "0"),
+            ("MASTER_ADDR", "node0"),
+            ("MASTER_PORT", "61077"),
+        ];
+        let plain = read(&task).unwrap().unwrap();
+        assert_eq!((plain.nnodes, plain.node_rank, plain.port), (2, 1, Some(61077)));
+        task.extend([("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")]);
+        assert_eq!(read(&task), Ok(Some(plain)));
     }
 
     #[test]

@@ -183,6 +183,39 @@ fn slurm_tasks_on_one_node_meet_on_the_loopback() {
 }
 
 #[test]
+fn schedulers_are_read_also_where_their_ranks_have_torchruns_names() {
+    let hook = [
+        ("MASTER_ADDR", "node003"),
+        ("MASTER_PORT", "61123"),
+        ("RANK", "5"),
+        ("WORLD_SIZE", "7"),
+        ("LOCAL_RANK", "1"),
+    ];
+    let plain = read(&slurm_but(&hook[..2])).unwrap();
+    for hook in [&hook[..], &hook[..4], &hook[2..]] {
+        let worker = read(&slurm_but(hook)).unwrap();
+        let expected = WorkerEnv { master_port: worker.master_port, ..plain.clone() };
+        assert_eq!((worker.group_rank, worker.local_world_size), (1, 3));
+        assert_eq!(worker, expected);
+    }
+    // One that a launcher has started, and one that means something else.
+    let launched = [&hook[..], &[("LOCAL_WORLD_SIZE", "7")]].concat();
+    assert_eq!(read(&slurm_but(&launched)).unwrap().local_world_size, 7);
+    let alone = [("RANK", "0"), ("WORLD_SIZE", "1")];
+    assert_eq!(read(&slurm_but(&alone)).unwrap().world_size, 1);
+
+    let mut variables = vec![
+        ("OMPI_COMM_WORLD_RANK", "5"),
+        ("OMPI_COMM_WORLD_SIZE", "8"),
+        ("OMPI_COMM_WORLD_LOCAL_RANK", "1"),
+        ("OMPI_COMM_WORLD_LOCAL_SIZE", "4"),
+    ];
+    variables.extend([hook[0], hook[1], hook[2], ("WORLD_SIZE", "8"), hook[4]]);
+    let worker = read(&variables).unwrap();
+    assert_eq!((worker.rank, worker.group_rank, worker.local_world_size), (5, 1, 4));
+}
+
+#[test]
 fn a_batch_script_and_the_shell_of_salloc_are_alone() {
     for step in ["", "4294967290", "4294967291"] {
         let worker = read(&slurm_but(&[("SLURM_STEP_ID", step), ("SLURM_NTASKS", "7")])).unwrap();
