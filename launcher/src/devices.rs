@@ -91,7 +91,7 @@ pub struct Gpu {
     node: Option<usize>,
     /// The processes that compute on it.
     holders: Vec<String>,
-    /// Why NVML cannot read it: it has fallen off the bus, or this process may not use it.
+    /// Why NVML cannot read it: it has fallen off the bus.
     fault: Option<String>,
 }
 
@@ -290,9 +290,9 @@ fn visible_gpus() -> Result<Vec<Gpu>, String> {
     let visible = restrict(&all, limit.as_deref());
     match (visible.is_empty(), limit) {
         (false, _) => Ok(visible),
-        (true, None) => Err("no GPU was found".to_owned()),
+        (true, None) => Err("no GPU was found that this process may use".to_owned()),
         (true, Some(limit)) => Err(format!(
-            "no GPU is visible: {} is `{limit}`, and the machine has {}",
+            "no GPU is visible: {} is `{limit}`, and this process may use {}",
             vars::CUDA_VISIBLE_DEVICES,
             all.len()
         )),

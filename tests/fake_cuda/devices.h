@@ -6,6 +6,8 @@
 //              FAKE_CUDA_MIG         into how many MIG slices each is divided (default 0: it is not)
 //              FAKE_CUDA_BUSY        INDEX:PID, a process that computes on one
 //              FAKE_CUDA_LOST        the index of one that has fallen off the bus, for NVML
+//              FAKE_CUDA_DENIED      indices, such as 01, of those that a control group keeps from this process; for
+//                                    NVML
 //              FAKE_CUDA_TRACE       prints each operation with the bytes that tensors hold
 //              FAKE_CUDA_LOSE_WAITS  1: the default stream waits for no event; 2: the others do not. To see
 //                                    that it is noticed

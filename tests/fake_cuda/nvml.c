@@ -5,7 +5,8 @@
 
 #include "devices.h"
 
-enum { SUCCESS = 0, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, INSUFFICIENT_SIZE = 7, GPU_IS_LOST = 15 };
+enum { SUCCESS = 0, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NO_PERMISSION = 4, NOT_FOUND = 6 };
+enum { INSUFFICIENT_SIZE = 7, GPU_IS_LOST = 15 };
 enum { MAX_SLICES = 7 };
 
 // A device, or a slice of one (0 and up).
@@ -48,6 +49,8 @@ int nvmlDeviceGetCount_v2(unsigned *count) {
 
 int nvmlDeviceGetHandleByIndex_v2(unsigned index, Device **out) {
   if ((int)index >= device_count()) return INVALID_ARGUMENT;
+  const char *denied = getenv("FAKE_CUDA_DENIED");
+  if (denied && strchr(denied, '0' + (int)index)) return NO_PERMISSION;
   if (setting("FAKE_CUDA_LOST", -1) == (long)index) return GPU_IS_LOST;
   devices[index] = (Device){(int)index, -1};
   *out = &devices[index];

@@ -12,9 +12,10 @@ use crate::procfs;
 /// development package.
 const LIBRARY: &str = "libnvidia-ml.so.1";
 
-/// The GPUs of this machine, in the order of their indices, with those that cannot be read: NVML counts
-/// also GPUs that this process may not use, and those that have fallen off the bus. CUDA does not, so that
-/// the others are then named by their UUIDs rather than by numbers.
+/// The GPUs that this process may use, in their order, with those that cannot be read. NVML counts also those
+/// of other jobs on this machine, which a control group keeps from this process; CUDA and nvidia-smi do not, and
+/// so count the others from 0. Nor does CUDA count one that has fallen off the bus. Where its numbers may
+/// not be NVML's, GPUs are named by their UUIDs.
 ///
 /// # Errors
 /// Why none can be listed.
@@ -26,24 +27,26 @@ pub fn gpus() -> Result<Vec<Gpu>, String> {
         other => format!("no GPU was found (NVML: {other})"),
     })?;
     let count = nvml.device_count().map_err(|error| format!("NVML cannot count GPUs: {error}"))?;
-    let unreadable = |index: u32, error: NvmlError| {
-        let (entry, fault) = (index.to_string(), Some(error.to_string()));
-        Gpu { entry, fault, ..Gpu::default() }
-    };
-    let gpus =
-        (0..count).map(|index| read(&nvml, index).unwrap_or_else(|error| unreadable(index, error)));
-    let mut gpus: Vec<Gpu> = gpus.collect();
-    if gpus.iter().any(|gpu| gpu.fault.is_some()) {
+    let readings = (0..count).map(|index| read(&nvml, index));
+    let allowed = readings.filter(|reading| !matches!(reading, Err(NvmlError::NoPermission)));
+    let numbered = allowed.enumerate().map(|(number, reading)| {
+        let unreadable =
+            |error: NvmlError| Gpu { fault: Some(error.to_string()), ..Gpu::default() };
+        Gpu { entry: number.to_string(), ..reading.unwrap_or_else(unreadable) }
+    });
+    let mut gpus: Vec<Gpu> = numbered.collect();
+    if gpus.len() < count as usize || gpus.iter().any(|gpu| gpu.fault.is_some()) {
         let others = gpus.iter_mut().filter(|gpu| gpu.fault.is_none());
         others.for_each(|gpu| gpu.entry.clone_from(&gpu.uuid));
     }
     Ok(gpus)
 }
 
+/// One of them, without its number.
 fn read(nvml: &Nvml, index: u32) -> Result<Gpu, NvmlError> {
     let device = nvml.device_by_index(index)?;
     Ok(Gpu {
-        entry: index.to_string(),
+        entry: String::new(),
         uuid: device.uuid()?,
         slices: slices(&device),
         node: device.pci_info().ok().and_then(|pci| numa_node(&pci.bus_id)),
