@@ -4,7 +4,8 @@
 
 mod common;
 
-use std::net::TcpListener;
+use std::io::Write as _;
+use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use common::{
@@ -172,7 +173,7 @@ fn who_comes_late_is_told_too_that_nothing_comes_of_it() {
     // What connects and says nothing is no node, and nobody is left out for it.
     let port = free();
     let first = start(port, "0", "true");
-    let connect = || std::net::TcpStream::connect(("127.0.0.1", port)).ok();
+    let connect = || TcpStream::connect(("127.0.0.1", port)).ok();
     let mut strays = Vec::new();
     assert!(eventually(DEADLINE, || {
         strays.extend(connect());
@@ -184,6 +185,36 @@ fn who_comes_late_is_told_too_that_nothing_comes_of_it() {
     let outcomes = wait_all(vec![start(port, "1", "true"), start(port, "2", "true"), first]);
     assert_codes(&outcomes, 143);
     drop(strays);
+}
+
+#[test]
+fn a_call_that_was_given_up_is_no_node_that_was_told() {
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let start = |node: &str, program: &str| {
+        let mut command = launcher();
+        let rdzv = format!("127.0.0.1:{port}");
+        command.args(["--cpu", "--nnodes", "3", "--node-rank", node, "--rdzv", &rdzv]);
+        Launch::start(command.args(["--rdzv-timeout", "60", "--", program]))
+    };
+    let first = start("0", "no-such-program-anywhere");
+    // What node 1 leaves behind that has called while node 0 was in its check: two calls.
+    let hello = br#"{"hello":{"node_rank":1,"host":"b","workers":1,"terms":[]}}"#;
+    let call = || {
+        let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
+        stream.write_all(&(hello.len() as u32).to_be_bytes()).unwrap();
+        stream.write_all(hello).ok()
+    };
+    let mut calls = 0;
+    let called = || {
+        calls += usize::from(call().is_some());
+        calls == 2
+    };
+    assert!(eventually(END, called));
+    let outcomes = wait_all(vec![start("1", "true"), start("2", "true"), first]);
+    assert_codes(&outcomes, 2);
+    for Outcome { stderr, .. } in &outcomes[..2] {
+        assert!(stderr.contains("cannot start: exit code 2"), "{stderr}");
+    }
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! How the launchers meet before anything starts: node 0 listens, the others call it until it
 //! answers, and all begin at once when all are there and agree.
 
+use std::collections::BTreeSet;
 use std::io::{self, Write as _};
 use std::net::{IpAddr, Ipv4Addr, TcpListener};
 use std::os::fd::AsFd as _;
@@ -57,8 +58,8 @@ pub struct Meeting {
 /// Who has called node 0.
 struct Guest {
     link: Link,
-    /// Whether it is a launcher, by what it said: that it wants to take part, or cannot.
-    has_spoken: bool,
+    /// The node that it is, by what it said: that it wants to take part, or cannot.
+    node: Option<usize>,
     /// Who takes part.
     hello: Option<Hello>,
 }
@@ -116,37 +117,46 @@ impl Meeting {
         };
         let name = name_of(self.place.node_rank, &self.host);
         let line = format!("{name} cannot start: exit code {code}; see its output");
-        turn_away(&listener, Vec::new(), self.place.nnodes - 1, &line, code, requests);
+        let absent = (1..self.place.nnodes).collect();
+        turn_away(&listener, Vec::new(), absent, &line, code, requests);
     }
 }
 
-/// Refuses so many nodes, those that call within [`LATECOMERS`] and before a signal. `links` are of callers
-/// that have said nothing yet, as is whoever calls now: what is no launcher says nothing, and does not count.
+/// Refuses the nodes that are `absent`, those that call within [`LATECOMERS`] and before a signal. `links` are of
+/// callers that have said nothing yet, as is whoever calls now: what is no launcher says nothing, and does not
+/// count. Nor does a call that was given up, as each is by a node that waits for longer than `--node-timeout`: it
+/// calls again.
 fn turn_away(
     listener: &TcpListener,
     mut links: Vec<Link>,
-    mut nodes: usize,
+    mut absent: BTreeSet<usize>,
     line: &str,
     code: u8,
     requests: &Requests,
 ) {
     let until = Instant::now() + LATECOMERS;
-    while nodes > 0 && Instant::now() < until {
+    while !absent.is_empty() && Instant::now() < until {
         while let Ok((stream, _)) = listener.accept() {
             links.extend(Link::new(stream));
         }
         let mut silent = Vec::new();
         for mut link in links {
             let said = link.receive(Instant::now());
-            if said.iter().any(|said| matches!(said, Message::Hello(_) | Message::Decline { .. })) {
+            let caller = said.iter().find_map(|said| match said {
+                Message::Hello(hello) if link.is_open() => Some(hello.node_rank),
+                // It knows already, and may have hung up.
+                Message::Decline { node_rank, .. } => Some(*node_rank),
+                _ => None,
+            });
+            if let Some(node) = caller {
                 refuse(Ok(link), line, code, Instant::now() + FAREWELL);
-                nodes = nodes.saturating_sub(1);
+                absent.remove(&node);
             } else if link.is_open() {
                 silent.push(link);
             }
         }
         links = silent;
-        if nodes > 0 && requests.pause(ANSWER).is_err() {
+        if !absent.is_empty() && requests.pause(ANSWER).is_err() {
             return;
         }
     }
@@ -257,7 +267,7 @@ impl Host<'_> {
     fn accept(&mut self) {
         while let Ok((stream, _)) = self.listener.accept() {
             if let Ok(link) = Link::new(stream) {
-                self.guests.push(Guest { link, has_spoken: false, hello: None });
+                self.guests.push(Guest { link, node: None, hello: None });
             }
         }
     }
@@ -284,7 +294,7 @@ impl Host<'_> {
                         guest.link.send(&Message::Wait);
                     }
                     Message::Decline { node_rank, host, run_id, code } => {
-                        guest.has_spoken = true;
+                        guest.node = Some(node_rank);
                         let name = name_of(node_rank, &host);
                         stranger = another_run(&self.own, &name, &run_id);
                         if stranger.is_some() {
@@ -294,7 +304,7 @@ impl Host<'_> {
                         return Some((line, code));
                     }
                     Message::Hello(hello) => {
-                        guest.has_spoken = true;
+                        guest.node = Some(hello.node_rank);
                         let name = name_of(hello.node_rank, &hello.host);
                         stranger = another_run(&self.own, &name, hello.run_id());
                         refusal = Some(hello);
@@ -346,8 +356,9 @@ impl Host<'_> {
     fn end(self, line: String, code: u8) -> LaunchError {
         let until = Instant::now() + FAREWELL;
         let (heard, silent): (Vec<_>, Vec<_>) =
-            self.guests.into_iter().partition(|guest| guest.has_spoken);
-        let absent = (self.place.nnodes - 1).saturating_sub(heard.len());
+            self.guests.into_iter().partition(|guest| guest.node.is_some());
+        let is_heard = |node: &usize| heard.iter().any(|guest| guest.node == Some(*node));
+        let absent = (1..self.place.nnodes).filter(|node| !is_heard(node)).collect();
         for guest in heard {
             refuse(Ok(guest.link), &line, code, until);
         }
