@@ -65,18 +65,19 @@ pub enum ErrorFile {
 }
 
 impl ErrorFile {
-    /// That of the worker of this rank, in the directory of its launcher if that has one.
+    /// That of the worker of this rank, in the directory of its launcher if that has one. It is in memory
+    /// where that of an attempt before cannot be removed: the disk is read-only by now, or no file is there.
     pub fn new(dir: Option<&Path>, rank: usize) -> io::Result<Self> {
         // Its name becomes the value of a variable.
-        let Some(dir) = dir.filter(|dir| dir.to_str().is_some()) else {
-            return sys::memory_file(c"rr-error-file").map(Self::InMemory);
+        let dir = dir.filter(|dir| dir.to_str().is_some());
+        let path = dir.map(|dir| dir.join(format!("rank-{rank}.json")));
+        let is_free = |path: &PathBuf| match fs::remove_file(path) {
+            Ok(()) => true,
+            Err(error) => error.kind() == io::ErrorKind::NotFound,
         };
-        let path = dir.join(format!("rank-{rank}.json"));
-        match fs::remove_file(&path) {
-            // Of an attempt before.
-            Ok(()) => Ok(Self::Named(path)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Self::Named(path)),
-            Err(error) => Err(error),
+        match path.filter(is_free) {
+            Some(path) => Ok(Self::Named(path)),
+            None => sys::memory_file(c"rr-error-file").map(Self::InMemory),
         }
     }
 

@@ -251,6 +251,17 @@ fn a_record_may_take_the_place_of_another_and_nothing_of_it_stays() {
 }
 
 #[test]
+fn a_file_for_exceptions_that_cannot_be_made_anew_keeps_nobody_from_a_restart() {
+    let script = format!(
+        "{RECORD}; [ $RR_RESTART_COUNT = 0 ] && {{ mkdir $TORCHELASTIC_ERROR_FILE; exit 3; }}
+        record 'ValueError: the second'; exit 2"
+    );
+    let outcome = run(&mut shell(1, &["--max-restarts", "1"], &script));
+    assert_eq!(outcome.code, Some(2), "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("start: ValueError: the second"), "{}", outcome.stderr);
+}
+
+#[test]
 fn a_record_of_an_attempt_before_is_not_taken_for_the_last_ones() {
     let script =
         format!("{RECORD}; [ $RR_RESTART_COUNT = 0 ] && record 'ValueError: the first'; exit 3");
