@@ -41,7 +41,7 @@ use args::{Args, DeviceRequest, Invocation, Work, WorkerCommand};
 use contract::{preemption, vars};
 use devices::Placement;
 use error::LaunchError;
-use nodes::Meeting;
+use nodes::{Meeting, Place};
 use output::Output;
 use plan::{Plan, Rendezvous};
 use requests::Requests;
@@ -83,13 +83,13 @@ fn launch(args: &Args) -> Result<u8, LaunchError> {
     sys::outlive_file_size_limit();
     let mut options = args.supervision()?;
     let requests = Requests::take_over(options.preempt_signal)?;
-    let place = args.nodes.place()?;
-    let nnodes = place.as_ref().map_or(1, |place| place.nnodes);
+    let place = place(args)?;
+    let (nnodes, node) = place.as_ref().map_or((1, 0), |place| (place.nnodes, place.node_rank));
     if args.dry_run {
         let mut plan = plan(
             args,
-            prepare(args, nnodes, &requests)?,
-            Rendezvous::on_this_host(args.master_port)?,
+            prepare(args, nnodes, node, &requests)?,
+            Rendezvous::once_more(args.master_port)?,
         )?;
         if let Some(place) = &place {
             plan.imagine(place);
@@ -99,17 +99,16 @@ fn launch(args: &Args) -> Result<u8, LaunchError> {
         return Ok(contract::exit_code::OK);
     }
     let Some(place) = place else {
-        let prepared = prepare(args, nnodes, &requests)?;
+        let prepared = prepare(args, nnodes, node, &requests)?;
         // A free port is chosen last, to leave others little time to take it.
         let plan = plan(args, prepared, Rendezvous::on_this_host(args.master_port)?)?;
         let output = Output::open(options.output.clone())?;
         requests.heed()?;
         return supervise::run(plan, options, requests, output, None);
     };
-    let node = place.node_rank;
     options.output.log_dir = options.output.log_dir.map(|dir| dir.join(format!("node-{node}")));
     let meeting = Meeting::open(place)?;
-    let prepared = prepare(args, nnodes, &requests).and_then(|prepared| {
+    let prepared = prepare(args, nnodes, node, &requests).and_then(|prepared| {
         let terms = args.terms(nnodes, prepared.placement.device())?;
         let plan = plan(args, prepared, Rendezvous::nowhere())?;
         // What keeps this node from starting is known before the others begin.
@@ -131,10 +130,28 @@ fn launch(args: &Args) -> Result<u8, LaunchError> {
     supervise::run(plan, options, requests, output, Some(cluster))
 }
 
+/// Which node of how many this is; `None` for one alone.
+fn place(args: &Args) -> Result<Option<Place>, LaunchError> {
+    let place = args.nodes.place()?;
+    match place.as_ref().map(|place| place.port).filter(|&port| args.master_port == Some(port)) {
+        Some(port) => Err(LaunchError::Usage(format!(
+            "--master-port: node 0 listens on port {port} for the other nodes (--rdzv); choose another, or \
+             leave the flag out to get a free one"
+        ))),
+        None => Ok(place),
+    }
+}
+
 /// What is checked, and decided by this machine alone.
-fn prepare(args: &Args, nnodes: usize, requests: &Requests) -> Result<Prepared, LaunchError> {
-    // What was asked for by name is checked before anything is started, the check step included.
-    if args.master_port.is_some() {
+fn prepare(
+    args: &Args,
+    nnodes: usize,
+    node: usize,
+    requests: &Requests,
+) -> Result<Prepared, LaunchError> {
+    // What was asked for by name is checked before anything is started, the check step included. Rank 0,
+    // which listens, is on node 0.
+    if args.master_port.is_some() && node == 0 {
         Rendezvous::on_this_host(args.master_port)?;
     }
     let asked = match args.devices() {

@@ -55,9 +55,9 @@ impl Rendezvous {
         }
     }
 
-    /// As [`Self::on_this_host`] for a restart. A port that the user has named and that another program
-    /// has taken since is not refused any more: it may be free again when rank 0 needs it, and else
-    /// rank 0 says so, which is one more failure.
+    /// As [`Self::on_this_host`] for a restart, or a plan to look at. A port that the user has named and that
+    /// another program has taken since is not refused any more: it may be free again when rank 0 needs it, and
+    /// else rank 0 says so, which is one more failure.
     pub fn once_more(port: Option<u16>) -> Result<Self, LaunchError> {
         match (Self::on_this_host(port), port) {
             (Err(_), Some(port)) => Ok(Self { addr: loopback(), port }),

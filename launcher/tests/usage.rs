@@ -105,6 +105,16 @@ fn a_taken_port_is_refused() {
     let port = taken.local_addr().unwrap().port().to_string();
     let error = refused(&["--cpu", "--master-port", &port, "--", "touch", "started"]);
     assert!(error.contains(&port) && error.contains("taken"), "{error}");
+    // Rank 0 is on node 0, where the launcher itself needs a port too.
+    let rdzv = format!("node0:{port}");
+    let node = |rank, at, asked| {
+        let flags = ["--cpu", "--dry-run", "--nnodes", "2", "--node-rank", rank, "--rdzv", at];
+        [&flags[..], &["--master-port", asked, "--", "touch", "started"]].concat()
+    };
+    assert!(refused(&node("0", "node0:1", &port)).contains("taken"));
+    assert!(refused(&node("1", &rdzv, &port)).contains("for the other nodes (--rdzv)"));
+    let outcome = run(launcher().args(node("1", "node0:1", &port)));
+    assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
 }
 
 #[test]
