@@ -14,6 +14,8 @@ if (($# < 4)); then
 fi
 nnodes=$1 node_rank=$2 address=$3
 shift 3
+# An IPv6 address stands in brackets, which torchrun does not take.
+host=${address%:*} host=${host#[} host=${host%]}
 exec torchrun --nnodes "$nnodes" --node-rank "$node_rank" --nproc-per-node "${NPROC:-gpu}" \
-    --master-addr "${address%:*}" --master-port "${address##*:}" --no-python \
+    --master-addr "$host" --master-port "${address##*:}" --no-python \
     "${BIN:-target/release}/reranker" train "$@"
