@@ -202,6 +202,15 @@ check_srun() {
     trains_alike srun-rr-launch on 0 srun --nodes=2 --ntasks-per-node=1 $(launch srun-rr-launch)
     # shellcheck disable=SC2046
     trains_alike srun-reranker on 0 srun --nodes=2 --ntasks=2 $(train srun-reranker)
+    # As enroot's hook for images with PyTorch and many scripts do: Slurm's ranks under torchrun's names.
+    # shellcheck disable=SC2016 # the task's own
+    local named='RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec "$@"'
+    # shellcheck disable=SC2046
+    trains_alike named-rr-launch on 0 srun --nodes=2 --ntasks-per-node=1 \
+        sh -c "$named" sh $(launch named-rr-launch)
+    # shellcheck disable=SC2046
+    trains_alike named-reranker on 0 srun --nodes=2 --ntasks=2 env "MASTER_ADDR=$NET.1" MASTER_PORT=29533 \
+        sh -c "$named" sh $(train named-reranker)
 }
 
 # What a batch script meets: itself, which is alone; a step on other nodes than its own; two steps at a

@@ -152,18 +152,18 @@ fn a_gpu_that_cannot_be_read_keeps_nobody_from_the_others() {
 #[test]
 fn gpus_of_other_jobs_are_not_there() {
     // As CUDA and nvidia-smi, and so Slurm too, count from 0 what the job's control group leaves.
-    let last = [("FAKE_CUDA_DENIED", "01")];
+    let two = [("FAKE_CUDA_DENIED", "01")];
     let both: Vec<_> = (0..2).map(|rank| format!("{rank}:{GPU}2,{GPU}3:PCI_BUS_ID")).collect();
-    assert_eq!(shown("all", &[last[0], ("CUDA_VISIBLE_DEVICES", "0,1")]), both);
-    assert_eq!(shown("0,1", &last), both);
-    assert_eq!(shown(&format!("{GPU}3"), &last), [format!("0:{GPU}3:PCI_BUS_ID")]);
+    assert_eq!(shown("all", &[two[0], ("CUDA_VISIBLE_DEVICES", "0,1")]), both);
+    assert_eq!(shown("0,1", &two), both);
+    assert_eq!(shown(&format!("{GPU}3"), &two), [format!("0:{GPU}3:PCI_BUS_ID")]);
     let middle = [("FAKE_CUDA_DENIED", "03"), ("CUDA_VISIBLE_DEVICES", "0,1")];
     assert_eq!(shown("1", &middle), [format!("0:{GPU}2:PCI_BUS_ID")]);
     // One of the job's own that is lost is none that belongs to others.
     let lost = [("FAKE_CUDA_DENIED", "03"), ("FAKE_CUDA_LOST", "2")];
     for (settings, gpus, expected) in [
         (&lost[..], "all", "NVML cannot read GPU 1: "),
-        (&last, "2", "GPU 2 does not exist: 2 GPUs are visible, 0 to 1"),
+        (&two, "2", "GPU 2 does not exist: 2 GPUs are visible, 0 to 1"),
         (&[("FAKE_CUDA_DENIED", "0123")], "all", "no GPU was found that this process may use"),
     ] {
         let outcome = launch(gpus, settings);
