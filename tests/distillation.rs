@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
+#[path = "common/fault_disk.rs"]
+mod fault_disk;
 #[path = "common/launch.rs"]
 mod launch;
 
@@ -107,6 +109,16 @@ fn teachers_of_every_kind_hand_over_their_scores() {
         let card: Value = serde_json::from_str(&card).unwrap();
         assert_eq!(card["run"]["data"]["teacher"]["model_name_or_path"], teacher);
     }
+}
+
+/// As on NFS, where a file that a process has open stays in its directory.
+#[test]
+fn what_cannot_be_removed_while_it_is_open_does_not_end_a_distillation() {
+    let bench = bench();
+    let mut command = command(&bench, "run", "bert_tiny", &[]);
+    succeed(command.env("LD_PRELOAD", fault_disk::library()).env("FAULT_KEEPS_OPEN", "1"));
+    assert!(bench.root.path().join("run/model").exists());
+    assert!(!bench.root.path().join("run/teacher/train.jsonl.partial").exists());
 }
 
 #[test]

@@ -3,11 +3,12 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
+#[path = "common/fault_disk.rs"]
+mod fault_disk;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
-use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use common::training::Bench;
@@ -17,24 +18,6 @@ use reranker::checkpoint::training::Store;
 const CANNOT_SAVE: i32 = 4;
 
 const SETTINGS: [&str; 3] = ["batch_size=2", "save_steps=2", "num_max_checkpoints=9"];
-
-/// The failing disk, compiled once.
-fn fault_disk() -> PathBuf {
-    static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
-    let make = || {
-        let out = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("libfault_disk.so");
-        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fault_disk/fault_disk.c");
-        let status = Command::new("cc")
-            .args(["-std=c11", "-O1", "-shared", "-fPIC", "-o"])
-            .arg(&out)
-            .args([source, "-ldl"])
-            .status()
-            .unwrap();
-        assert!(status.success(), "the failing disk does not compile");
-        out
-    };
-    LIBRARY.get_or_init(make).clone()
-}
 
 fn command(bench: &Bench, more: &[&str]) -> Command {
     let settings: Vec<&str> = SETTINGS.iter().chain(more).copied().collect();
@@ -77,7 +60,7 @@ impl Fault {
 
     fn command(self, bench: &Bench, more: &[&str]) -> Command {
         let mut command = command(bench, more);
-        command.env("LD_PRELOAD", fault_disk()).env("FAULT_PATH", self.path);
+        command.env("LD_PRELOAD", fault_disk::library()).env("FAULT_PATH", self.path);
         command.env("FAULT_CALL", self.call).env("FAULT_ERRNO", self.errno.to_string());
         command.env("FAULT_RANK", self.rank.to_string()).env("FAULT_TIMES", "1");
         // The names of the others have the third checkpoint's step in them.
@@ -182,7 +165,7 @@ fn a_disk_may_be_slower_than_ranks_wait_for_one_another() {
         let bench = Bench::new(0.0);
         // Checkpoints are written beside the steps, the last one and the model at the end.
         let mut slow = command(&bench, &["save_steps=14", "val_dataset=null"]);
-        slow.args(["--timeout", "4"]).env("LD_PRELOAD", fault_disk());
+        slow.args(["--timeout", "4"]).env("LD_PRELOAD", fault_disk::library());
         slow.envs([("FAULT_PATH", "partial"), ("FAULT_CALL", "fsync"), ("FAULT_RANK", rank)]);
         let begun = Instant::now();
         let output = slow.env("FAULT_SLOW_MS", slow_ms).output().unwrap();

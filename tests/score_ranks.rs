@@ -3,6 +3,8 @@
 //! `SCORE_PAIRS=100000` scores so many pairs, `SCORE_KILLS` kills so often.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+#[path = "common/fault_disk.rs"]
+mod fault_disk;
 #[path = "common/launch.rs"]
 mod launch;
 
@@ -285,6 +287,22 @@ fn scores_of_another_job_are_not_taken_and_an_output_stays_until_the_next_is_who
     assert!(outcome.stderr.contains(note), "{}", outcome.stderr);
     assert_eq!(kept(&outcome), 0);
     assert_eq!(lines(&read(dir, "scores.jsonl")).len(), 1200);
+}
+
+/// As on NFS, where a file that a process has open stays in its directory.
+#[test]
+fn scores_are_published_and_gone_where_open_files_cannot_be_removed() {
+    let dir = workplace(1200);
+    let dir = dir.path();
+    for ranks in [1, 2] {
+        let mut command = score_to(dir, ranks, "scores.jsonl");
+        command.env("LD_PRELOAD", fault_disk::library()).env("FAULT_KEEPS_OPEN", "1");
+        let outcome = run(&mut command);
+        done(&outcome);
+        assert!(outcome.stderr.contains("1200 pairs scored"), "{}", outcome.stderr);
+        assert_eq!(lines(&read(dir, "scores.jsonl")).len(), 1200);
+        assert!(!dir.join("scores.jsonl.partial").exists());
+    }
 }
 
 /// As `cp -p`, `rsync -a` and `tar` leave it.

@@ -14,12 +14,10 @@ use super::{CrossEncoder, ScoreOptions};
 use crate::atomic::publish;
 use crate::comm::Communicator;
 use crate::data::{InputChunk, InputChunks, InputFormat, InputPair};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, tell};
 
 /// What is added to the output's name while it is being made.
 const PARTIAL: &str = ".partial";
-/// The output, in the directory of partial scores, before it is whole.
-const OUTPUT: &str = "output.jsonl";
 /// Changes when the same input would come to other chunks or the same pair to another score.
 const VERSION: u32 = 2;
 
@@ -153,13 +151,16 @@ impl FileJob {
         store.wait(chunks)?;
         heartbeat::working(format_args!("writing the scores"));
         let pairs = self.write(&store, chunks)?;
-        store.remove()?;
+        if let Err(error) = store.remove() {
+            // The output is whole, whatever becomes of what it was made of.
+            tell(format_args!("note: {error}"));
+        }
         Ok(Some(pairs))
     }
 
     /// Writes the output out of whole scores.
     fn write(&self, store: &ScoreStore, chunks: u64) -> Result<u64> {
-        let staging = store.dir().join(OUTPUT);
+        let staging = store.output();
         let failed = |action| move |source| Error::Io { path: self.output.clone(), action, source };
         let file = File::create(&staging).map_err(failed("create"))?;
         let mut out = BufWriter::with_capacity(1 << 18, file);

@@ -14,6 +14,7 @@ mod batch;
 mod crew;
 mod file;
 mod form;
+mod job_dir;
 mod pipeline;
 mod store;
 mod stream;

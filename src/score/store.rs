@@ -7,7 +7,7 @@
 //! others, so the directory has to be on a file system that all of them see.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
+use std::io::{BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -16,14 +16,11 @@ use std::time::{Duration, Instant};
 use rr_launch::contract::preemption;
 use serde_json::Value;
 
-use crate::atomic::{create_dir, remove_dir, write_synced};
+use super::job_dir::{self, JOB, LOG, OUTPUT, io, log_path};
+use crate::atomic::{create_dir, write_synced};
 use crate::comm::Communicator;
 use crate::error::{Error, Result};
 
-/// What is scored with what.
-const JOB: &str = "job.json";
-/// The end of the name of a rank's log.
-const LOG: &str = ".scores";
 /// Bytes of a record before its scores.
 const HEADER: usize = 16;
 /// Between two looks at what other ranks have added.
@@ -92,11 +89,6 @@ struct Place {
     at: u64,
 }
 
-fn io(path: &Path, action: &'static str) -> impl FnOnce(io::Error) -> Error {
-    let path = path.to_owned();
-    move |source| Error::Io { path, action, source }
-}
-
 impl ScoreStore {
     /// Opens `dir` for the job that `identity`, a JSON object, describes; every rank of `comm`
     /// calls it. Scores of the same job are kept, those of another one removed.
@@ -109,7 +101,7 @@ impl ScoreStore {
         let own_path = log_path(dir, rank);
         let mut other_job = Vec::new();
         let own = if rank == 0 {
-            check_own(dir)?;
+            job_dir::check_own(dir, identity)?;
             create_dir(dir)?;
             // The lock before anything is removed: it may be another process's work.
             let own = open_own(&own_path)?;
@@ -252,12 +244,9 @@ impl ScoreStore {
     }
 
     /// The writer of rank `rank`'s scores, for a rank that waits for it beyond its own part.
-    ///
-    /// # Errors
-    /// [`Error::Io`] when the log cannot be opened.
-    pub fn writer(&self, rank: usize) -> Result<Writer> {
-        let path = log_path(&self.dir, rank);
-        File::open(&path).map(Writer).map_err(io(&path, "open"))
+    #[must_use]
+    pub fn writer(&self, rank: usize) -> Writer {
+        Writer(log_path(&self.dir, rank))
     }
 
     /// The scores of the first `chunks` chunks, a list for each, in order.
@@ -280,17 +269,22 @@ impl ScoreStore {
         &self.dir
     }
 
-    /// Removes the directory with all that is in it; one rank does, when nobody waits any more.
+    /// Where in it the output is made.
+    pub(super) fn output(&self) -> PathBuf {
+        self.dir.join(OUTPUT)
+    }
+
+    /// Removes the scores and their directory; one rank does, when nobody waits any more.
     ///
     /// # Errors
-    /// [`Error::Io`] from the disk.
+    /// [`Error::File`] that names what else is in the directory, which stays with it; [`Error::Io`] from
+    /// the disk.
     pub fn remove(self) -> Result<()> {
-        remove_dir(&self.dir)
+        let Self { dir, logs, .. } = self;
+        // NFS keeps a file that is open, under another name.
+        drop(logs);
+        job_dir::remove(&dir)
     }
-}
-
-fn log_path(dir: &Path, rank: usize) -> PathBuf {
-    dir.join(format!("rank-{rank}{LOG}"))
 }
 
 /// A rank's log, to be written to, under a lock that lasts as long as the process.
@@ -312,30 +306,6 @@ fn open_own(path: &Path) -> Result<File> {
             Ok(()) | Err(TryLockError::Error(_)) => return Ok(file),
         }
     }
-}
-
-/// Refuses a directory that is no job's: it would be removed at the end, with all that is in it.
-fn check_own(dir: &Path) -> Result<()> {
-    if dir.join(JOB).exists() {
-        return Ok(());
-    }
-    let entries = match fs::read_dir(dir) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        entries => entries.map_err(io(dir, "read the directory"))?,
-    };
-    for entry in entries {
-        let name = entry.map_err(io(dir, "read the directory"))?.file_name();
-        let name = name.to_string_lossy();
-        // A start that was killed at once has left its log alone.
-        if !name.ends_with(LOG) {
-            return Err(Error::Usage(format!(
-                "{} holds {name}, which no scoring put there, and scores would be kept in that \
-                 directory; move it, or choose another output",
-                dir.display()
-            )));
-        }
-    }
-    Ok(())
 }
 
 /// Makes `dir` the directory of `identity`'s job. Returns the keys in which the job that it was of
@@ -448,13 +418,14 @@ fn is_without_writer(log: &File) -> bool {
 
 /// The rank that writes a log of scores, as other ranks see it.
 #[derive(Debug)]
-pub struct Writer(File);
+pub struct Writer(PathBuf);
 
 impl Writer {
     /// Whether it is done with its store, or its process has ended.
     #[must_use]
     pub fn has_ended(&self) -> bool {
-        is_without_writer(&self.0)
+        // Opened for the moment alone: NFS would keep it, and its directory, for whoever has it open.
+        File::open(&self.0).map_or(true, |log| is_without_writer(&log))
     }
 }
 

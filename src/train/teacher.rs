@@ -217,7 +217,7 @@ fn score(
         _ if is_first => info!("{path} scores {}", job.input.display()),
         _ => {}
     }
-    let first = store.writer(0)?;
+    let first = store.writer(0);
     let mut said = started;
     let pairs =
         job.run(&model, store, checked.chunks, &options, |Progress { due, done, .. }| {

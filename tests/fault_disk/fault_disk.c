@@ -1,8 +1,11 @@
-// A disk that fails: preloaded into a program, it makes calls named $FAULT_CALL (fsync, write or
-// open) on files whose path holds $FAULT_PATH fail with the error number $FAULT_ERRNO, from the
-// $FAULT_AFTER-th such call on, in the process of rank $FAULT_RANK; $FAULT_TIMES calls fail, all
-// where it is not set. With $FAULT_SLOW_MS they take so much longer instead.
+// A disk that fails: preloaded into a program, it makes calls named $FAULT_CALL (fsync, write, open or
+// flock) on files whose path holds $FAULT_PATH fail with the error number $FAULT_ERRNO, from the
+// $FAULT_AFTER-th such call on, in the process of rank $FAULT_RANK, or in all where it is not set;
+// $FAULT_TIMES calls fail, all where it is not set. With $FAULT_SLOW_MS they take so much longer instead.
+// With $FAULT_KEEPS_OPEN a file that is removed while this process has it open stays in its directory as
+// .nfsNNNN, as on NFS.
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -11,6 +14,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 static long number(const char *name, long otherwise) {
@@ -23,8 +27,9 @@ static int fails(const char *call, const char *path) {
   static atomic_long calls;
   const char *wanted = getenv("FAULT_PATH"), *rank = getenv("RANK"), *victim = getenv("FAULT_RANK");
   const char *kind = getenv("FAULT_CALL");
-  if (wanted == NULL || rank == NULL || victim == NULL || kind == NULL) return 0;
-  if (strcmp(rank, victim) != 0 || strcmp(kind, call) != 0 || strstr(path, wanted) == NULL) return 0;
+  if (wanted == NULL || kind == NULL) return 0;
+  if (victim != NULL && (rank == NULL || strcmp(rank, victim) != 0)) return 0;
+  if (strcmp(kind, call) != 0 || strstr(path, wanted) == NULL) return 0;
   const long now = atomic_fetch_add(&calls, 1) + 1, after = number("FAULT_AFTER", 1);
   if (now < after || now >= after + number("FAULT_TIMES", 1000000)) return 0;
   const long slow = number("FAULT_SLOW_MS", 0);
@@ -66,4 +71,50 @@ int open64(const char *path, int flags, ...) {
   if ((flags & O_ACCMODE) != O_RDONLY && fails("open", path)) return -1;
   int (*real)(const char *, int, ...) = (int (*)(const char *, int, ...))dlsym(RTLD_NEXT, "open64");
   return real(path, flags, mode);
+}
+
+int flock(int fd, int operation) {
+  if (fails_on("flock", fd)) return -1;
+  int (*real)(int, int) = (int (*)(int, int))dlsym(RTLD_NEXT, "flock");
+  return real(fd, operation);
+}
+
+// Whether this process has the file open.
+static int is_open(int directory, const char *path) {
+  struct stat file, other;
+  DIR *open_files = opendir("/proc/self/fd");
+  int found = 0;
+  if (open_files == NULL) return 0;
+  if (fstatat(directory, path, &file, AT_SYMLINK_NOFOLLOW) == 0 && S_ISREG(file.st_mode)) {
+    for (const struct dirent *entry; !found && (entry = readdir(open_files)) != NULL;) {
+      found = fstat(atoi(entry->d_name), &other) == 0 && file.st_ino == other.st_ino &&
+              file.st_dev == other.st_dev;
+    }
+  }
+  closedir(open_files);
+  return found;
+}
+
+// Moves a file that is open to a name beside it. Whether it has.
+static int is_kept(int directory, const char *path) {
+  static atomic_int kept;
+  if (getenv("FAULT_KEEPS_OPEN") == NULL || !is_open(directory, path)) return 0;
+  const char *slash = strrchr(path, '/');
+  const int parent = slash == NULL ? 0 : (int)(slash + 1 - path);
+  char name[4096];
+  snprintf(name, sizeof name, "%.*s.nfs%04d", parent, path, atomic_fetch_add(&kept, 1));
+  return renameat(directory, path, directory, name) == 0;
+}
+
+int unlink(const char *path) {
+  if (is_kept(AT_FDCWD, path)) return 0;
+  int (*real)(const char *) = (int (*)(const char *))dlsym(RTLD_NEXT, "unlink");
+  return real(path);
+}
+
+int unlinkat(int directory, const char *path, int flags) {
+  if ((flags & AT_REMOVEDIR) == 0 && is_kept(directory, path)) return 0;
+  int (*real)(int, const char *, int) =
+      (int (*)(int, const char *, int))dlsym(RTLD_NEXT, "unlinkat");
+  return real(directory, path, flags);
 }
