@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use launch::{copy_model, launcher, output_of, reranker, run};
+use launch::{copy_model, launcher, output_of, reranker, run, snapshot};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -68,6 +68,38 @@ fn every_figure_of_every_query_is_that_of_trec_eval() {
             }
         }
     }
+}
+
+#[test]
+fn no_output_takes_the_place_of_an_input_or_of_another() {
+    let (dir, _) = golden();
+    let dir = dir.path();
+    fs::write(dir.join("records.jsonl"), r#"{"query": "a", "pos": ["b"], "neg": ["c"]}"#).unwrap();
+    std::os::unix::fs::symlink("run", dir.join("link")).unwrap();
+    let before = snapshot(dir);
+    for (words, what) in [
+        (
+            "--run run --qrels qrels --per-query ./qrels",
+            "--per-query ./qrels is the file of --qrels",
+        ),
+        ("--run run --qrels qrels --per-query link", "--per-query link is the file of --run"),
+        (
+            "--bm25 --data records.jsonl --write-run records.jsonl",
+            "--write-run records.jsonl is the file of --data",
+        ),
+        (
+            "--bm25 --data records.jsonl --write-qrels ./new --per-query new",
+            "--write-qrels ./new is the file of --per-query",
+        ),
+    ] {
+        let args: Vec<_> = ["eval"].into_iter().chain(words.split(' ')).collect();
+        let outcome = run(&mut reranker(dir, &args));
+        let message = format!("error: {what} too, which it would replace; name another file\n");
+        assert_eq!((outcome.code, outcome.stderr), (Some(2), message));
+        assert!(snapshot(dir) == before, "something was written");
+    }
+    let words = "eval --run run --qrels qrels --per-query /dev/null";
+    output_of(&mut reranker(dir, &words.split(' ').collect::<Vec<_>>()));
 }
 
 #[test]

@@ -8,7 +8,7 @@ use rr_launch::contract::WorkerEnv;
 use serde_json::Value;
 
 use super::model::ModelArgs;
-use super::output::{STANDARD, print, write};
+use super::output::{STANDARD, is_same_file, print, write};
 use crate::comm::{Communicator, join_hosts};
 use crate::convert::Output;
 use crate::data::Dataset;
@@ -93,11 +93,8 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
             "two rankings would be called {name}, expected a name of its own for each"
         )));
     }
-    let read = [("--data", &args.data), ("--qrels", &args.qrels)];
-    let read = read.into_iter().filter_map(|(flag, path)| Some((flag, path.as_ref()?)));
     let standard = Path::new(STANDARD);
-    let runs = args.run.iter().map(|path| ("--run", path));
-    if let Some((flag, _)) = read.chain(runs).find(|(_, path)| *path == standard) {
+    if let Some((flag, _)) = args.inputs().find(|(_, path)| *path == standard) {
         return Err(Error::Usage(format!(
             "{flag} - is standard input, which eval does not read; name a file (./- where it is \
              called so)"
@@ -190,10 +187,35 @@ impl EvalArgs {
             .then(|| all.into_iter().find(|name| !names.insert(*name)).map(Path::display))?
     }
 
-    /// Whether results can be written where they are to go.
+    /// The files that are read, by their flags.
+    fn inputs(&self) -> impl Iterator<Item = (&'static str, &PathBuf)> {
+        let read = [("--data", &self.data), ("--qrels", &self.qrels)];
+        let read = read.into_iter().filter_map(|(flag, path)| Some((flag, path.as_ref()?)));
+        read.chain(self.run.iter().map(|path| ("--run", path)))
+    }
+
+    /// Whether results can be written where they are to go, which nothing is read from, nor other results
+    /// written to.
     fn check_outputs(&self) -> Result<()> {
-        let outputs = [&self.per_query, &self.write_run, &self.write_qrels];
-        outputs.into_iter().flatten().try_for_each(|path| Output::check(path))
+        let mut taken: Vec<_> = self.inputs().collect();
+        let outputs = [
+            ("--per-query", &self.per_query),
+            ("--write-run", &self.write_run),
+            ("--write-qrels", &self.write_qrels),
+        ];
+        for (flag, path) in
+            outputs.into_iter().filter_map(|(flag, path)| Some((flag, path.as_ref()?)))
+        {
+            if let Some((other, _)) = taken.iter().find(|(_, other)| is_same_file(path, other)) {
+                return Err(Error::Usage(format!(
+                    "{flag} {} is the file of {other} too, which it would replace; name another file",
+                    path.display()
+                )));
+            }
+            Output::check(path)?;
+            taken.push((flag, path));
+        }
+        Ok(())
     }
 
     fn measure(&self, default: Gain) -> Measure {

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::Path;
 
+use crate::atomic::whole_file;
 use crate::convert::Output;
 use crate::error::{Error, Result};
 
@@ -35,6 +36,16 @@ fn done(result: Result<()>) -> Result<()> {
         }
         result => result,
     }
+}
+
+/// Whether a file at `output`, which need not be there yet, would be put in the place of `other`.
+pub(super) fn is_same_file(output: &Path, other: &Path) -> bool {
+    let place = |path: &Path| {
+        let path = whole_file(path).filter(|_| path != Path::new(STANDARD))?;
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+        Some(parent.unwrap_or(Path::new(".")).canonicalize().ok()?.join(path.file_name()?))
+    };
+    place(output).is_some_and(|output| place(other) == Some(output))
 }
 
 /// Writes all of `text`, which has any number of lines.

@@ -9,7 +9,7 @@ use rr_launch::contract::WorkerEnv;
 
 use super::commands::heed_preemption;
 use super::model::ModelArgs;
-use super::output::{STANDARD, Sink};
+use super::output::{STANDARD, Sink, is_same_file};
 use crate::atomic::whole_file;
 use crate::comm::{Communicator, join_hosts};
 use crate::convert::Compression;
@@ -68,8 +68,7 @@ pub(super) fn run(args: &ScoreArgs) -> Result<()> {
     };
     let named = |path: &Path| (path != Path::new(STANDARD)).then(|| path.to_owned());
     let (input, output) = (named(&args.input).filter(|path| path.is_file()), named(&args.output));
-    let real = |path: &Option<PathBuf>| path.as_ref()?.canonicalize().ok();
-    if real(&input).is_some_and(|input| real(&output) == Some(input)) {
+    if input.as_ref().is_some_and(|input| is_same_file(&args.output, input)) {
         return Err(Error::Usage(format!(
             "--output {} is the input, which scores would replace; name another file",
             args.output.display()
