@@ -85,6 +85,11 @@ pub fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
     file.sync_all().map_err(io(path, "flush"))
 }
 
+/// Whether a lock failed because the file system has none.
+pub(crate) fn has_no_locks(error: &std::io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::NOSYS | Errno::NOTSUP | Errno::NOLCK))
+}
+
 /// A directory under construction beside its final place. Dropped without
 /// [`StagedDir::publish`], it is removed again.
 #[derive(Debug)]
@@ -106,6 +111,27 @@ impl StagedDir {
         let staging = Self::staging(target);
         fs::create_dir(&staging).map_err(io(&staging, "create the directory"))?;
         Ok(Self { staging, target: target.to_owned(), published: false })
+    }
+
+    /// As [`StagedDir::new`], for where nothing keeps two processes from building the same target at a time:
+    /// this one touches nothing that another has there.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when it cannot be created.
+    pub fn apart(target: &Path) -> Result<Self> {
+        create_dir(target.parent().unwrap_or(Path::new(".")))?;
+        let name = target.file_name().unwrap_or_default().to_string_lossy();
+        let mut number = 0_u64;
+        loop {
+            let staging = target.with_file_name(format!(".{name}.{number}.partial"));
+            match fs::create_dir(&staging) {
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => number += 1,
+                created => {
+                    created.map_err(io(&staging, "create the directory"))?;
+                    return Ok(Self { staging, target: target.to_owned(), published: false });
+                }
+            }
+        }
     }
 
     fn staging(target: &Path) -> PathBuf {

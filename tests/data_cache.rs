@@ -1,6 +1,8 @@
 //! A run through a data cache is the run without one, and the cache is built once for all of it.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+#[path = "common/fault_disk.rs"]
+mod fault_disk;
 #[path = "common/launch.rs"]
 mod launch;
 
@@ -92,6 +94,28 @@ fn training_through_a_cache_gives_the_same_model() {
         assert_eq!(built.len(), caches_made, "{built:?}");
         assert!(train(dir.path(), "again", &["--set", "cache_dir=cache"]) == plain);
         assert_eq!(caches(&dir.path().join("cache")), built, "found again, not built");
+    }
+}
+
+/// As on Lustre mounted with `noflock`.
+#[test]
+fn a_cache_is_built_on_a_file_system_without_locks() {
+    let dir = case("train_dataset: grouped.jsonl\nloss_type: listwise_ce\ntrain_group_size: 3\n");
+    let plain = train(dir.path(), "plain", &[]);
+    let settings = ["--config", "training.yaml", "--set", "cache_dir=cache", "--set"];
+    let program = ["--", env!("CARGO_BIN_EXE_reranker"), "train"];
+    // After a check that builds it, and by workers that meet there with nothing done before.
+    for (output, program) in [("launched", &[][..]), ("met", &program)] {
+        let output_dir = format!("output_dir={output}");
+        let args = [&["--cpu", "--nproc", "2"], program, &settings, &[&output_dir]].concat();
+        let mut command = launcher(dir.path(), &args);
+        command.env("LD_PRELOAD", fault_disk::library()).env("FAULT_CALL", "flock");
+        let outcome = run(command.env("FAULT_PATH", "/cache/").env("FAULT_ERRNO", "38"));
+        assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+        assert!(outcome.stderr.contains("has no locks"), "{}", outcome.stderr);
+        let model = fs::read(dir.path().join(output).join("model/model.safetensors")).unwrap();
+        assert!(model == plain, "{output}");
+        fs::remove_dir_all(dir.path().join("cache")).unwrap();
     }
 }
 

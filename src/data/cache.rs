@@ -24,7 +24,7 @@ use super::load::{LoadOptions, build};
 use super::report::LoadReport;
 use super::store::{Bytes, Checksum, Form, Place, Table};
 use super::{Dataset, DatasetKind};
-use crate::atomic::{StagedDir, create_dir, write_synced};
+use crate::atomic::{StagedDir, create_dir, has_no_locks, write_synced};
 use crate::error::{Error, Result};
 use crate::mapped::Mapped;
 
@@ -152,21 +152,29 @@ pub(super) fn load(
         return Ok(found);
     }
     create_dir(dir)?;
-    let _lock = lock(&target)?;
+    let lock = lock(&target)?;
     // Another worker may have built it in the meantime.
     match open(&target, &key, options) {
         Ok(Some(found)) => return Ok(found),
         Ok(None) => {}
         Err(reason) => warn!("{}: {reason}; it is built anew", target.display()),
     }
-    let staged = StagedDir::new(&target)?;
+    let is_alone = lock.is_some();
+    let staged = if is_alone { StagedDir::new(&target) } else { StagedDir::apart(&target) }?;
     let place = Place::Directory(staged.path().to_owned());
     let (dataset, report, sections): Built = build(options, &encoder, &place)?;
     let header = Header { key, report, sections };
     let json = serde_json::to_string(&header).unwrap_or_default();
     let checksum = Checksum::of(json.as_bytes()).crc32;
     write_synced(&staged.path().join(HEADER), format!("{json}\n{checksum}\n").as_bytes())?;
-    staged.publish()?;
+    match staged.publish() {
+        // Another worker may have put its own there in the same moment; this one has what it needs.
+        Err(error) if !is_alone => {
+            warn!("{error}; it is used all the same");
+            return Ok((dataset, header.report));
+        }
+        published => published?,
+    }
     let bytes: u64 = header.sections.values().map(|section| section.bytes).sum();
     info!(
         "wrote {} ({:.1} MB); it may be removed at any time",
@@ -176,8 +184,9 @@ pub(super) fn load(
     Ok((dataset, header.report))
 }
 
-/// Waits for the right to build `target`; it ends with the file or the process.
-fn lock(target: &Path) -> Result<File> {
+/// Waits for the right to build `target`; it ends with the file or the process. `None` where the file system
+/// has no locks, so that others may build it too.
+fn lock(target: &Path) -> Result<Option<File>> {
     const LOOK_EVERY: Duration = Duration::from_millis(50);
     const TELL_EVERY: Duration = Duration::from_secs(5);
     let mut path = target.as_os_str().to_owned();
@@ -191,8 +200,15 @@ fn lock(target: &Path) -> Result<File> {
     let mut told = Instant::now();
     loop {
         match file.try_lock() {
-            Ok(()) => return Ok(file),
+            Ok(()) => return Ok(Some(file)),
             Err(TryLockError::WouldBlock) => sleep(LOOK_EVERY),
+            Err(TryLockError::Error(error)) if has_no_locks(&error) => {
+                warn!(
+                    "the file system of {} has no locks: workers that start at once each build it",
+                    target.display()
+                );
+                return Ok(None);
+            }
             Err(TryLockError::Error(source)) => return Err(io("lock")(source)),
         }
         if told.elapsed() > TELL_EVERY {

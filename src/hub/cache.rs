@@ -6,12 +6,12 @@
 //! the lock `.locks/models--ORG--NAME/ETAG.lock`, which Python takes too.
 
 use std::fs::{self, File, OpenOptions};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-
-use rustix::fs::{FlockOperation, flock};
 
 use super::client::{Client, Failure};
 use super::files;
+use crate::atomic::has_no_locks;
 use crate::error::{Error, Result};
 
 /// The place of one model in the cache.
@@ -85,7 +85,7 @@ impl CachedModel {
             return Ok(link);
         }
         let remote = client.head(commit, name)?;
-        let _lock = self.lock(&remote.etag)?;
+        let lock = self.lock(&remote.etag)?;
         if link.exists() {
             // Another process has fetched it while this one waited.
             return Ok(link);
@@ -94,7 +94,8 @@ impl CachedModel {
         let is_whole = fs::metadata(&blob).is_ok_and(|data| data.len() == remote.size);
         if !is_whole {
             create_parent(&blob)?;
-            let partial = blob.with_file_name(format!("{}.incomplete", remote.etag));
+            let holder = if lock.is_some() { String::new() } else { this_process() };
+            let partial = blob.with_file_name(format!("{}{holder}.incomplete", remote.etag));
             client.download(commit, name, remote.size, &partial)?;
             fs::rename(&partial, &blob).map_err(io(&blob, "rename to"))?;
         }
@@ -103,26 +104,40 @@ impl CachedModel {
         Ok(link)
     }
 
-    /// Waits until no other process fetches `etag`; the lock goes with the file that is returned.
-    fn lock(&self, etag: &str) -> Result<File> {
+    /// Waits until no other process fetches `etag`; the lock goes with the file that is returned. `None` where
+    /// the file system has no locks: another process may fetch it too.
+    fn lock(&self, etag: &str) -> Result<Option<File>> {
         let path = self.locks.join(format!("{etag}.lock"));
         create_parent(&path)?;
         let file = OpenOptions::new().create(true).append(true).open(&path);
         let file = file.map_err(io(&path, "create"))?;
-        flock(&file, FlockOperation::LockExclusive)
-            .map_err(|errno| io(&path, "lock")(errno.into()))?;
-        Ok(file)
+        match file.lock() {
+            Err(error) if has_no_locks(&error) => Ok(None),
+            locked => locked.map(|()| Some(file)).map_err(io(&path, "lock")),
+        }
     }
+}
+
+/// A part of a file's name that no other process has, on this host or another.
+fn this_process() -> String {
+    let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    format!(".{}-{}", host.trim(), std::process::id())
 }
 
 /// Points `link`, a file of a snapshot, to `blob`; copies it where links cannot be made.
 fn point(link: &Path, blob: &Path) -> Result<()> {
-    // A link that leads nowhere.
-    let _ = fs::remove_file(link);
+    if !link.exists() {
+        // A link that leads nowhere.
+        let _ = fs::remove_file(link);
+    }
     let target = Path::new("../../blobs").join(blob.file_name().unwrap_or_default());
-    std::os::unix::fs::symlink(target, link)
-        .or_else(|_| fs::copy(blob, link).map(drop))
-        .map_err(io(link, "link"))
+    let made = match std::os::unix::fs::symlink(target, link) {
+        // Made by another process, where no lock keeps it out: a copy would go through it onto the blob.
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
+        Err(_) => fs::copy(blob, link).map(drop),
+        made => made,
+    };
+    made.map_err(io(link, "link"))
 }
 
 fn create_parent(path: &Path) -> Result<()> {
