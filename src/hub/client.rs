@@ -103,7 +103,9 @@ impl Client {
     /// # Errors
     /// The certificates that the settings name cannot be read.
     pub(super) fn new(settings: &Settings, id: &HubId) -> Result<Self, Error> {
-        let roots = settings.authorities.as_deref().map_or(Ok(RootCerts::WebPki), roots)?;
+        let authorities = settings.authorities.as_ref();
+        let roots = authorities
+            .map_or(Ok(RootCerts::WebPki), |(variable, path)| roots(variable, path))?;
         let config = Agent::config_builder()
             .http_status_as_error(false)
             .redirect_auth_headers(RedirectAuthHeaders::SameHost)
@@ -263,32 +265,33 @@ impl Client {
     }
 }
 
-/// The certificates of a file, or of the files of a directory.
-fn roots(path: &Path) -> Result<RootCerts, Error> {
-    let io = |path: &Path| {
-        let path = path.to_owned();
-        move |source| Error::Io { path, action: "read", source }
+/// The certificates of the file that `variable` names, or of the files of that directory. There, as for
+/// OpenSSL, one that cannot be read is passed over, such as a link that leads nowhere.
+fn roots(variable: &str, path: &Path) -> Result<RootCerts, Error> {
+    let useless = |why: &dyn fmt::Display| {
+        Error::Usage(format!(
+            "{variable} names {}: {why}; expected a file, or a directory of files, with the certificates of \
+             the authorities to trust, in PEM form",
+            path.display()
+        ))
     };
-    let files = if path.is_dir() {
-        let entries = fs::read_dir(path).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
-        entries.map_err(io(path))?.iter().map(fs::DirEntry::path).collect()
+    let unread = |error| useless(&format_args!("cannot read: {error}"));
+    let texts: Vec<_> = if path.is_dir() {
+        let files =
+            fs::read_dir(path).map_err(unread)?.filter_map(|entry| Some(entry.ok()?.path()));
+        files.filter(|file| file.is_file()).filter_map(|file| fs::read(file).ok()).collect()
     } else {
-        vec![path.to_owned()]
+        vec![fs::read(path).map_err(unread)?]
     };
-    let mut found = Vec::new();
-    for file in files.iter().filter(|file| !file.is_dir()) {
-        let text = fs::read(file).map_err(io(file))?;
-        found.extend(parse_pem(&text).filter_map(|item| match item {
+    let items = texts.iter().flat_map(|text| parse_pem(text));
+    let found: Vec<_> = items
+        .filter_map(|item| match item {
             Ok(PemItem::Certificate(certificate)) => Some(certificate),
             _ => None,
-        }));
-    }
+        })
+        .collect();
     if found.is_empty() {
-        return Err(Error::Usage(format!(
-            "{}: no certificate there; REQUESTS_CA_BUNDLE, CURL_CA_BUNDLE or SSL_CERT_FILE names it, which \
-             should hold those of the authorities to trust, in PEM form",
-            path.display()
-        )));
+        return Err(useless(&"no certificate there"));
     }
     Ok(found.into())
 }
@@ -362,13 +365,18 @@ mod tests {
         let (one, other) = (dir.path().join("one.pem"), dir.path().join("other"));
         let pem = "-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----\n";
         fs::write(&one, format!("# ours\n{pem}{pem}")).unwrap();
-        let count = |path: &Path| match roots(path) {
+        let count = |path: &Path| match roots("SSL_CERT_FILE", path) {
             Ok(RootCerts::Specific(found)) => Ok(found.len()),
             Ok(_) => Ok(0),
             Err(error) => Err(error.to_string()),
         };
         assert_eq!((count(&one), count(dir.path())), (Ok(2), Ok(2)));
-        assert!(count(&other).unwrap_err().contains("other"));
+        let missing = count(&other).unwrap_err();
+        let expected =
+            format!("SSL_CERT_FILE names {}: cannot read: No such file", other.display());
+        assert!(missing.starts_with(&expected), "{missing}");
+        // As a removed package leaves it.
+        std::os::unix::fs::symlink("nowhere", dir.path().join("link.pem")).unwrap();
         fs::write(&other, "nothing").unwrap();
         assert_eq!(count(dir.path()), Ok(2));
         assert!(count(&other).unwrap_err().contains("no certificate there"));

@@ -16,8 +16,8 @@ pub(super) struct Settings {
     /// The access token: `HF_TOKEN`, else what `hf auth login` has left in a file.
     pub(super) token: Option<String>,
     /// The certificates of authorities to trust in place of the built-in ones, a file of them or a directory of
-    /// files: `REQUESTS_CA_BUNDLE`, else `CURL_CA_BUNDLE`, else `SSL_CERT_FILE`.
-    pub(super) authorities: Option<PathBuf>,
+    /// files, with the variable that names it: `REQUESTS_CA_BUNDLE`, else `CURL_CA_BUNDLE`, else `SSL_CERT_FILE`.
+    pub(super) authorities: Option<(&'static str, PathBuf)>,
     /// Whether no request may be made: `HF_HUB_OFFLINE`, `TRANSFORMERS_OFFLINE`.
     pub(super) offline: bool,
 }
@@ -68,8 +68,7 @@ impl Settings {
             token,
             authorities: ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"]
                 .into_iter()
-                .find_map(var)
-                .map(PathBuf::from),
+                .find_map(|name| Some((name, PathBuf::from(var(name)?)))),
             offline: is_on("HF_HUB_OFFLINE") || is_on("TRANSFORMERS_OFFLINE"),
         })
     }
@@ -138,7 +137,8 @@ mod tests {
         let set = set.unwrap();
         assert_eq!((set.token.as_deref(), set.offline), (Some("hf_env"), false));
         let both = [("HF_HOME", home), ("SSL_CERT_FILE", "/a"), ("REQUESTS_CA_BUNDLE", "/b")];
-        assert_eq!(read(&both).unwrap().authorities, Some(PathBuf::from("/b")));
-        assert_eq!(read(&both[..2]).unwrap().authorities, Some(PathBuf::from("/a")));
+        let authorities = |vars| read(vars).unwrap().authorities;
+        assert_eq!(authorities(&both), Some(("REQUESTS_CA_BUNDLE", PathBuf::from("/b"))));
+        assert_eq!(authorities(&both[..2]), Some(("SSL_CERT_FILE", PathBuf::from("/a"))));
     }
 }
