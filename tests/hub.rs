@@ -2,6 +2,8 @@
 //! that training workers, scoring and Python read.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+#[path = "common/fault_disk.rs"]
+mod fault_disk;
 #[path = "common/hub_server.rs"]
 mod hub_server;
 #[path = "common/launch.rs"]
@@ -181,6 +183,94 @@ fn a_model_that_python_cached_is_asked_once_for_its_sidecar() {
         assert_eq!(server.count("GET /org/name"), 1, "{:?}", server.seen());
     }
     assert_eq!(server.count("GET /cdn"), 0, "{:?}", server.seen());
+}
+
+/// Whatever keeps the sidecar of a whole model away, the model is used, and a line says so.
+#[test]
+fn a_whole_model_is_used_where_the_hub_or_the_cache_does_not_help() {
+    let (dir, mut files) = (folder(), model("bert_tiny"));
+    cached_by_python(dir.path(), &files, &BY_TRANSFORMERS);
+    let without = output_of(&mut score(dir.path(), "org/name"));
+    files.insert("reranker.json".into(), SIDECAR.into());
+    let used = |command: &mut Command, why: &str| {
+        let outcome = run(command);
+        assert_eq!((outcome.code, &*outcome.stdout), (Some(0), &*without), "{}", outcome.stderr);
+        let note = "note: the Hugging Face cache holds org/name without reranker.json, and";
+        assert!(outcome.stderr.contains(note), "{}", outcome.stderr);
+        assert!(outcome.stderr.contains(why), "{}", outcome.stderr);
+    };
+    let kept = Manner { keeps: Some("503 Service Unavailable"), ..Manner::default() };
+    let kept = HubServer::start(files.clone(), kept);
+    used(online(&mut score(dir.path(), "org/name"), &kept), "cannot be fetched (HTTP 503)");
+    let server = HubServer::start(files, Manner::default());
+    let mut command = score(dir.path(), "org/name");
+    used(
+        online(&mut command, &server).env("REQUESTS_CA_BUNDLE", "/no/ca.pem"),
+        "does not tell whether it has one (REQUESTS_CA_BUNDLE names /no/ca.pem: cannot read: No such",
+    );
+    // No directory can be made there, also by root.
+    fs::write(dir.path().join("hf/hub/.locks"), "").unwrap();
+    used(online(&mut score(dir.path(), "org/name"), &server), ".locks/models--org--name: cannot");
+    assert_eq!(server.count("GET /org/name"), 0, "{:?}", server.seen());
+}
+
+/// A hub that takes connections and says nothing, as behind a firewall; how many it has taken.
+struct Silent(std::net::TcpListener);
+
+impl Silent {
+    fn start() -> Self {
+        Self(std::net::TcpListener::bind("127.0.0.1:0").unwrap())
+    }
+
+    fn url(&self) -> String {
+        format!("http://{}", self.0.local_addr().unwrap())
+    }
+
+    fn connections(&self) -> usize {
+        self.0.set_nonblocking(true).unwrap();
+        std::iter::from_fn(|| self.0.accept().ok()).count()
+    }
+}
+
+#[test]
+fn workers_that_start_after_the_check_ask_nothing() {
+    let dir = folder();
+    cached_by_python(dir.path(), &model("bert_tiny"), &BY_TRANSFORMERS);
+    let connections = |args: &[&str]| {
+        let hub = Silent::start();
+        let mut command = launcher(dir.path(), &[&["--cpu", "--nproc", "2"], args].concat());
+        output_of(command.env_remove("HF_HUB_OFFLINE").env("HF_ENDPOINT", hub.url()));
+        hub.connections()
+    };
+    // What a training reads is all there.
+    assert_eq!(connections(&["--config", "t.yaml"]), 0);
+    // Its teacher may have a sidecar: the check asks, or without one a worker.
+    let teacher = ["--config", "t.yaml", "--set", "teacher.model_name_or_path=org/name", "--set"];
+    let distill = ["--", env!("CARGO_BIN_EXE_reranker"), "distill"];
+    assert_eq!(connections(&[&teacher[..], &["output_dir=taught"]].concat()), 1);
+    assert_eq!(connections(&[&distill, &teacher[..], &["output_dir=alone"]].concat()), 1);
+    let score = ["--", env!("CARGO_BIN_EXE_reranker"), "score", "--device", "cpu", "--model"];
+    let files = ["org/name", "--input", "pairs.jsonl", "--output", "scores.jsonl"];
+    assert_eq!(connections(&[&score[..], &files].concat()), 1);
+}
+
+/// As on Lustre mounted with `noflock`.
+#[test]
+fn a_cache_on_a_file_system_without_locks_is_filled() {
+    let files = model("bert_tiny");
+    let (dir, server) = (folder(), HubServer::start(files.clone(), Manner::default()));
+    let start = || {
+        let mut command = score(dir.path(), "org/name");
+        command.env("LD_PRELOAD", fault_disk::library()).env("FAULT_CALL", "flock");
+        command.env("FAULT_PATH", "/hf/").env("FAULT_ERRNO", "38");
+        online(&mut command, &server).spawn().unwrap()
+    };
+    let children: Vec<_> = (0..2).map(|_| start()).collect();
+    for mut child in children {
+        assert!(child.wait().unwrap().success());
+    }
+    let got = fs::read(snapshot_of(dir.path()).join("model.safetensors")).unwrap();
+    assert_eq!(got, files["model.safetensors"]);
 }
 
 /// peft fetches neither the tokenizer nor what stands around a pair.

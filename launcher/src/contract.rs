@@ -71,6 +71,9 @@ pub mod vars {
     pub const RR_RESTART_COUNT: &str = "RR_RESTART_COUNT";
     /// `1` for the one worker that may draw a progress bar: status lines that end in `\r`.
     pub const RR_PROGRESS: &str = "RR_PROGRESS";
+    /// `1` for workers that start after `reranker check` on their host: what it asked of others is not
+    /// asked again.
+    pub const RR_CHECKED: &str = "RR_CHECKED";
     /// Where this worker writes its heartbeats (see [`super::heartbeat`]).
     pub const RR_HEARTBEAT: &str = "RR_HEARTBEAT";
     /// A signal, such as `TERM`, that asks for a checkpoint and an end, beside USR1 and USR2.

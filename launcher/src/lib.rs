@@ -197,6 +197,9 @@ fn plan(args: &Args, prepared: Prepared, rendezvous: Rendezvous) -> Result<Plan,
     plan.share(vars::TORCHELASTIC_MAX_RESTARTS, args.max_restarts.to_string());
     // Our own workers only: how a program of the user waits is the user's affair.
     let is_ours = matches!(args.work()?, Work::Train(_));
+    if is_ours {
+        plan.share(vars::RR_CHECKED, "1".to_owned());
+    }
     if is_ours && !contract::says_how_threads_wait() {
         plan.share(vars::OMP_WAIT_POLICY, "passive".to_owned());
     }

@@ -25,6 +25,7 @@ pub(super) fn run(args: &CheckArgs) -> Result<()> {
         runtime::device(plan.parallel.device, 0)?;
     }
     train::check_trackers(&plan)?;
+    train::inputs::settle(&plan);
     let inputs = train::Inputs::load(&plan, workers, false)?;
     train::check_resume(&plan, &inputs, workers)?;
     train::teacher::check(&plan)?;

@@ -147,6 +147,7 @@ fn models(
     if env.rank == 0 {
         args.check_outputs()?;
     }
+    ModelArgs::settle(&args.model, env, comm)?;
     args.model.iter().try_for_each(|dir| args.options.examine(dir))?;
     let dataset = eval::load(data, &args.label_key)?;
     if let (Some(path), 0) = (&args.write_qrels, env.rank) {

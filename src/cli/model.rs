@@ -1,12 +1,13 @@
 //! How a model is run: what `score` and `eval` have in common.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use rr_launch::contract::WorkerEnv;
 
 use super::{DeviceArg, seconds};
+use crate::comm::Communicator;
 use crate::config::Precision;
 use crate::error::{Error, Result, tell};
 use crate::score::{CrossEncoder, DEFAULT_BATCH_SIZE, GivenTexts, LoadOptions, ScoreOptions};
@@ -66,6 +67,22 @@ pub struct ModelArgs {
 }
 
 impl ModelArgs {
+    /// Completes models that other programs have fetched from the hub, before any is examined or loaded: on
+    /// each host one worker of `comm`'s does, for which the others wait.
+    ///
+    /// # Errors
+    /// [`Error::Comm`] from `comm`.
+    pub(super) fn settle<'a>(
+        models: impl IntoIterator<Item = &'a PathBuf>,
+        env: &WorkerEnv,
+        comm: &dyn Communicator,
+    ) -> Result<()> {
+        if env.local_rank == 0 {
+            models.into_iter().for_each(CrossEncoder::settle);
+        }
+        comm.barrier()
+    }
+
     /// The model for the worker `env`, once options that cannot work are refused: before any output
     /// is opened. Rank 0 says what a user may not expect of it.
     pub(super) fn load(&self, dir: &Path, env: &WorkerEnv) -> Result<CrossEncoder> {

@@ -11,7 +11,7 @@ use super::commands::heed_preemption;
 use super::model::ModelArgs;
 use super::output::{STANDARD, Sink, is_same_file};
 use crate::atomic::whole_file;
-use crate::comm::{Communicator, join_hosts};
+use crate::comm::{Communicator, Solo, join_hosts};
 use crate::convert::Compression;
 use crate::data::{InputChunks, InputFormat};
 use crate::error::{Error, Result, tell};
@@ -91,6 +91,7 @@ pub(super) fn run(args: &ScoreArgs) -> Result<()> {
     } else {
         InputChunks::open(&args.input, format)?
     };
+    ModelArgs::settle([&args.model], &env, &Solo)?;
     let model = args.options.load(&args.model, &env)?;
     let mut sink = Sink::open(&args.output)?;
     score_stream(&model, chunks, &args.options.score_options(), args.echo, |scored| {
@@ -121,6 +122,7 @@ fn score_ranks(
     comm: &dyn Communicator,
 ) -> Result<()> {
     let checked = job.check(comm)?;
+    ModelArgs::settle([&args.model], env, comm)?;
     let model: CrossEncoder = args.options.load(&args.model, env)?;
     let options = args.options.score_options();
     let (store, earlier) = job.open(&model, checked, &options, comm)?;

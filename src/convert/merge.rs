@@ -20,6 +20,7 @@ pub fn merge(name: &str, target: &Path) -> Result<String> {
         let target = target.display();
         return Err(Error::Usage(format!("{target} is already there; choose another --output")));
     }
+    Pretrained::settle(name);
     let Pretrained { dir, config, weights, base, .. } = Pretrained::open(name)?;
     let Some(base) = base else {
         return Err(Error::Usage(format!("{name} is no adapter: there is nothing to merge")));

@@ -21,14 +21,26 @@ use super::progress::Progress;
 use super::settings::Settings;
 use crate::error::Error;
 
-/// Requests in a row that may bring nothing before a download fails.
-const ATTEMPTS: u32 = 5;
 /// The pause after the first failure; it doubles with each further one.
 const PAUSE: Duration = Duration::from_millis(500);
-/// The longest wait for a connection, an answer, or the next bytes.
-const PATIENCE: Duration = Duration::from_secs(30);
 /// Redirects on the hub itself (of a renamed model) that are followed.
 const MOST_REDIRECTS: usize = 5;
+
+/// How hard the hub is tried.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Effort {
+    /// The longest wait for a connection, an answer, or the next bytes.
+    patience: Duration,
+    /// Requests in a row that may bring nothing before one fails for good.
+    attempts: u32,
+}
+
+impl Effort {
+    /// For what nothing can be done without.
+    pub(super) const NEEDED: Self = Self { patience: Duration::from_secs(30), attempts: 5 };
+    /// For what can be done without: a hub out of reach delays nobody for long.
+    pub(super) const OPTIONAL: Self = Self { patience: Duration::from_secs(3), attempts: 2 };
+}
 
 /// Why the hub did not give something.
 #[derive(Debug)]
@@ -97,31 +109,34 @@ pub(super) struct Client {
     endpoint: String,
     model: String,
     authorization: Option<String>,
+    attempts: u32,
 }
 
 impl Client {
     /// # Errors
     /// The certificates that the settings name cannot be read.
-    pub(super) fn new(settings: &Settings, id: &HubId) -> Result<Self, Error> {
+    pub(super) fn new(settings: &Settings, id: &HubId, effort: Effort) -> Result<Self, Error> {
+        let Effort { patience, attempts } = effort;
         let authorities = settings.authorities.as_ref();
-        let roots = authorities
-            .map_or(Ok(RootCerts::WebPki), |(variable, path)| roots(variable, path))?;
+        let roots =
+            authorities.map_or(Ok(RootCerts::WebPki), |(variable, path)| roots(variable, path))?;
         let config = Agent::config_builder()
             .http_status_as_error(false)
             .redirect_auth_headers(RedirectAuthHeaders::SameHost)
             .user_agent(concat!("reranker/", env!("CARGO_PKG_VERSION")))
             // Sizes are of the file itself.
             .accept_encoding("identity")
-            .timeout_resolve(Some(PATIENCE))
-            .timeout_connect(Some(PATIENCE))
-            .timeout_recv_response(Some(PATIENCE))
-            .timeout_per_read(Some(PATIENCE))
+            .timeout_resolve(Some(patience))
+            .timeout_connect(Some(patience))
+            .timeout_recv_response(Some(patience))
+            .timeout_per_read(Some(patience))
             .tls_config(TlsConfig::builder().root_certs(roots).build());
         Ok(Self {
             agent: config.build().new_agent(),
             endpoint: settings.endpoint.clone(),
             model: id.name.clone(),
             authorization: settings.token.as_ref().map(|token| format!("Bearer {token}")),
+            attempts,
         })
     }
 
@@ -138,7 +153,7 @@ impl Client {
         }
         let revision = revision.replace('/', "%2F");
         let url = format!("{}/api/models/{}/revision/{revision}", self.endpoint, self.model);
-        let text = retry(|| {
+        let text = self.retry(|| {
             let mut response = accepted(self.get(&url, 0)?)?;
             Ok(response.body_mut().read_to_string()?)
         })?;
@@ -150,7 +165,7 @@ impl Client {
 
     /// What the file `name` is at `commit`.
     pub(super) fn head(&self, commit: &str, name: &str) -> Result<Remote, Failure> {
-        retry(|| {
+        self.retry(|| {
             let mut url = self.url(commit, name);
             for _ in 0..MOST_REDIRECTS {
                 let request = self.agent.head(&url).config().max_redirects(0).build();
@@ -202,7 +217,7 @@ impl Client {
             let arrived = file.metadata().map_err(io("read"))?.len();
             failures = if arrived > best { 0 } else { failures + 1 };
             best = best.max(arrived);
-            if failures == ATTEMPTS {
+            if failures == self.attempts {
                 let broke_off =
                     || Failure::Unreachable(format!("{name} breaks off again and again"));
                 return Err(reason.unwrap_or_else(broke_off));
@@ -246,6 +261,22 @@ impl Client {
             }
             file.write_all(&buffer[..bytes]).map_err(io)?;
             progress.at(at);
+        }
+    }
+
+    /// Tries a small request again where that may help.
+    fn retry<T>(&self, mut request: impl FnMut() -> Result<T, Failure>) -> Result<T, Failure> {
+        let mut failures = 0;
+        loop {
+            match request() {
+                Err(failure @ Failure::Refused { .. })
+                    if failure.is_passing() && failures + 1 < self.attempts =>
+                {
+                    std::thread::sleep(PAUSE * 2_u32.pow(failures));
+                    failures += 1;
+                }
+                result => return result,
+            }
         }
     }
 
@@ -294,22 +325,6 @@ fn roots(variable: &str, path: &Path) -> Result<RootCerts, Error> {
         return Err(useless(&"no certificate there"));
     }
     Ok(found.into())
-}
-
-/// Tries a small request again where that may help.
-fn retry<T>(mut request: impl FnMut() -> Result<T, Failure>) -> Result<T, Failure> {
-    let mut failures = 0;
-    loop {
-        match request() {
-            Err(failure @ Failure::Refused { .. })
-                if failure.is_passing() && failures + 1 < ATTEMPTS =>
-            {
-                std::thread::sleep(PAUSE * 2_u32.pow(failures));
-                failures += 1;
-            }
-            result => return result,
-        }
-    }
 }
 
 /// The response, unless it is an error's.

@@ -27,6 +27,14 @@ const TOKENIZER: [&str; 2] = ["tokenizer.json", "vocab.txt"];
 pub(super) const SMALL: [&[&str]; 2] =
     [&[CONFIG, ADAPTER[0], SIDECAR, SENTENCE_TRANSFORMERS], &TOKENIZER_FILES];
 
+/// What is read beside the weights of a whole model in `dir` and a program that does not know it may have
+/// left at the hub; `reranker.json` comes last, so that where it is the others are.
+pub(super) fn beside(dir: &Path) -> impl Iterator<Item = &'static str> {
+    let has_tokenizer = TOKENIZER.iter().any(|name| dir.join(name).exists());
+    let tokenizer = TOKENIZER_FILES.into_iter().filter(move |_| !has_tokenizer);
+    tokenizer.chain([SENTENCE_TRANSFORMERS, SIDECAR])
+}
+
 /// Weights and the index of their shards, the first that a model has.
 pub(super) const WEIGHTS: [(&str, &str); 3] = [
     ("model.safetensors", "model.safetensors.index.json"),

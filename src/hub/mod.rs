@@ -4,8 +4,9 @@
 //! The cache has the layout of Python's `huggingface_hub`, and its environment variables hold here
 //! too: `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`, `HF_TOKEN`, `HF_TOKEN_PATH`, `HF_HUB_OFFLINE`. What
 //! the cache holds in full is used without asking the hub, so that workers which start after
-//! the launcher's check touch no network and read the same revision. Of a model that another program
-//! fetched, the hub is asked once whether it has a `reranker.json`. Free of torch.
+//! the launcher's check touch no network and read the same revision. What scoring reads beside a model
+//! that another program fetched is asked for separately ([`settle`]), and done without where the hub or
+//! the cache do not help. Free of torch.
 
 mod cache;
 mod client;
@@ -21,7 +22,7 @@ use serde_json::Value;
 use crate::error::{Error, Result, tell};
 
 use cache::{CachedModel, Snapshot};
-use client::{Client, Failure, Listing};
+use client::{Client, Effort, Failure, Listing};
 use id::HubId;
 use settings::Settings;
 
@@ -57,12 +58,8 @@ pub fn resolve(name: &str) -> Result<ModelDir> {
     };
     let settings = Settings::from_env()?;
     let cached = CachedModel::new(&settings.cache, &id.name);
-    if let Some(snapshot) = cached.snapshot(&id.revision) {
-        if !snapshot.is_settled && !settings.offline {
-            settle(&id, &settings, &cached, &snapshot)
-                .map_err(|failure| explain(failure, &id, &settings))?;
-        }
-        return Ok(ModelDir { path: snapshot.path, revision: Some(snapshot.commit) });
+    if let Some(Snapshot { path, commit, .. }) = cached.snapshot(&id.revision) {
+        return Ok(ModelDir { path, revision: Some(commit) });
     }
     if settings.offline {
         return Err(Error::Usage(format!(
@@ -75,37 +72,88 @@ pub fn resolve(name: &str) -> Result<ModelDir> {
     fetch(&id, &settings, &cached).map_err(|failure| explain(failure, &id, &settings))
 }
 
+/// The directory that [`resolve`] finds for `name` without the hub.
+#[must_use]
+pub fn cached(name: &str) -> Option<PathBuf> {
+    find(name).map(|(path, _)| path)
+}
+
+/// Completes the model `name`, where the cache holds it in full, by what scoring reads beside it and
+/// another program, which asks for nothing that it does not know, has not fetched: `reranker.json`, the
+/// settings of sentence-transformers, an adapter's tokenizer. The hub is asked once, as long as the answer
+/// can be kept. The model can be used without: where the hub does not answer soon, or the cache cannot be
+/// written, it stays as it is, and a line says so. Where processes share a cache, one calls this while the
+/// others wait, so that all of them find the same.
+pub fn settle(name: &str) {
+    let Some((_, Some(Cached { id, settings, model, snapshot }))) = find(name) else { return };
+    if snapshot.is_settled || settings.offline {
+        return;
+    }
+    if let Err((missing, why, failure)) = complete_beside(&id, &settings, &model, &snapshot) {
+        tell(format_args!(
+            "note: the Hugging Face cache holds {} without {missing}, and {} {why} ({failure}); it is used \
+             without; HF_HUB_OFFLINE=1 spares the question",
+            id.name, settings.endpoint
+        ));
+    }
+}
+
+/// A model of the hub that the cache holds in full.
+struct Cached {
+    id: HubId,
+    settings: Settings,
+    model: CachedModel,
+    snapshot: Snapshot,
+}
+
+/// Where `name` is, if it is on the disk.
+fn find(name: &str) -> Option<(PathBuf, Option<Cached>)> {
+    let path = Path::new(name);
+    if path.exists() {
+        return Some((path.to_owned(), None));
+    }
+    let (id, settings) = (HubId::parse(name)?, Settings::from_env().ok()?);
+    let model = CachedModel::new(&settings.cache, &id.name);
+    let snapshot = model.snapshot(&id.revision)?;
+    Some((snapshot.path.clone(), Some(Cached { id, settings, model, snapshot })))
+}
+
+/// Brings what is read beside a whole model into the cache, or says what is missing, why, and for which
+/// reason.
+fn complete_beside(
+    id: &HubId,
+    settings: &Settings,
+    model: &CachedModel,
+    snapshot: &Snapshot,
+) -> Result<(), (&'static str, &'static str, Failure)> {
+    let unknown = |failure| (files::SIDECAR, "does not tell whether it has one", failure);
+    let client = Client::new(settings, id, Effort::OPTIONAL);
+    let client = client.map_err(|error| unknown(error.into()))?;
+    let listing = client.listing(&snapshot.commit).map_err(unknown)?;
+    for name in files::beside(&snapshot.path) {
+        if listing.files.iter().any(|file| file == name) {
+            let fetched = model.fetch(&client, &snapshot.commit, name);
+            fetched.map_err(|failure| (name, "has one, which cannot be fetched", failure))?;
+        }
+    }
+    note_absent(model, &listing);
+    Ok(())
+}
+
+/// Notes where a listed commit has no `reranker.json`. A cache that cannot be written is asked about again.
+fn note_absent(model: &CachedModel, listing: &Listing) {
+    if !listing.files.iter().any(|file| file == files::SIDECAR) {
+        let _ = model.write_absent(&listing.commit, files::SIDECAR);
+    }
+}
+
 /// Brings every needed file into the cache.
 fn fetch(id: &HubId, settings: &Settings, cached: &CachedModel) -> Result<ModelDir, Failure> {
-    let client = Client::new(settings, id)?;
+    let client = Client::new(settings, id, Effort::NEEDED)?;
     let listing = client.listing(&id.revision)?;
     complete(&client, cached, &listing)?;
     cached.write_ref(&id.revision, &listing.commit)?;
     Ok(ModelDir { path: cached.snapshot_dir(&listing.commit), revision: Some(listing.commit) })
-}
-
-/// Completes a snapshot of which another program fetched what it needed itself. A hub that does not
-/// answer leaves it as it is, as it always was for that program.
-fn settle(
-    id: &HubId,
-    settings: &Settings,
-    cached: &CachedModel,
-    snapshot: &Snapshot,
-) -> Result<(), Failure> {
-    let client = Client::new(settings, id)?;
-    match client.listing(&snapshot.commit) {
-        Ok(listing) => complete(&client, cached, &listing),
-        Err(failure) => {
-            tell(format_args!(
-                "note: the Hugging Face cache holds {} without {}, and {} does not tell whether it has \
-                 one ({failure}); it is used without; HF_HUB_OFFLINE=1 spares the question",
-                id.name,
-                files::SIDECAR,
-                settings.endpoint
-            ));
-            Ok(())
-        }
-    }
 }
 
 /// Brings what is missing of a listed commit into the cache, weights last: a snapshot with weights is
@@ -116,10 +164,7 @@ fn complete(client: &Client, cached: &CachedModel, listing: &Listing) -> Result<
     for name in files::SMALL.into_iter().flatten().filter(|name| has(name)) {
         get(name)?;
     }
-    if !has(files::SIDECAR) {
-        // A cache that cannot be written is asked about again.
-        let _ = cached.write_absent(&listing.commit, files::SIDECAR);
-    }
+    note_absent(cached, listing);
     if files::has_weights(&cached.snapshot_dir(&listing.commit)) {
         return Ok(());
     }

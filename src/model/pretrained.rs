@@ -48,6 +48,24 @@ impl Pretrained {
         Ok(Self { dir, revision, config, weights, base: Some(adapter.base) })
     }
 
+    /// Completes the model that `name` means by what scoring reads beside it, where another program has
+    /// fetched it without ([`hub::settle`]). [`Pretrained::open`], which comes later, asks the hub for
+    /// nothing where a model is whole.
+    pub fn settle(name: &str) {
+        hub::settle(name);
+        // What an adapter lacks is read from its base's directory.
+        if let Some(adapter) = bare_adapter(name) {
+            hub::settle(&adapter.base);
+        }
+    }
+
+    /// As [`Pretrained::settle`], for training: that reads an adapter's tokenizer, and nothing else.
+    pub fn settle_tokenizer(name: &str) {
+        if bare_adapter(name).is_some() {
+            hub::settle(name);
+        }
+    }
+
     /// The directories that [`Pretrained::open`] reads: the model's, and that of an adapter's base.
     ///
     /// # Errors
@@ -56,6 +74,12 @@ impl Pretrained {
         let (found, adapter) = find(name)?;
         Ok(iter::once(found.path).chain(adapter.map(|(_, base)| base.path)).collect())
     }
+}
+
+/// What the adapter `name` says, where it is on the disk without a tokenizer of its own.
+fn bare_adapter(name: &str) -> Option<AdapterConfig> {
+    let dir = hub::cached(name).filter(|dir| tokenizer_file(dir).is_none())?;
+    AdapterConfig::from_dir(&dir).ok()?
 }
 
 /// What `name` means, and where it is an adapter, what that says and the model that it is for.

@@ -143,7 +143,7 @@ impl CrossEncoder {
     /// # Errors
     /// As [`CrossEncoder::from_pretrained`]; [`Error::Torch`] when the device has no room.
     pub fn on_device(dir: impl AsRef<Path>, device: Device) -> Result<Self> {
-        Self::load(dir, LoadOptions { device, ..LoadOptions::default() })
+        Self::with_prompt(dir, device, None)
     }
 
     /// As [`CrossEncoder::on_device`], for a language model without a score head that is asked by
@@ -156,11 +156,13 @@ impl CrossEncoder {
         device: Device,
         prompt: Option<&str>,
     ) -> Result<Self> {
+        Self::settle(&dir);
         Self::load(dir, LoadOptions { device, prompt, ..LoadOptions::default() })
     }
 
     /// Loads a Hugging Face model, or an adapter of peft with the model that it is for, a directory or
-    /// a hub id ([`crate::hub::resolve`]), as `options` say.
+    /// a hub id ([`crate::hub::resolve`]), as `options` say, and as it is in the cache where that holds it
+    /// in full: [`CrossEncoder::settle`], called before, completes it.
     ///
     /// # Errors
     /// As [`CrossEncoder::with_prompt`].
@@ -190,6 +192,14 @@ impl CrossEncoder {
             assumed,
             is_bare,
         })
+    }
+
+    /// Asks the hub for what scoring reads beside a model that another program has fetched
+    /// ([`crate::hub::settle`]). Where processes share a cache, one does, and the others wait.
+    pub fn settle(dir: impl AsRef<Path>) {
+        if let Some(name) = dir.as_ref().to_str() {
+            Pretrained::settle(name);
+        }
     }
 
     /// Checks all that can be wrong with a model, the options and `max_len` without reading its weights;

@@ -3,10 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rr_launch::contract::{WorkerEnv, vars};
 use serde_json::Value;
 
 use super::{best, teacher};
 use crate::checkpoint::training::Progress;
+use crate::comm::Communicator;
 use crate::config::{DatasetKind, Plan};
 use crate::data::{CacheOptions, Dataset, LoadOptions, LoadReport, Sampler, SamplerOptions};
 use crate::error::{Error, Result};
@@ -128,6 +130,27 @@ impl Inputs {
         let whole = epochs.saturating_sub(epoch + 1) * self.sampler.steps_per_epoch();
         self.schedule.resumed(step, begun + whole)
     }
+}
+
+/// Asks the hub for what the run reads beside models that other programs have fetched
+/// ([`crate::hub::settle`]), unless the check on this host, which came before, has done so. One process
+/// of those that share a cache does.
+pub fn settle(plan: &Plan) {
+    if std::env::var_os(vars::RR_CHECKED).is_some() {
+        return;
+    }
+    Pretrained::settle_tokenizer(&plan.model.path);
+    if let Some(teacher) = &plan.data.teacher {
+        Pretrained::settle(&teacher.path);
+    }
+}
+
+/// [`settle`] by one worker of each host, for which the others wait.
+pub(super) fn settle_together(plan: &Plan, env: &WorkerEnv, comm: &dyn Communicator) -> Result<()> {
+    if env.local_rank == 0 {
+        settle(plan);
+    }
+    comm.barrier()
 }
 
 /// Sees to it that the data files are there, before a model is fetched or read.

@@ -82,7 +82,12 @@ pub fn run(plan: &Plan, env: &WorkerEnv) -> Result<Ending> {
     // What is wrong with the data is known before the ranks meet; a teacher's scores are data that
     // they make together.
     let inputs = match plan.data.teacher {
-        None => Some(Inputs::load(plan, env.world_size, false)?),
+        None => {
+            if env.world_size == 1 {
+                inputs::settle(plan);
+            }
+            Some(Inputs::load(plan, env.world_size, false)?)
+        }
         Some(_) => None,
     };
     let device = runtime::device(plan.parallel.device, env.local_rank)?;
@@ -119,6 +124,7 @@ fn train(
         return Ok(Ending::Done);
     }
     if let Some(teacher) = &plan.data.teacher {
+        inputs::settle_together(plan, env, groups.world.as_ref())?;
         teacher::teach(plan, teacher, device, groups.world.as_ref())?;
     }
     let inputs = &match inputs {

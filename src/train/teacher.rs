@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use tch::Device;
 use tracing::{info, warn};
 
+use super::inputs::settle_together;
 use crate::atomic::{create_dir, write_synced};
 use crate::comm::{Communicator, Reduction, reduce_values};
 use crate::config::{Plan, TeacherPlan};
@@ -99,8 +100,10 @@ pub fn run_scores(plan: &Plan, env: &WorkerEnv) -> Result<()> {
     super::check_output(plan)?;
     let device = runtime::device(plan.parallel.device, env.local_rank)?;
     let groups = super::join(plan, env, device)?;
-    let outcome = super::checkpoints::lock(plan, &groups)
-        .and_then(|_lock| teach(plan, teacher, device, groups.world.as_ref()));
+    let outcome = super::checkpoints::lock(plan, &groups).and_then(|_lock| {
+        settle_together(plan, env, groups.world.as_ref())?;
+        teach(plan, teacher, device, groups.world.as_ref())
+    });
     if outcome.is_err() {
         std::mem::forget(groups);
         return outcome;
@@ -199,7 +202,9 @@ fn score(
 ) -> Result<Writer> {
     let (started, is_first) = (Instant::now(), comm.rank() == 0);
     let TeacherPlan { path, prompt, max_len, batch_size } = teacher;
-    let model = CrossEncoder::with_prompt(path, device, prompt.as_deref())?;
+    let prompt = prompt.as_deref();
+    let load = score::LoadOptions { device, prompt, ..score::LoadOptions::default() };
+    let model = CrossEncoder::load(path, load)?;
     let options = ScoreOptions { batch_size: *batch_size, max_len: *max_len, normalize: true };
     if is_first && model.is_bare() {
         warn!(

@@ -24,6 +24,8 @@ pub struct Manner {
     pub ignores_ranges: bool,
     /// An answer to every request: a status line and `X-Error-Code`.
     pub refuses: Option<(&'static str, &'static str)>,
+    /// An answer to every request for a file: a status line.
+    pub keeps: Option<&'static str>,
 }
 
 /// A hub with one model, `org/name`.
@@ -99,6 +101,9 @@ impl Hub {
         }
         if let Some(revision) = path.strip_prefix("/api/models/org/name/revision/") {
             return self.listing(stream, revision, method);
+        }
+        if let Some(status) = self.manner.keeps {
+            return reply(stream, status, "", b"", method);
         }
         let at = format!("/org/name/resolve/{COMMIT}/");
         let name = path.strip_prefix(&at).or_else(|| path.strip_prefix("/cdn/")).unwrap_or("");
