@@ -29,7 +29,7 @@ use crate::error::{Error, Result};
 use crate::mapped::Mapped;
 
 /// Changes with the layout of the sections, and with what a line is read as.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 
 const HEADER: &str = "header.json";
 
