@@ -194,7 +194,7 @@ impl Resolver<'_> {
         let train = self.required(raw.train_dataset.as_ref(), "train_dataset", "a JSONL file")?;
         let validation = text(raw.val_dataset.as_ref(), "");
         let cache_dir = text(raw.cache_dir.as_ref(), "");
-        let group_size = count(raw.train_group_size.as_ref(), 8, 1)?;
+        let group_size = factor(raw.train_group_size.as_ref(), 8)?;
         let teacher = raw.teacher.as_ref();
         let teacher =
             teacher.map(|section| TeacherPlan::from_raw(section, raw, sources)).transpose()?;
@@ -257,13 +257,13 @@ impl Resolver<'_> {
             None => Vec::new(),
         };
         Ok(TrainingPlan {
-            epochs: count(raw.epochs.as_ref(), 2, 1)?,
+            epochs: factor(raw.epochs.as_ref(), 2)?,
             lr: above_zero(raw.lr.as_ref(), 5e-5)?,
-            batch_size: batch(batch_size.as_ref())?,
+            batch_size: factor(batch_size.as_ref(), 8)?,
             seed: count(raw.seed.as_ref(), 666, 0)? as u64,
             warmup_proportion,
             stable_proportion,
-            accumulation: count(accumulation.as_ref(), 1, 1)?,
+            accumulation: factor(accumulation.as_ref(), 1)?,
             precision,
             max_grad_norm: self.max_grad_norm(raw, shared)?,
             weight_decay: within(raw.weight_decay.as_ref(), 0.01, |v| v >= 0.0, "0 or more")?,
@@ -382,12 +382,13 @@ pub(super) fn count(setting: Option<&Setting<i64>>, default: usize, least: i64) 
     within(setting, default as i64, |value| value >= least, &expected).map(|value| value as usize)
 }
 
-/// The size of a micro-batch. What no machine holds is a slip of the keyboard.
-fn batch(setting: Option<&Setting<i64>>) -> Result<usize> {
+/// A factor of the number of pairs or steps, at least 1. What no run comes to is a slip of the keyboard, and
+/// its products would not fit.
+fn factor(setting: Option<&Setting<i64>>, default: usize) -> Result<usize> {
     const MOST: i64 = 1_000_000;
     let expected = format!("an integer of at most {MOST}");
-    within(setting, 8, |value| value <= MOST, &expected)?;
-    count(setting, 8, 1)
+    within(setting, default as i64, |value| value <= MOST, &expected)?;
+    count(setting, default, 1)
 }
 
 /// A number in [0, 1].
@@ -522,8 +523,8 @@ fn check_train_batch_size(plan: &Plan, stated: Option<Setting<i64>>) -> Result<(
         return Ok(());
     };
     let TrainingPlan { batch_size, accumulation, .. } = plan.training;
-    let whole = batch_size * accumulation * processes;
-    if setting.value == whole as i64 {
+    let whole = (batch_size * accumulation).saturating_mul(processes);
+    if usize::try_from(setting.value) == Ok(whole) {
         return Ok(());
     }
     Err(setting.error(format!(

@@ -36,6 +36,21 @@ fn settings_out_of_range_are_one_line_with_a_position() {
              9223372036854775807",
         ),
         (
+            "gradient_accumulation_steps: 1000001",
+            "training.yaml:4:30: gradient_accumulation_steps: expected an integer of at most 1000000, \
+             found 1000001",
+        ),
+        (
+            "epochs: 9223372036854775807",
+            "training.yaml:4:9: epochs: expected an integer of at most 1000000, found \
+             9223372036854775807",
+        ),
+        (
+            "train_group_size: 1000001",
+            "training.yaml:4:19: train_group_size: expected an integer of at most 1000000, found \
+             1000001",
+        ),
+        (
             "batch_size: -1",
             "training.yaml:4:13: batch_size: expected an integer of at least 1, found -1",
         ),
