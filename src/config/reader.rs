@@ -249,7 +249,7 @@ impl<'a> Fields<'a> {
             let text = node.text()?;
             choices
                 .iter()
-                .find(|(name, _)| name.eq_ignore_ascii_case(text))
+                .find(|(name, _)| name.eq_ignore_ascii_case(text) || is_same_boolean(node, name))
                 .map(|(_, value)| *value)
         })
     }
@@ -405,7 +405,7 @@ impl<'a> Fields<'a> {
         let Some(found) = self.find(&[key])? else { return Ok(()) };
         let node = &found.node;
         let same = node.float().is_some_and(|value| harmless.parse() == Ok(value));
-        if same || node.text() == Some(harmless) {
+        if same || node.text() == Some(harmless) || is_same_boolean(node, harmless) {
             return Ok(());
         }
         let name = format!("{}{key}", self.prefix);
@@ -528,6 +528,11 @@ pub fn nearest<'k>(name: &str, known: impl Iterator<Item = &'k str>) -> Option<&
         })
         .min_by_key(|(distance, _)| *distance)
         .map(|(_, known)| known)
+}
+
+/// Whether `name` is a boolean, and `node` the same one in whatever spelling.
+fn is_same_boolean(node: &Node, name: &str) -> bool {
+    name.parse::<bool>().is_ok_and(|name| node.boolean() == Some(name))
 }
 
 fn auto<T>(node: &Node, read: impl FnOnce(&Node) -> Option<T>) -> Option<Auto<T>> {

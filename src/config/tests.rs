@@ -337,6 +337,9 @@ fn strategies_come_from_both_schemas() {
         (fsdp("fsdp_version: 2"), zero(ZeroStage::Three)),
         (fsdp("fsdp_version: 2, fsdp_reshard_after_forward: true"), zero(ZeroStage::Three)),
         (fsdp("fsdp_version: 2, fsdp_reshard_after_forward: false"), zero(ZeroStage::Two)),
+        (fsdp("fsdp_version: 2, fsdp_reshard_after_forward: no"), zero(ZeroStage::Two)),
+        (fsdp("fsdp_activation_checkpointing_offload: False"), zero(ZeroStage::Three)),
+        (fsdp("fsdp_activation_checkpointing_offload: off"), zero(ZeroStage::Three)),
     ];
     for (yaml, strategy) in table {
         let plan = Case::new("").parallel(&yaml).resolve().unwrap();
