@@ -196,7 +196,9 @@ fn read_sizes(fields: &mut Fields<'_>) -> Result<()> {
     {
         fields.only(key, "1", OTHER_PARALLELISM)?;
     }
-    let hybrid = "parameters are repeated over machines by fsdp_sharding_strategy: HYBRID_SHARD";
+    // accelerate has these sizes for FSDP2 only.
+    let hybrid = "parameters are repeated over machines by fsdp_reshard_after_forward: HYBRID_SHARD, or \
+                  by fsdp_sharding_strategy: HYBRID_SHARD under fsdp_version 1";
     fields.only("parallelism_config_dp_replicate_size", "1", hybrid)
 }
 

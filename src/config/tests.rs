@@ -338,6 +338,10 @@ fn strategies_come_from_both_schemas() {
         (fsdp("fsdp_version: 2, fsdp_reshard_after_forward: true"), zero(ZeroStage::Three)),
         (fsdp("fsdp_version: 2, fsdp_reshard_after_forward: false"), zero(ZeroStage::Two)),
         (fsdp("fsdp_version: 2, fsdp_reshard_after_forward: no"), zero(ZeroStage::Two)),
+        (
+            fsdp("fsdp_version: 2, fsdp_reshard_after_forward: HYBRID_SHARD"),
+            Strategy::Hybrid { stage: ZeroStage::Three },
+        ),
         (fsdp("fsdp_activation_checkpointing_offload: False"), zero(ZeroStage::Three)),
         (fsdp("fsdp_activation_checkpointing_offload: off"), zero(ZeroStage::Three)),
     ];

@@ -443,7 +443,8 @@ fn bad_parallel_files_are_one_line() {
              parallelism_config_tp_size: 1, parallelism_config_dp_replicate_size: 2}",
             "parallel.yaml:1:128: parallelism_config.parallelism_config_dp_replicate_size: \
              expected 1, found the number 2: parameters are repeated over machines by \
-             fsdp_sharding_strategy: HYBRID_SHARD",
+             fsdp_reshard_after_forward: HYBRID_SHARD, or by fsdp_sharding_strategy: HYBRID_SHARD under \
+             fsdp_version 1",
         ),
         ("use_cpuu: true", "parallel.yaml:1:1: use_cpuu: unknown key; did you mean use_cpu?"),
     ];
