@@ -176,27 +176,36 @@ fn json_pairs(line: &[u8]) -> Result<Vec<InputPair>, String> {
     documents.into_iter().map(|content| pair(query, content)).collect()
 }
 
-/// The documents of a record of any form, in order; of a pos/neg record the positives first.
+/// The documents of a record of any form, in order: those that training reads of it. Of a pos/neg record the
+/// positives come first.
 fn documents(object: &Map<String, Value>) -> Result<Vec<&str>, RecordError> {
-    if matches!(form(object), None | Some(RecordForm::Pointwise)) {
-        return Ok(vec![string_at(object, "content", "")?]);
+    match form(object) {
+        None | Some(RecordForm::Pointwise) => Ok(vec![string_at(object, "content", "")?]),
+        Some(RecordForm::Grouped) => hits(object),
+        Some(RecordForm::PosNeg) => positives_and_negatives(object),
     }
+}
+
+fn hits(object: &Map<String, Value>) -> Result<Vec<&str>, RecordError> {
+    let hits = list_at(object, "hits")?.iter().enumerate();
+    hits.map(|(i, record)| match record {
+        Value::Object(hit) if is_object(record) => {
+            string_at(hit, "content", &format!("hits[{i}]."))
+        }
+        other => wrong_type(&format!("hits[{i}]"), other, "an object"),
+    })
+    .collect()
+}
+
+fn positives_and_negatives(object: &Map<String, Value>) -> Result<Vec<&str>, RecordError> {
     let mut documents = Vec::new();
-    let list = |key| {
-        if object.get(key).is_some_and(is_absent) { Ok(&[][..]) } else { list_at(object, key) }
-    };
-    for (i, record) in list("hits")?.iter().enumerate() {
-        documents.push(match record {
-            Value::Object(hit) if is_object(record) => {
-                string_at(hit, "content", &format!("hits[{i}]."))?
-            }
-            other => return wrong_type(&format!("hits[{i}]"), other, "an object"),
-        });
-    }
     for key in ["pos", "neg"] {
-        for (i, text) in list(key)?.iter().enumerate() {
+        if object.get(key).is_some_and(is_absent) {
+            continue;
+        }
+        for (i, text) in list_at(object, key)?.iter().enumerate() {
             documents.push(match text {
-                Value::String(text) => text,
+                Value::String(text) => text.as_str(),
                 other => return wrong_type(&format!("{key}[{i}]"), other, "a string"),
             });
         }
@@ -263,9 +272,10 @@ mod tests {
         let lines = r#"{"query": "a", "hits": [{"content": "1", "label": 2}, {"content": "2"}]}
                        {"query": "b", "neg": ["4"], "pos": [" 3"]}
                        {"query": "c", "content": "5", "pos": ["no"]}
-                       {"query": "d", "content": null, "hits": null, "neg": ["6"]}"#;
-        let expected =
-            owned(&[("a", "1"), ("a", "2"), ("b", "3"), ("b", "4"), ("c", "5"), ("d", "6")]);
+                       {"query": "d", "content": null, "hits": null, "neg": ["6"]}
+                       {"query": "e", "hits": [{"content": "7"}], "pos": ["no"], "neg": ["no"]}"#;
+        let expected = [("a", "1"), ("a", "2"), ("b", "3"), ("b", "4"), ("c", "5"), ("d", "6")];
+        let expected = owned(&[&expected[..], &[("e", "7")]].concat());
         assert_eq!(pairs_of(lines.as_bytes(), InputFormat::JsonLines).unwrap(), expected);
     }
 
