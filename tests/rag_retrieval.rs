@@ -11,7 +11,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use launch::{launcher, run};
+use launch::{launcher, output_of, reranker, run};
 use reranker::config::{Plan, Sources};
 use serde_json::{Value, json};
 use tch::Tensor;
@@ -63,11 +63,11 @@ val_label_key: "label"
 loss_type: "pointwise_bce"  # or "pointwise_mse"
 "#;
 
-/// Its first files: one kind of data, no type, the older name of the loss.
+/// Its first files: records of positives and negatives, no type, the older name of the loss.
 const OLDER: &str = r#"
-train_dataset: "../../../example_data/pointwise.jsonl"
-val_dataset: "../../../example_data/pointwise.jsonl"
-max_label: 2
+train_dataset: "../../../example_data/pos_neg.jsonl"
+val_dataset: "../../../example_data/pos_neg.jsonl"
+max_label: 1
 min_label: 0
 max_len: 512
 loss_type: "point_ce"  # or "point_mse"
@@ -149,7 +149,8 @@ impl Checkout {
         let data = this.root.path().join("example_data");
         fs::create_dir(&data).unwrap();
         let long = "boil the water and heat the cup, ".repeat(5);
-        let (mut grouped, mut pointwise) = (String::new(), String::new());
+        let (mut grouped, mut pointwise, mut pos_neg) =
+            (String::new(), String::new(), String::new());
         for i in 0..20 {
             let hits: Vec<Value> = (0..12)
                 .map(|j| json!({"content": format!("{long} {}", i + j), "label": (i + j) % 3}))
@@ -159,9 +160,15 @@ impl Checkout {
                 let record = json!({"query": i.to_string(), "content": content, "label": label});
                 writeln!(pointwise, "{record}").unwrap();
             }
+            let texts: Vec<&Value> = hits.iter().map(|hit| &hit["content"]).collect();
+            let record = json!({"query": i.to_string(), "pos": texts[..2], "neg": texts[2..4]});
+            writeln!(pos_neg, "{record}").unwrap();
             let record = json!({"query": i.to_string(), "hits": hits});
             writeln!(grouped, "{record}").unwrap();
         }
+        // What a teacher scored is all under the one name.
+        pos_neg += "{\"query\": \"20\", \"pos\": [\"yes\", \"no\"], \"pos_scores\": [0.9, 0.25]}\n";
+        fs::write(data.join("pos_neg.jsonl"), pos_neg).unwrap();
         fs::write(data.join("grouped.jsonl"), grouped).unwrap();
         fs::write(data.join("pointwise.jsonl"), pointwise).unwrap();
         for (name, text) in parallel_files() {
@@ -205,6 +212,25 @@ fn every_pair_of_files_loads() {
             }
         }
     }
+}
+
+/// Its loader pairs the query with every text: 1 for positives, 0 for negatives, the mapped scores where
+/// there are any.
+#[test]
+fn positives_and_negatives_are_pairs_of_a_pointwise_loss() {
+    let checkout = Checkout::new();
+    checkout.write(BERT, OLDER);
+    let args =
+        ["check", "--config", "training.yaml", "--json", "--set", "model_name_or_path=small"];
+    let mut command = reranker(&checkout.folder(), &args);
+    let report = output_of(command.env("PYTHONPATH", checkout.client()));
+    let report: Value = serde_json::from_str(&report).unwrap();
+    let load = &report["preflight"]["train"]["load"];
+    assert_eq!(load["kind"], "pointwise", "{load}");
+    let counts: Vec<(f64, usize)> =
+        serde_json::from_value(load["labels"]["Values"].clone()).unwrap();
+    let counts: Vec<_> = counts.iter().map(|&(label, count)| (label as f32, count)).collect();
+    assert_eq!(counts, [(0.0, 40), (0.25, 1), (0.9, 1), (1.0, 40)]);
 }
 
 #[test]

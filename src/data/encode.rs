@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::lines::{Line, Lines, too_long};
-use super::record::{LabelRule, Record, RecordError, detect_kind, parse_object, parse_record};
+use super::record::{LabelRule, Record, RecordError, form, parse_object, parse_record};
 use super::report::DropReason;
 use super::store::Form;
 use super::{DatasetKind, RecordForm, estimated_tokens};
@@ -158,8 +158,8 @@ pub(super) struct RecordBatch {
 pub(super) struct LineBatches<R> {
     pub(super) lines: Lines<R>,
     pub(super) path: PathBuf,
-    /// The rule for a kind.
-    pub(super) rule_for: Box<dyn Fn(DatasetKind) -> LabelRule + Send>,
+    /// The rule for a file whose first record is of this form.
+    pub(super) rule_for: Box<dyn Fn(RecordForm) -> LabelRule + Send>,
     pub(super) rule: Option<Arc<LabelRule>>,
 }
 
@@ -187,8 +187,8 @@ impl<R: BufRead> Iterator for LineBatches<R> {
                 Ok(Some(Line::Bytes(bytes))) if bytes.trim_ascii().is_empty() => {}
                 Ok(Some(Line::Bytes(bytes))) => {
                     if self.rule.is_none() {
-                        let kind = parse_object(bytes).ok().as_ref().and_then(detect_kind);
-                        self.rule = kind.map(|kind| Arc::new((self.rule_for)(kind)));
+                        let form = parse_object(bytes).ok().as_ref().and_then(form);
+                        self.rule = form.map(|form| Arc::new((self.rule_for)(form)));
                     }
                     let start = batch.bytes.len();
                     batch.bytes.extend_from_slice(bytes);

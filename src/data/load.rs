@@ -15,7 +15,7 @@ use super::lines::Lines;
 use super::record::LabelRule;
 use super::report::{LoadReport, grouped};
 use super::store::Place;
-use super::{Dataset, DatasetKind};
+use super::{Dataset, DatasetKind, RecordForm};
 use crate::error::{Error, Result};
 use crate::ordered::ordered_map;
 
@@ -26,6 +26,9 @@ pub struct LoadOptions {
     pub path: PathBuf,
     /// How to use the records; `None` takes it from the first record.
     pub kind: Option<DatasetKind>,
+    /// How to use a file whose first record has `pos` and `neg`, where `kind` is silent: such records are
+    /// single pairs as much as a group.
+    pub pos_neg: DatasetKind,
     /// The key of the label, in a pointwise record or in a hit; `None` reads no labels, and all are 0.
     pub label_key: Option<String>,
     /// The pointwise label that becomes 0.
@@ -37,13 +40,14 @@ pub struct LoadOptions {
 }
 
 impl LoadOptions {
-    /// Options with the defaults: kind from the first record, key `label`, labels from 0 to 1, a
-    /// bad record is an error.
+    /// Options with the defaults: kind from the first record, which makes a group of `pos` and `neg`, key
+    /// `label`, labels from 0 to 1, a bad record is an error.
     #[must_use]
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self {
             path: path.into(),
             kind: None,
+            pos_neg: DatasetKind::Grouped,
             label_key: Some("label".to_owned()),
             label_min: 0.0,
             label_max: 1.0,
@@ -60,6 +64,15 @@ impl LoadOptions {
             )));
         }
         Ok(())
+    }
+
+    /// How to use a file whose first record is of this form.
+    fn kind_for(&self, form: RecordForm) -> DatasetKind {
+        match form {
+            RecordForm::Pointwise => DatasetKind::Pointwise,
+            RecordForm::Grouped => DatasetKind::Grouped,
+            RecordForm::PosNeg => self.pos_neg,
+        }
     }
 
     fn rule(&self, kind: DatasetKind) -> LabelRule {
@@ -102,7 +115,7 @@ pub(super) fn build(options: &LoadOptions, encoder: &Encoder, place: &Place) -> 
     let (lines, read) = Lines::open(&options.path)?;
     let rule = options.kind.map(|kind| Arc::new(options.rule(kind)));
     let (fallback, owned) = (options.rule(DatasetKind::Pointwise), options.clone());
-    let rule_for = Box::new(move |kind| owned.rule(kind));
+    let rule_for = Box::new(move |form| owned.rule(owned.kind_for(form)));
     let batches = LineBatches { lines, path: options.path.clone(), rule_for, rule };
     // Parsing alone keeps one thread busy for as long as reading takes.
     let cores = available_parallelism().map_or(1, usize::from);

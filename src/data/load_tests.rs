@@ -129,6 +129,25 @@ fn the_kind_comes_from_the_first_record() {
     }
 }
 
+/// As RAG-Retrieval labels them: positives 1 and negatives 0 without scores, whatever the range.
+#[test]
+fn positives_and_negatives_are_single_pairs_where_that_is_asked_for() {
+    let labels = |text: &str| {
+        let as_pairs = |options: &mut LoadOptions| {
+            (options.label_min, options.label_max) = (1.0, 3.0);
+            options.pos_neg = DatasetKind::Pointwise;
+        };
+        let (dataset, _) = load_with(text.as_bytes(), as_pairs).unwrap();
+        (dataset.kind, dataset.pairs().map(|pair| pair.label).collect::<Vec<_>>())
+    };
+    let text = r#"{"query": "a", "pos": ["x", "y"], "pos_scores": [3, 1.5], "neg": ["z"]}
+                  {"query": "b", "pos": ["x"], "neg": ["y"], "neg_scores": [2]}
+                  {"query": "c", "hits": [{"content": "x", "label": 2}]}"#;
+    assert_eq!(labels(text), (DatasetKind::Pointwise, vec![1.0, 0.25, 0.0, 1.0, 0.5, 0.5]));
+    // A record with hits says that they are a group.
+    assert_eq!(labels(text.lines().last().unwrap()), (DatasetKind::Grouped, vec![2.0]));
+}
+
 /// Keys of other forms are as good as any other key beside a text, and `null` as good as no key.
 #[test]
 fn a_text_as_content_makes_a_record_pointwise() {

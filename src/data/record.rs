@@ -243,14 +243,6 @@ pub(crate) fn is_absent(value: &Value) -> bool {
     value.is_null() || value.as_object().is_some_and(|object| word(object).is_some())
 }
 
-/// What a first record says about the whole file, if it says anything.
-pub(crate) fn detect_kind(object: &Map<String, Value>) -> Option<DatasetKind> {
-    form(object).map(|form| match form {
-        RecordForm::Pointwise => DatasetKind::Pointwise,
-        RecordForm::Grouped | RecordForm::PosNeg => DatasetKind::Grouped,
-    })
-}
-
 /// Reads any of the three record forms.
 pub(crate) fn parse_record(object: &Map<String, Value>, rule: &LabelRule) -> RecordResult<Record> {
     let query = strip(string_at(object, "query", "")?);

@@ -227,6 +227,11 @@ fn load_train(
         Some(teacher) => teacher::load_options(plan, teacher, taught)?,
         None => LoadOptions {
             kind: data.train_kind,
+            pos_neg: if plan.loss.needs_groups() {
+                DatasetKind::Grouped
+            } else {
+                DatasetKind::Pointwise
+            },
             label_key: Some(data.train_label_key.clone()),
             ..load_options(plan, &data.train)
         },
