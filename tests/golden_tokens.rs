@@ -4,9 +4,16 @@
 
 mod common;
 
+use std::path::Path;
+
 use common::{Golden, floats, golden_dir};
+use reranker::model::ModelConfig;
 use reranker::text::{PairTokenizer, TextFormat, Truncation};
 use serde_json::Value;
+
+fn tokenizer_in(dir: &Path) -> PairTokenizer {
+    PairTokenizer::from_dir(dir, &ModelConfig::from_dir(dir).unwrap().raw).unwrap()
+}
 
 fn ids(tensor: &tch::Tensor) -> Vec<u32> {
     floats(tensor).into_iter().map(|id| id as u32).collect()
@@ -24,7 +31,7 @@ fn widened(type_ids: &[u8]) -> Vec<u32> {
 fn pairs_become_the_tokens_of_transformers() {
     for case in ["bert_tiny", "bert_odd", "roberta_tiny", "xlm_roberta_odd"] {
         let golden = Golden::load(case);
-        let tokenizer = PairTokenizer::from_dir(&golden.dir).unwrap();
+        let tokenizer = tokenizer_in(&golden.dir);
         let max_len = golden.info["max_len"].as_u64().unwrap() as usize;
         let mut cut = 0;
         for (i, pair) in golden.info["pairs"].as_array().unwrap().iter().enumerate() {
@@ -53,7 +60,7 @@ fn truncation_follows_the_rules_at_every_edge() {
 }
 
 fn check_truncation(name: &str, cases: &[Value]) {
-    let tokenizer = PairTokenizer::from_dir(&golden_dir(name)).unwrap();
+    let tokenizer = tokenizer_in(&golden_dir(name));
     let mut seen = [false; 3];
     for (i, case) in cases.iter().enumerate() {
         let max_len = case["max_len"].as_u64().unwrap() as usize;
@@ -77,7 +84,7 @@ fn check_truncation(name: &str, cases: &[Value]) {
 /// Query and document are stripped first, so space around them changes nothing.
 #[test]
 fn space_around_the_texts_is_stripped() {
-    let tokenizer = PairTokenizer::from_dir(&golden_dir("bert_tiny")).unwrap();
+    let tokenizer = tokenizer_in(&golden_dir("bert_tiny"));
     let plain = tokenizer.encode_pair("river bank", "the soil", 16).unwrap();
     let spaced = tokenizer.encode_pair(" \triver bank\n", "\u{3000}the soil ", 16).unwrap();
     assert_eq!(plain, spaced);
@@ -86,8 +93,8 @@ fn space_around_the_texts_is_stripped() {
 #[test]
 fn formats_stand_around_every_query_and_document() {
     let dir = golden_dir("bert_tiny");
-    let plain = PairTokenizer::from_dir(&dir).unwrap();
-    let formatted = PairTokenizer::from_dir(&dir).unwrap().with_formats(
+    let plain = tokenizer_in(&dir);
+    let formatted = tokenizer_in(&dir).with_formats(
         TextFormat::parse("how to {}", "query_format").unwrap(),
         TextFormat::parse("{} the bank", "document_format").unwrap(),
     );

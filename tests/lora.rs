@@ -357,6 +357,39 @@ fn trained(bench: &Bench, name: &str, ranks: usize, more: &[&str]) -> PathBuf {
     bench.train(name, ranks, &settings)
 }
 
+/// The logits that `reranker score` gives.
+fn scores(root: &Path, model: &str, input: &str) -> Vec<f64> {
+    let text = reranker(root, &["score", "--model", model, "--input", input]);
+    let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    lines.map(|line| line["logit"].as_f64().unwrap()).collect()
+}
+
+/// Only the base model's type tells that BERT's class reads its tokenizer, which lowers cases whatever the file
+/// says.
+#[test]
+fn an_adapter_is_scored_with_the_tokenizer_it_was_trained_with() {
+    let bench = Bench::new(0.0);
+    let root = bench.root.path();
+    let mut tokenizer = read_json(&root.join("base/tokenizer.json"));
+    tokenizer["normalizer"]["lowercase"] = false.into();
+    std::fs::write(root.join("base/tokenizer.json"), tokenizer.to_string()).unwrap();
+    std::fs::write(root.join("base/tokenizer_config.json"), "{}").unwrap();
+    let texts = r#"{"query": "How To", "content": "Bake Bread AT home"}"#;
+    std::fs::write(root.join("cased.jsonl"), texts).unwrap();
+    let model = trained(&bench, "run", 1, &[]).join("model");
+    let settings = model.join("tokenizer_config.json");
+    assert_eq!(read_json(&settings), serde_json::json!({"tokenizer_class": "BertTokenizer"}));
+    reranker(root, &["convert", "--merge", "run/model", "--output", "merged"]);
+    let score = |model: &str| scores(root, model, "cased.jsonl");
+    let merged = score("merged");
+    assert!(worst(&score("run/model"), &merged) <= 1e-5);
+    // As it was saved before.
+    std::fs::write(&settings, "{}").unwrap();
+    assert!(worst(&score("run/model"), &merged) <= 1e-5);
+    std::fs::write(&settings, r#"{"tokenizer_class": "TokenizersBackend"}"#).unwrap();
+    assert!(worst(&score("run/model"), &merged) > 1e-3, "the class makes no difference");
+}
+
 #[test]
 fn a_trained_adapter_is_scored_with_and_merged() {
     let bench = Bench::new(0.1);
@@ -383,11 +416,7 @@ fn a_trained_adapter_is_scored_with_and_merged() {
     reranker(root, &["convert", "--merge", "run/model", "--output", "merged"]);
     let whole = tensors(&root.join("merged/model.safetensors"));
     assert_eq!(whole.keys().collect::<Vec<_>>(), base.keys().collect::<Vec<_>>());
-    let score = |model: &str| -> Vec<f64> {
-        let text = reranker(root, &["score", "--model", model, "--input", "pairs.jsonl"]);
-        let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-        lines.map(|line| line["logit"].as_f64().unwrap()).collect()
-    };
+    let score = |model: &str| scores(root, model, "pairs.jsonl");
     let (adapter, merged, before) = (score("run/model"), score("merged"), score("base"));
     assert!(worst(&adapter, &merged) <= 1e-5);
     assert!(worst(&adapter, &before) > 1e-2, "training changed nothing");

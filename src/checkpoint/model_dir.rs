@@ -21,7 +21,7 @@ use crate::model::ModelConfig;
 use crate::model::lora::peft;
 use crate::model::stage::TensorSpec;
 use crate::shard::FlatUnit;
-use crate::text::{TOKENIZER_FILES, pad_token_id};
+use crate::text::{SETTINGS_FILE, TOKENIZER_FILES, pad_token_id, settings_with_class};
 use crate::torch_ext::storage;
 
 /// Weight files are split above this many bytes, as transformers does.
@@ -65,14 +65,16 @@ impl ModelFiles {
         sidecar: Option<Sidecar>,
         max_shard_bytes: usize,
     ) -> Result<Self> {
+        let bytes = |json: &Value| {
+            (serde_json::to_string_pretty(json).unwrap_or_default() + "\n").into_bytes()
+        };
         let (name, json, form) = if let (Some(lora), Some(sidecar)) = (&config.lora, &sidecar) {
             let json = lora.adapter_config(&sidecar.base_model, sidecar.base_revision.as_deref());
             (peft::CONFIG_FILE, json, WeightForm::adapter())
         } else {
             ("config.json", saved_config(config, base)?, WeightForm::model(max_shard_bytes))
         };
-        let text = serde_json::to_string_pretty(&json).unwrap_or_default();
-        let mut files = vec![(name.to_owned(), (text + "\n").into_bytes())];
+        let mut files = vec![(name.to_owned(), bytes(&json))];
         for name in TOKENIZER_FILES {
             let from = base.join(name);
             if from.exists() {
@@ -83,6 +85,13 @@ impl ModelFiles {
                 })?;
                 files.push((name.to_owned(), bytes));
             }
+        }
+        // The base model's config.json, which may be all that tells the class, is not beside an adapter.
+        if name == peft::CONFIG_FILE
+            && let Some(settings) = settings_with_class(base, &config.raw)?
+        {
+            files.retain(|(name, _)| name != SETTINGS_FILE);
+            files.push((SETTINGS_FILE.to_owned(), bytes(&settings)));
         }
         Ok(Self { files, sidecar, form })
     }
@@ -222,7 +231,7 @@ fn saved_config(config: &ModelConfig, base: &Path) -> Result<Value> {
     let given = raw.get("pad_token_id");
     let has_padding = given.and_then(Value::as_i64).is_some_and(|id| id >= 0);
     if config.kind() == ModelKind::LlmDecoder && !has_padding {
-        match (pad_token_id(base)?, given) {
+        match (pad_token_id(base, &config.raw)?, given) {
             (None, None) => {}
             (id, _) => {
                 raw.insert("pad_token_id".into(), json!(id));

@@ -36,22 +36,21 @@ impl Default for PairTexts<'_> {
 }
 
 impl PairTexts<'_> {
-    /// The tokenizer of the model directory `dir` with these texts.
+    /// The tokenizer in `dir`, of a model of `config`, with these texts.
     ///
     /// # Errors
     /// [`Error::File`] or [`Error::Io`] about the tokenizer, [`Error::Usage`] about a format.
-    pub fn tokenizer(&self, dir: &Path, kind: ModelKind) -> Result<PairTokenizer> {
+    pub fn tokenizer(&self, dir: &Path, config: &ModelConfig) -> Result<PairTokenizer> {
         let query_format = TextFormat::parse(self.query_format, "query_format")?;
         let document_format = TextFormat::parse(self.document_format, "document_format")?;
-        match kind {
-            ModelKind::BertEncoder => {
-                Ok(PairTokenizer::from_dir(dir)?.with_formats(query_format, document_format))
-            }
+        match config.kind() {
+            ModelKind::BertEncoder => Ok(PairTokenizer::from_dir(dir, &config.raw)?
+                .with_formats(query_format, document_format)),
             ModelKind::LlmDecoder => {
                 let (seq, special_token) = (self.seq.to_owned(), self.special_token.to_owned());
                 let template =
                     DecoderTemplate { query_format, seq, document_format, special_token };
-                PairTokenizer::from_dir_for_decoder(dir, &template)
+                PairTokenizer::from_dir_for_decoder(dir, &config.raw, &template)
             }
         }
     }
@@ -135,7 +134,7 @@ impl Form {
                     dir.display()
                 )));
             }
-            return Self::of_texts(dir, config.kind(), sidecar.as_ref(), given);
+            return Self::of_texts(dir, config, sidecar.as_ref(), given);
         }
         let known = TokenPrompt::of_model_type(&config.model_type);
         let prompt = asked.or(known).ok_or_else(|| Error::File {
@@ -154,7 +153,8 @@ impl Form {
                 prompt.name
             )));
         }
-        let (tokenizer, positive, negative) = PairTokenizer::from_dir_for_prompt(dir, prompt)?;
+        let (tokenizer, positive, negative) =
+            PairTokenizer::from_dir_for_prompt(dir, &config.raw, prompt)?;
         if let Trunk::Decoder(decoder) = &mut config.trunk {
             decoder.head = ScoreHead::TokenLogit {
                 positive: positive.into(),
@@ -169,10 +169,11 @@ impl Form {
     /// The form of a model with a head.
     fn of_texts(
         dir: &Path,
-        kind: ModelKind,
+        config: &ModelConfig,
         sidecar: Option<&Sidecar>,
         given: GivenTexts<'_>,
     ) -> Result<Self> {
+        let kind = config.kind();
         if let (ModelKind::BertEncoder, Some(option)) = (kind, given.first_for_decoders()) {
             return Err(Error::Usage(format!(
                 "{option} is for decoders, but {} is an encoder",
@@ -192,7 +193,7 @@ impl Form {
                 ..PairTexts::default()
             },
         };
-        let tokenizer = given.over(own).tokenizer(dir, kind)?;
+        let tokenizer = given.over(own).tokenizer(dir, config)?;
         let max_len = match sidecar {
             Some(sidecar) => Some(sidecar.max_len),
             None => model_max_length(dir)?,

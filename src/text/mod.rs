@@ -18,7 +18,7 @@ pub use prompt::TokenPrompt;
 pub use tokenizer::{
     DecoderTemplate, EncodedPair, Ending, PairTokenizer, Truncation, pad_token_id,
 };
-pub use vocab::model_max_length;
+pub use vocab::{SETTINGS_FILE, model_max_length, settings_with_class};
 
 /// The file that a model directory's tokenizer is read from, where it has one: `tokenizer.json`, or a BERT
 /// `vocab.txt`.

@@ -15,7 +15,7 @@ fn dataset() -> Arc<Dataset> {
 }
 
 fn tokenizer() -> Arc<PairTokenizer> {
-    Arc::new(PairTokenizer::from_dir(bert_dir().path()).unwrap())
+    Arc::new(PairTokenizer::from_dir(bert_dir().path(), &serde_json::Value::Null).unwrap())
 }
 
 const OPTIONS: PipelineOptions =

@@ -3,6 +3,7 @@
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::path::Path;
 
+use serde_json::Value;
 use tokenizers::{Encoding, Token, Tokenizer, TruncationDirection};
 
 use super::prompt::TokenPrompt;
@@ -99,12 +100,13 @@ pub struct PairTokenizer {
 
 impl PairTokenizer {
     /// The tokenizer of an encoder's model directory (`tokenizer.json`, or a BERT `vocab.txt`),
-    /// with the pair template it brings along.
+    /// with the pair template it brings along. `model` is the model's `config.json`, which for an adapter
+    /// lies in another directory: it tells the tokenizer's class where nothing else does.
     ///
     /// # Errors
     /// [`Error::File`] or [`Error::Io`] when there is none, or it cannot be used.
-    pub fn from_dir(dir: &Path) -> Result<Self> {
-        let (tokenizer, cut) = load(dir)?;
+    pub fn from_dir(dir: &Path, model: &Value) -> Result<Self> {
+        let (tokenizer, cut) = load(dir, model)?;
         let mut pieces = pair_template(&tokenizer)
             .map_err(|message| Error::File { path: dir.to_owned(), message })?;
         if !vocab::gives_type_ids(dir)? {
@@ -130,8 +132,12 @@ impl PairTokenizer {
     ///
     /// # Errors
     /// As [`PairTokenizer::from_dir`]; also when `seq` or `special_token` cannot be tokenized.
-    pub fn from_dir_for_decoder(dir: &Path, template: &DecoderTemplate) -> Result<Self> {
-        let (tokenizer, cut) = load(dir)?;
+    pub fn from_dir_for_decoder(
+        dir: &Path,
+        model: &Value,
+        template: &DecoderTemplate,
+    ) -> Result<Self> {
+        let (tokenizer, cut) = load(dir, model)?;
         let fixed = |text: &str| -> Result<Vec<Piece>> {
             let ids = ids(&tokenizer, text)?;
             Ok(ids.into_iter().map(|id| Piece::Fixed { id, type_id: 0 }).collect())
@@ -157,9 +163,10 @@ impl PairTokenizer {
     /// As [`PairTokenizer::from_dir`]; [`Error::File`] when the vocabulary lacks a token of the prompt.
     pub fn from_dir_for_prompt(
         dir: &Path,
+        model: &Value,
         prompt: &TokenPrompt,
     ) -> Result<(Self, u32, Option<u32>)> {
-        let (tokenizer, cut) = load(dir)?;
+        let (tokenizer, cut) = load(dir, model)?;
         let id = |token: &str| {
             tokenizer.token_to_id(token).ok_or_else(|| Error::File {
                 path: dir.to_owned(),
@@ -349,18 +356,19 @@ impl Encode for PairTokenizer {
     }
 }
 
-/// The id of the padding token that `tokenizer_config.json` in `dir` names, where it names one.
+/// The id of the padding token that `tokenizer_config.json` in `dir` names, where it names one. `model` is
+/// the model's `config.json`.
 ///
 /// # Errors
 /// [`Error::File`] or [`Error::Io`] when the tokenizer cannot be read.
-pub fn pad_token_id(dir: &Path) -> Result<Option<u32>> {
+pub fn pad_token_id(dir: &Path, model: &Value) -> Result<Option<u32>> {
     let Ok(text) = std::fs::read_to_string(dir.join("tokenizer_config.json")) else {
         return Ok(None);
     };
-    let config: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+    let config: Value = serde_json::from_str(&text).unwrap_or_default();
     // Older files give the token with its properties.
     let token = config["pad_token"].as_str().or_else(|| config["pad_token"]["content"].as_str());
-    token.map_or(Ok(None), |token| Ok(load(dir)?.0.token_to_id(token)))
+    token.map_or(Ok(None), |token| Ok(load(dir, model)?.0.token_to_id(token)))
 }
 
 fn ids(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
@@ -376,7 +384,7 @@ fn ids(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
 /// Reads `tokenizer.json`, with what `tokenizer_config.json` changes, or makes a tokenizer from a BERT
 /// `vocab.txt`; truncation and padding that the file asks for are switched off. Also says which side of
 /// a text is to be cut.
-fn load(dir: &Path) -> Result<(Tokenizer, TruncationDirection)> {
+fn load(dir: &Path, model: &Value) -> Result<(Tokenizer, TruncationDirection)> {
     let file = dir.join("tokenizer.json");
     let mut tokenizer = if file.is_file() {
         let bytes = std::fs::read(&file).map_err(|source| Error::Io {
@@ -388,7 +396,7 @@ fn load(dir: &Path) -> Result<(Tokenizer, TruncationDirection)> {
             path: file,
             message: format!("not a tokenizer: {error}"),
         })?;
-        vocab::apply_settings(dir, &mut tokenizer)?;
+        vocab::apply_settings(dir, model, &mut tokenizer)?;
         tokenizer
     } else if dir.join("vocab.txt").is_file() {
         vocab::bert_tokenizer(dir)?

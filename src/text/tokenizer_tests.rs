@@ -61,7 +61,7 @@ fn roberta() -> Value {
 #[test]
 fn a_bert_pair_has_segments_and_special_tokens() {
     let dir = bert_dir();
-    let tokenizer = PairTokenizer::from_dir(dir.path()).unwrap();
+    let tokenizer = PairTokenizer::from_dir(dir.path(), &Value::Null).unwrap();
     let pair = tokenizer.encode_pair(" How to bake ", "BREADs, 面包 zzz\n", 64).unwrap();
     assert_eq!(pair.input_ids, [2, 5, 6, 7, 3, 8, 9, 10, 11, 12, 1, 3]);
     assert_eq!(pair.type_ids, [0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1]);
@@ -79,7 +79,7 @@ fn segments_that_the_model_is_not_given_are_zero() {
     ] {
         let config = json!({ "model_input_names": names }).to_string();
         fs::write(dir.path().join("tokenizer_config.json"), config).unwrap();
-        let tokenizer = PairTokenizer::from_dir(dir.path()).unwrap();
+        let tokenizer = PairTokenizer::from_dir(dir.path(), &Value::Null).unwrap();
         assert_eq!(tokenizer.encode_pair("how", "bread", 64).unwrap().type_ids, expected);
         assert_eq!(tokenizer.max_type_id(), *expected.last().unwrap());
     }
@@ -89,7 +89,7 @@ fn segments_that_the_model_is_not_given_are_zero() {
 #[test]
 fn the_document_is_cut_before_the_query() {
     let dir = bert_dir();
-    let tokenizer = PairTokenizer::from_dir(dir.path()).unwrap();
+    let tokenizer = PairTokenizer::from_dir(dir.path(), &Value::Null).unwrap();
     let cases: [(usize, &[u32], Truncation); 6] = [
         (8, &[2, 5, 6, 3, 7, 8, 3], Truncation::None),
         (7, &[2, 5, 6, 3, 7, 8, 3], Truncation::None),
@@ -133,7 +133,7 @@ fn any_post_processor_gives_its_template_and_truncation_in_the_file_is_off() {
     ];
     for (post_processor, ids, type_ids) in cases {
         let dir = word_dir(&post_processor);
-        let tokenizer = PairTokenizer::from_dir(dir.path()).unwrap();
+        let tokenizer = PairTokenizer::from_dir(dir.path(), &Value::Null).unwrap();
         let pair = tokenizer.encode_pair("a b", "c a", 64).unwrap();
         assert_eq!((pair.input_ids.as_slice(), pair.type_ids.as_slice()), (ids, type_ids));
         // The same as the tokenizers crate on the pair as a whole.
@@ -158,7 +158,7 @@ fn a_template_without_a_document_is_refused() {
         "special_tokens": {},
     });
     let dir = word_dir(&post_processor);
-    let error = PairTokenizer::from_dir(dir.path()).unwrap_err().to_string();
+    let error = PairTokenizer::from_dir(dir.path(), &Value::Null).unwrap_err().to_string();
     let expected = "the tokenizer's pair template holds 2 queries and 1 documents, expected one of \
                     each";
     assert_eq!(error, format!("{}: {expected}", dir.path().display()));
@@ -178,7 +178,8 @@ fn a_decoder_pair_is_four_parts_and_only_the_document_is_cut() {
     // The post-processor of the file has no say.
     let dir = word_dir(&roberta());
     let template = decoder_template();
-    let tokenizer = PairTokenizer::from_dir_for_decoder(dir.path(), &template).unwrap();
+    let tokenizer =
+        PairTokenizer::from_dir_for_decoder(dir.path(), &Value::Null, &template).unwrap();
     let cases: [(usize, &[u32], Truncation); 4] = [
         (64, &[5, 2, 7, 6, 3, 3, 4, 8], Truncation::None),
         (7, &[5, 2, 7, 6, 3, 3, 8], Truncation::Document),
@@ -192,7 +193,7 @@ fn a_decoder_pair_is_four_parts_and_only_the_document_is_cut() {
         assert!(pair.type_ids.iter().all(|&type_id| type_id == 0));
     }
     let empty = DecoderTemplate { seq: String::new(), special_token: String::new(), ..template };
-    let tokenizer = PairTokenizer::from_dir_for_decoder(dir.path(), &empty).unwrap();
+    let tokenizer = PairTokenizer::from_dir_for_decoder(dir.path(), &Value::Null, &empty).unwrap();
     assert_eq!(tokenizer.fixed_tokens(), 0);
 }
 
@@ -201,7 +202,7 @@ fn vocab_txt_honours_the_tokenizer_config() {
     let dir = bert_dir();
     let ids = |config: &Value, text: &str| {
         fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
-        PairTokenizer::from_dir(dir.path()).unwrap().document_ids(text).unwrap()
+        PairTokenizer::from_dir(dir.path(), &Value::Null).unwrap().document_ids(text).unwrap()
     };
     // Lower-casing takes accents along unless told otherwise.
     assert_eq!(ids(&json!({}), "Café 面包"), [14, 11, 12]);
@@ -216,7 +217,7 @@ fn vocab_txt_honours_the_tokenizer_config() {
 #[test]
 fn directories_without_a_usable_tokenizer_are_named() {
     let dir = tempfile::tempdir().unwrap();
-    let error = || PairTokenizer::from_dir(dir.path()).unwrap_err();
+    let error = || PairTokenizer::from_dir(dir.path(), &Value::Null).unwrap_err();
     let path = dir.path().display().to_string();
     let message = "no tokenizer: expected tokenizer.json (or vocab.txt, for BERT) beside the \
                    model; save_pretrained of transformers' AutoTokenizer writes it";
@@ -244,13 +245,15 @@ fn dir_with(tokenizer: &Value, settings: &Value) -> tempfile::TempDir {
 
 /// Without the tokens of the template.
 fn ids_in(dir: &tempfile::TempDir, text: &str) -> Vec<u32> {
-    PairTokenizer::from_dir(dir.path()).unwrap().document_ids(text).unwrap()
+    PairTokenizer::from_dir(dir.path(), &Value::Null).unwrap().document_ids(text).unwrap()
 }
 
 /// transformers builds the normalizer anew from these; other classes take what the file says.
 #[test]
 fn settings_of_a_bert_tokenizer_take_the_place_of_its_own() {
-    let plain = serde_json::to_value(vocab::bert_tokenizer(bert_dir().path()).unwrap()).unwrap();
+    let plain =
+        serde_json::to_value(vocab::bert_tokenizer(bert_dir().path()).unwrap())
+            .unwrap();
     for (settings, expected) in [
         (json!({}), &[14, 11, 12][..]),
         (json!({"tokenizer_class": "TokenizersBackend", "do_lower_case": false}), &[14, 11, 12]),
@@ -265,9 +268,31 @@ fn settings_of_a_bert_tokenizer_take_the_place_of_its_own() {
     cased["normalizer"]["lowercase"] = false.into();
     let dir = dir_with(&cased, &json!({}));
     assert_eq!(ids_in(&dir, "Cafe"), [13]);
-    // Nothing but the model's type names the class, and its default is lower case.
-    fs::write(dir.path().join("config.json"), r#"{"model_type": "bert"}"#).unwrap();
-    assert_eq!(ids_in(&dir, "Cafe"), [14]);
+    // Nothing but the model's type or its config.json names the class, and its default is lower case.
+    let ids_for = |model: &Value| {
+        PairTokenizer::from_dir(dir.path(), model).unwrap().document_ids("Cafe").unwrap()
+    };
+    assert_eq!(ids_for(&json!({"model_type": "bert"})), [14]);
+    let other = json!({"model_type": "bert", "tokenizer_class": "PreTrainedTokenizerFast"});
+    assert_eq!(ids_for(&other), [13]);
+}
+
+/// An adapter's directory has no `config.json`: what that tells goes into its settings.
+#[test]
+fn settings_name_the_class_where_only_the_model_does() {
+    let plain =
+        serde_json::to_value(vocab::bert_tokenizer(bert_dir().path()).unwrap());
+    let plain = plain.unwrap();
+    let named = |settings: &Value, model: &Value| {
+        vocab::settings_with_class(dir_with(&plain, settings).path(), model).unwrap()
+    };
+    let bert = json!({"model_type": "bert"});
+    assert_eq!(
+        named(&json!({"a": 1}), &bert),
+        Some(json!({"a": 1, "tokenizer_class": "BertTokenizer"}))
+    );
+    assert_eq!(named(&json!({"tokenizer_class": "X"}), &bert), None);
+    assert_eq!(named(&json!({}), &json!({"model_type": "qwen2"})), None);
 }
 
 #[test]
@@ -321,12 +346,12 @@ fn the_side_that_is_cut_is_the_tokenizers() {
     for (side, expected) in [("right", [2, 5, 6, 3, 7, 8, 3]), ("left", [2, 5, 6, 3, 8, 10, 3])] {
         let settings = json!({ "truncation_side": side }).to_string();
         fs::write(dir.path().join("tokenizer_config.json"), settings).unwrap();
-        let tokenizer = PairTokenizer::from_dir(dir.path()).unwrap();
+        let tokenizer = PairTokenizer::from_dir(dir.path(), &Value::Null).unwrap();
         let pair = tokenizer.encode_pair("how to", "bake bread,", 7).unwrap();
         assert_eq!((&pair.input_ids[..], pair.truncated), (&expected[..], Truncation::Document));
     }
     fs::write(dir.path().join("tokenizer_config.json"), r#"{"truncation_side": "top"}"#).unwrap();
-    let error = PairTokenizer::from_dir(dir.path()).unwrap_err().to_string();
+    let error = PairTokenizer::from_dir(dir.path(), &Value::Null).unwrap_err().to_string();
     assert!(
         error.contains("truncation_side is \"top\", expected \"right\" or \"left\""),
         "{error}"
@@ -343,6 +368,6 @@ fn the_side_that_is_cut_is_the_tokenizers() {
         ),
     )
     .unwrap();
-    let tokenizer = PairTokenizer::from_dir(dir.path()).unwrap();
+    let tokenizer = PairTokenizer::from_dir(dir.path(), &Value::Null).unwrap();
     assert_eq!(tokenizer.encode_pair("a", "b c", 6).unwrap().input_ids, [9, 2, 9, 9, 4, 9]);
 }

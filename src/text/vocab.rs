@@ -13,7 +13,7 @@ use tokenizers::{Tokenizer, TruncationDirection};
 use crate::error::{Error, Result};
 
 /// What transformers keeps of a tokenizer beside its vocabulary.
-const SETTINGS: &str = "tokenizer_config.json";
+pub const SETTINGS_FILE: &str = "tokenizer_config.json";
 
 /// The special tokens in their customary order, with their keys in `tokenizer_config.json`.
 const SPECIAL_TOKENS: [(&str, &str); 5] = [
@@ -105,14 +105,14 @@ fn added_tokens(dir: &Path, config: &Map<String, Value>, known: &[Value]) -> Res
 }
 
 /// Does to the tokenizer of a `tokenizer.json` what transformers' BERT and RoBERTa classes do to it: the
-/// settings in `tokenizer_config.json`, or their defaults, take the place of its own.
+/// settings in `tokenizer_config.json`, or their defaults, take the place of its own. `model` is the
+/// `config.json` of the model.
 ///
 /// # Errors
 /// [`Error::File`] or [`Error::Io`] when a file with settings cannot be read.
-pub(super) fn apply_settings(dir: &Path, tokenizer: &mut Tokenizer) -> Result<()> {
+pub(super) fn apply_settings(dir: &Path, model: &Value, tokenizer: &mut Tokenizer) -> Result<()> {
     let config = settings(dir)?;
-    let class = class(dir, &config)?;
-    match class.strip_suffix("Fast").unwrap_or(&class) {
+    match slow(class(&config, model)) {
         "BertTokenizer" => {
             let Some(NormalizerWrapper::BertNormalizer(own)) = tokenizer.get_normalizer() else {
                 return Ok(());
@@ -139,21 +139,37 @@ pub(super) fn apply_settings(dir: &Path, tokenizer: &mut Tokenizer) -> Result<()
     Ok(())
 }
 
-/// The class that transformers reads the tokenizer of `dir` with; empty where nothing names one.
-fn class(dir: &Path, config: &Map<String, Value>) -> Result<String> {
-    let named = |config: &Map<String, Value>| {
-        config.get("tokenizer_class").and_then(Value::as_str).map(str::to_owned)
-    };
-    if let Some(class) = named(config) {
-        return Ok(class);
-    }
-    let model = read_config(&dir.join("config.json"))?;
-    let of_model = match model.get("model_type").and_then(Value::as_str) {
+/// The class that transformers reads a tokenizer of these settings with, for a model with this `config.json`;
+/// empty where nothing names one.
+fn class<'a>(settings: &'a Map<String, Value>, model: &'a Value) -> &'a str {
+    let named = |class: Option<&'a Value>| class.and_then(Value::as_str);
+    let class =
+        named(settings.get("tokenizer_class")).or_else(|| named(model.get("tokenizer_class")));
+    class.unwrap_or_else(|| match named(model.get("model_type")) {
         Some("bert") => "BertTokenizer",
         Some("roberta") => "RobertaTokenizer",
         _ => "",
-    };
-    Ok(named(&model).unwrap_or_else(|| of_model.to_owned()))
+    })
+}
+
+/// The name of a class without the ending of its fast form, which reads the same.
+fn slow(class: &str) -> &str {
+    class.strip_suffix("Fast").unwrap_or(class)
+}
+
+/// The `tokenizer_config.json` of the tokenizer in `dir` for a place where the `config.json` of its model is
+/// missing (`model`): with the class that only that one tells. `None` where it needs no change.
+///
+/// # Errors
+/// [`Error::File`] or [`Error::Io`] when it cannot be read.
+pub fn settings_with_class(dir: &Path, model: &Value) -> Result<Option<Value>> {
+    let mut settings = settings(dir)?;
+    let class = class(&settings, model).to_owned();
+    if class.is_empty() || settings.contains_key("tokenizer_class") {
+        return Ok(None);
+    }
+    settings.insert("tokenizer_class".to_owned(), class.into());
+    Ok(Some(settings.into()))
 }
 
 /// Which side of a text that is too long transformers cuts off, where `tokenizer_config.json` says so.
@@ -166,7 +182,7 @@ pub(super) fn truncation_side(dir: &Path) -> Result<Option<TruncationDirection>>
         Some(Value::String(side)) if side == "right" => Ok(Some(TruncationDirection::Right)),
         Some(Value::String(side)) if side == "left" => Ok(Some(TruncationDirection::Left)),
         Some(other) => Err(Error::File {
-            path: dir.join(SETTINGS),
+            path: dir.join(SETTINGS_FILE),
             message: format!("truncation_side is {other}, expected \"right\" or \"left\""),
         }),
     }
@@ -198,7 +214,7 @@ fn flag(config: &Map<String, Value>, key: &str, default: bool) -> bool {
 }
 
 fn settings(dir: &Path) -> Result<Map<String, Value>> {
-    read_config(&dir.join(SETTINGS))
+    read_config(&dir.join(SETTINGS_FILE))
 }
 
 /// One token a line, numbered from 0; of a token that occurs twice the later number counts.

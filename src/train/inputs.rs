@@ -59,7 +59,7 @@ impl Inputs {
         check_data_files(plan)?;
         let pretrained = pretrained(plan)?;
         let Pretrained { dir: model_dir, revision, mut config, weights, .. } = pretrained;
-        let tokenizer = Arc::new(tokenizer(plan, &model_dir)?);
+        let tokenizer = Arc::new(tokenizer(plan, &model_dir, &config)?);
         let initialised = check_model(&model_dir, &config, &weights, &tokenizer)?;
         if let Some(lora) = &plan.training.lora {
             let lora = lora::resolve(lora, &config);
@@ -68,7 +68,7 @@ impl Inputs {
 
         let padding = match config.raw.get("pad_token_id").and_then(Value::as_u64) {
             Some(id) => u32::try_from(id).ok(),
-            None => pad_token_id(&model_dir)?,
+            None => pad_token_id(&model_dir, &config.raw)?,
         };
         let data = &plan.data;
         // The smaller one first: what is wrong with it is known before a long load.
@@ -205,14 +205,14 @@ fn pretrained(plan: &Plan) -> Result<Pretrained> {
 }
 
 /// The base model's tokenizer with the run's texts around query and document.
-fn tokenizer(plan: &Plan, dir: &Path) -> Result<PairTokenizer> {
+fn tokenizer(plan: &Plan, dir: &Path, config: &ModelConfig) -> Result<PairTokenizer> {
     let tokenizer = PairTexts {
         query_format: &plan.model.query_format,
         document_format: &plan.model.document_format,
         seq: &plan.model.seq,
         special_token: &plan.model.special_token,
     }
-    .tokenizer(dir, plan.model.kind)?;
+    .tokenizer(dir, config)?;
     tokenizer.check_max_len(plan.data.max_len).map_err(|error| plan.error("max_len", error))?;
     Ok(tokenizer)
 }
