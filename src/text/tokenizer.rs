@@ -399,7 +399,7 @@ fn load(dir: &Path, model: &Value) -> Result<(Tokenizer, TruncationDirection)> {
         vocab::apply_settings(dir, model, &mut tokenizer)?;
         tokenizer
     } else if dir.join("vocab.txt").is_file() {
-        vocab::bert_tokenizer(dir)?
+        vocab::bert_tokenizer(dir, model)?
     } else {
         let message = "no tokenizer: expected tokenizer.json (or vocab.txt, for BERT) beside the \
                        model; save_pretrained of transformers' AutoTokenizer writes it";

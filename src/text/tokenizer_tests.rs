@@ -252,7 +252,7 @@ fn ids_in(dir: &tempfile::TempDir, text: &str) -> Vec<u32> {
 #[test]
 fn settings_of_a_bert_tokenizer_take_the_place_of_its_own() {
     let plain =
-        serde_json::to_value(vocab::bert_tokenizer(bert_dir().path()).unwrap())
+        serde_json::to_value(vocab::bert_tokenizer(bert_dir().path(), &Value::Null).unwrap())
             .unwrap();
     for (settings, expected) in [
         (json!({}), &[14, 11, 12][..]),
@@ -281,7 +281,7 @@ fn settings_of_a_bert_tokenizer_take_the_place_of_its_own() {
 #[test]
 fn settings_name_the_class_where_only_the_model_does() {
     let plain =
-        serde_json::to_value(vocab::bert_tokenizer(bert_dir().path()).unwrap());
+        serde_json::to_value(vocab::bert_tokenizer(bert_dir().path(), &Value::Null).unwrap());
     let plain = plain.unwrap();
     let named = |settings: &Value, model: &Value| {
         vocab::settings_with_class(dir_with(&plain, settings).path(), model).unwrap()
@@ -293,6 +293,28 @@ fn settings_name_the_class_where_only_the_model_does() {
     );
     assert_eq!(named(&json!({"tokenizer_class": "X"}), &bert), None);
     assert_eq!(named(&json!({}), &json!({"model_type": "qwen2"})), None);
+}
+
+#[test]
+fn a_vocabulary_of_another_class_is_refused() {
+    let dir = bert_dir();
+    let class = |settings: &Value, model: &Value| {
+        fs::write(dir.path().join("tokenizer_config.json"), settings.to_string()).unwrap();
+        let tokenizer = PairTokenizer::from_dir(dir.path(), model);
+        tokenizer.map(|_| ()).map_err(|error| error.to_string())
+    };
+    let bert = json!({"model_type": "bert"});
+    for settings in ["BertTokenizer", "BertTokenizerFast", "ElectraTokenizer"] {
+        class(&json!({"tokenizer_class": settings}), &bert).unwrap();
+    }
+    class(&json!({}), &bert).unwrap();
+    let japanese = json!({"tokenizer_class": "BertJapaneseTokenizer", "model_type": "bert"});
+    for (settings, model) in [(&japanese, &bert), (&json!({}), &japanese)] {
+        let error = class(settings, model).unwrap_err();
+        let expected = "vocab.txt: is read as BertTokenizer does, but the tokenizer is a \
+                        BertJapaneseTokenizer, which splits texts otherwise; expected a tokenizer.json";
+        assert!(error.contains(expected), "{error}");
+    }
 }
 
 #[test]

@@ -24,16 +24,36 @@ const SPECIAL_TOKENS: [(&str, &str); 5] = [
     ("mask_token", "[MASK]"),
 ];
 
+/// The classes that split texts as `BertTokenizer` does, by a `vocab.txt` and the same settings.
+const BERT_CLASSES: [&str; 7] = [
+    "BertTokenizer",
+    "ConvBertTokenizer",
+    "ElectraTokenizer",
+    "LayoutLMTokenizer",
+    "LxmertTokenizer",
+    "MobileBertTokenizer",
+    "SqueezeBertTokenizer",
+];
+
 /// The same tokenizer that transformers' conversion of a slow `BertTokenizer` gives, with the
-/// settings in `tokenizer_config.json` where there is one.
+/// settings in `tokenizer_config.json` where there is one. `model` is the `config.json` of the model.
 ///
 /// # Errors
-/// [`Error::File`] when a special token is not in the vocabulary or a file is no such file.
-pub(super) fn bert_tokenizer(dir: &Path) -> Result<Tokenizer> {
+/// [`Error::File`] when a special token is not in the vocabulary, a file is no such file, or the
+/// tokenizer is of a class that splits texts otherwise.
+pub(super) fn bert_tokenizer(dir: &Path, model: &Value) -> Result<Tokenizer> {
     let path = dir.join("vocab.txt");
     let file_error = |message| Error::File { path: path.clone(), message };
     let vocabulary = read_vocabulary(&path)?;
     let config = settings(dir)?;
+    let class = class(&config, model);
+    if !(class.is_empty() || BERT_CLASSES.contains(&slow(class))) {
+        return Err(file_error(format!(
+            "is read as BertTokenizer does, but the tokenizer is a {class}, which splits texts otherwise; \
+             expected a tokenizer.json beside it, which save_pretrained of transformers' AutoTokenizer \
+             writes for most classes"
+        )));
+    }
 
     let mut special = HashMap::new();
     let mut added = Vec::new();
@@ -113,7 +133,7 @@ fn added_tokens(dir: &Path, config: &Map<String, Value>, known: &[Value]) -> Res
 pub(super) fn apply_settings(dir: &Path, model: &Value, tokenizer: &mut Tokenizer) -> Result<()> {
     let config = settings(dir)?;
     match slow(class(&config, model)) {
-        "BertTokenizer" => {
+        class if BERT_CLASSES.contains(&class) => {
             let Some(NormalizerWrapper::BertNormalizer(own)) = tokenizer.get_normalizer() else {
                 return Ok(());
             };
