@@ -359,6 +359,14 @@ fn tokens_that_were_added_to_a_vocabulary_are_known() {
     let settings = json!({"added_tokens_decoder": decoder}).to_string();
     fs::write(dir.path().join("tokenizer_config.json"), settings).unwrap();
     assert_eq!(ids_in(&dir, "how <Q> <r>"), [5, 16, 15]);
+    for (key, token) in [("5", json!("x")), ("x", token("x")), ("-1", token("x"))] {
+        let settings = json!({"added_tokens_decoder": {key: token}}).to_string();
+        fs::write(dir.path().join("tokenizer_config.json"), settings).unwrap();
+        let error = PairTokenizer::from_dir(dir.path(), &Value::Null).unwrap_err().to_string();
+        let expected =
+            format!("tokenizer_config.json: added_tokens_decoder: {key:?} is {token}, expected");
+        assert!(error.contains(&expected), "{error}");
+    }
 }
 
 /// The document "bake bread," is 7 8 10.

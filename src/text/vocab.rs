@@ -101,10 +101,18 @@ pub(super) fn bert_tokenizer(dir: &Path, model: &Value) -> Result<Tokenizer> {
 fn added_tokens(dir: &Path, config: &Map<String, Value>, known: &[Value]) -> Result<Vec<Value>> {
     let mut tokens = Vec::new();
     if let Some(decoder) = config.get("added_tokens_decoder").and_then(Value::as_object) {
-        for (id, token) in decoder {
+        for (key, token) in decoder {
+            let (Ok(id), Value::Object(token)) = (key.parse::<u32>(), token) else {
+                return Err(Error::File {
+                    path: dir.join(SETTINGS_FILE),
+                    message: format!(
+                        "added_tokens_decoder: {key:?} is {token}, expected objects under the tokens' numbers"
+                    ),
+                });
+            };
             let mut token = token.clone();
-            token["id"] = id.parse::<u64>().unwrap_or_default().into();
-            tokens.push(token);
+            token.insert("id".to_owned(), id.into());
+            tokens.push(token.into());
         }
     } else {
         let lists = ["additional_special_tokens", "extra_special_tokens"];
