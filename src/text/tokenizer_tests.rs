@@ -291,6 +291,7 @@ fn settings_name_the_class_where_only_the_model_does() {
         named(&json!({"a": 1}), &bert),
         Some(json!({"a": 1, "tokenizer_class": "BertTokenizer"}))
     );
+    assert!(named(&json!({"tokenizer_class": null}), &bert).is_some());
     assert_eq!(named(&json!({"tokenizer_class": "X"}), &bert), None);
     assert_eq!(named(&json!({}), &json!({"model_type": "qwen2"})), None);
 }

@@ -24,10 +24,9 @@ const SPECIAL_TOKENS: [(&str, &str); 5] = [
     ("mask_token", "[MASK]"),
 ];
 
-/// The classes that split texts as `BertTokenizer` does, by a `vocab.txt` and the same settings.
-const BERT_CLASSES: [&str; 7] = [
+/// `BertTokenizer` under all of its names.
+const BERT_CLASSES: [&str; 6] = [
     "BertTokenizer",
-    "ConvBertTokenizer",
     "ElectraTokenizer",
     "LayoutLMTokenizer",
     "LxmertTokenizer",
@@ -193,7 +192,8 @@ fn slow(class: &str) -> &str {
 pub fn settings_with_class(dir: &Path, model: &Value) -> Result<Option<Value>> {
     let mut settings = settings(dir)?;
     let class = class(&settings, model).to_owned();
-    if class.is_empty() || settings.contains_key("tokenizer_class") {
+    let is_named = settings.get("tokenizer_class").is_some_and(Value::is_string);
+    if is_named || class.is_empty() {
         return Ok(None);
     }
     settings.insert("tokenizer_class".to_owned(), class.into());
