@@ -25,11 +25,10 @@ fn settings_of_the_wrong_type_are_one_line_with_a_position() {
     refused(&table);
 }
 
-/// The same for values of the right type that make no sense.
+/// Steps, pairs and memory are products of these.
 #[test]
-fn settings_out_of_range_are_one_line_with_a_position() {
+fn factors_beyond_a_million_are_refused() {
     let table = [
-        ("epochs: 0", "training.yaml:4:9: epochs: expected an integer of at least 1, found 0"),
         (
             "batch_size: 9223372036854775807",
             "training.yaml:4:13: batch_size: expected an integer of at most 1000000, found \
@@ -50,6 +49,15 @@ fn settings_out_of_range_are_one_line_with_a_position() {
             "training.yaml:4:19: train_group_size: expected an integer of at most 1000000, found \
              1000001",
         ),
+    ];
+    refused(&table);
+}
+
+/// The same for values of the right type that make no sense.
+#[test]
+fn settings_out_of_range_are_one_line_with_a_position() {
+    let table = [
+        ("epochs: 0", "training.yaml:4:9: epochs: expected an integer of at least 1, found 0"),
         (
             "batch_size: -1",
             "training.yaml:4:13: batch_size: expected an integer of at least 1, found -1",
