@@ -14,7 +14,8 @@ use crate::error::{Error, Result};
 const SLOTS: usize = 8192;
 
 /// Settings that may differ between hosts: where things are (among which a teacher, whose scores are data),
-/// and what only rank 0 or the launcher heeds.
+/// and what only rank 0 or the launcher heeds. A device that is asked for comes to what is compared beside
+/// these, the one that is used.
 const OWN: [&str; 12] = [
     "cache_dir",
     "deepspeed_config_file",
@@ -68,7 +69,7 @@ pub(super) fn check(facts: &BTreeMap<String, Value>, comm: &dyn Communicator) ->
     let what = if own.is_empty() { "others have what is not here".into() } else { own.join(", ") };
     Err(Error::Usage(format!(
         "rank {}: the ranks were given different things: {what}; give all of them the same \
-         configuration and the same files",
+         configuration, files and kind of device",
         comm.rank()
     )))
 }
