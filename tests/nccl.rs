@@ -5,14 +5,18 @@
 
 mod common;
 
+use std::io;
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use common::ranks::{Case, STRATEGIES, ZERO3, assert_close, free_port, gloo, train, train_over};
+use common::ranks::{
+    Case, STRATEGIES, ZERO3, assert_close, environment, free_port, gloo, train, train_over,
+};
 use reranker::Error;
-use reranker::comm::{Communicator, Groups, Nccl, Pending, Place, Reduction, reduce_values};
+use reranker::comm::{Communicator, Gloo, Groups, Nccl, Pending, Place, Reduction, reduce_values};
 use reranker::torch_ext::nccl;
 use tch::{Device, Kind, Tensor};
 
@@ -184,6 +188,50 @@ fn ranks_that_leave_together_are_not_missed() {
     }) {
         assert_eq!(outcome, None);
     }
+}
+
+/// Hands on what comes to `listener` to a port of loopback.
+fn forward(listener: TcpListener, port: u16) {
+    std::thread::spawn(move || {
+        for caller in listener.incoming().map_while(Result::ok) {
+            let store = TcpStream::connect(("127.0.0.1", port)).unwrap();
+            let back = (store.try_clone().unwrap(), caller.try_clone().unwrap());
+            for (mut from, mut to) in [(caller, store), back] {
+                std::thread::spawn(move || {
+                    // The end of one side is that of the other, however it comes.
+                    let _ = io::copy(&mut from, &mut to);
+                    let _ = to.shutdown(Shutdown::Write);
+                });
+            }
+        }
+    });
+}
+
+/// As where rank 0 is known by the name of a service, which forwards the store's port and no other.
+#[test]
+fn an_address_that_leads_to_the_store_alone_is_enough() {
+    tch::set_num_threads(1);
+    let service = TcpListener::bind("127.0.0.2:0").unwrap();
+    let (port, public) = (free_port(), service.local_addr().unwrap().port());
+    let library = nccl::Nccl::load(library()).unwrap();
+    let start = |rank, place| {
+        let library = Arc::clone(&library);
+        std::thread::spawn(move || {
+            let host = Gloo::join(&environment(place, rank, 2), PATIENCE).unwrap();
+            let comm = Nccl::join(host, library, Device::Cpu, PATIENCE).unwrap();
+            comm.leave().unwrap();
+        })
+    };
+    let first = start(0, ("127.0.0.1", port));
+    let deadline = Instant::now() + PATIENCE;
+    while TcpStream::connect(("127.0.0.1", port)).is_err() {
+        assert!(Instant::now() < deadline, "no store");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    forward(service, port);
+    let second = start(1, ("127.0.0.2", public));
+    first.join().unwrap();
+    second.join().unwrap();
 }
 
 #[test]

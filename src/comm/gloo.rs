@@ -1,29 +1,19 @@
 //! Gloo over TCP, for workers without a GPU.
 
 use std::cell::RefCell;
-use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs, UdpSocket};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rr_launch::contract::{WorkerEnv, heartbeat, vars};
 use tch::{Device, Tensor};
-use tracing::warn;
 
+use super::way::{self, Way};
 use super::{Communicator, Pending, Place, Reduction, late, operation, tell_waiting};
 use crate::error::{Error, Result};
 use crate::torch_ext::gloo::{Group, Join, Via, Work};
 
 /// The environment variable that names the network interfaces to bind, as for torch.
 const INTERFACE_VARIABLE: &str = "GLOO_SOCKET_IFNAME";
-
-/// Between two looks for rank 0's store.
-const STORE_POLL: Duration = Duration::from_millis(10);
-
-/// Between two questions after the address of rank 0's host.
-const NAME_POLL: Duration = Duration::from_millis(250);
-
-/// The longest that one attempt to reach the store may take: behind a firewall none is ever answered.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The least that is left for the rendezvous itself, so that it can say what is missing.
 const LEAST_JOINING: Duration = Duration::from_secs(1);
@@ -37,8 +27,8 @@ pub struct Gloo {
     group: Group,
     rank: usize,
     world_size: usize,
-    /// The host of rank 0, as the ranks name it.
-    master: String,
+    /// The way to rank 0's host.
+    way: Way,
     /// Whether some ranks are on other hosts than others.
     spans_hosts: bool,
     place: RefCell<Option<Place>>,
@@ -64,16 +54,10 @@ impl Gloo {
         let agent_serves = std::env::var(vars::TORCHELASTIC_USE_AGENT_STORE)
             .is_ok_and(|value| value.eq_ignore_ascii_case("true"));
         let serves_store = env.rank == 0 && !agent_serves;
-        if !serves_store && !wait_for_store(&env.master_addr, env.master_port, deadline) {
-            return Err(failed(format!(
-                "nothing has answered there for {} s: rank 0 has not started, or listens elsewhere \
-                 (--timeout)",
-                timeout.as_secs_f64()
-            )));
-        }
+        let place = (env.master_addr.as_str(), env.master_port);
+        let way = way::find(place, serves_store, deadline, timeout).map_err(failed)?;
         let spans_hosts = env.local_world_size < env.world_size;
-        let (via, way) = means(env, interfaces, deadline)
-            .map_err(|error| failed(format!("no way to that address: {error}")))?;
+        let via = means(interfaces, &way, spans_hosts);
         let is_asked = matches!(via, Via::Asked(_));
         let join = Join {
             host: env.master_addr.clone(),
@@ -84,7 +68,7 @@ impl Gloo {
             joining: deadline.saturating_duration_since(Instant::now()).max(LEAST_JOINING),
             timeout,
             via,
-            way,
+            way: told(&way),
             prefix: format!("gloo/{}", env.restart_count),
         };
         let group = Group::join(&join).map_err(|message| {
@@ -101,9 +85,8 @@ impl Gloo {
                 failed(message)
             }
         })?;
-        let master = env.master_addr.clone();
         let (rank, world_size) = (env.rank, env.world_size);
-        Ok(Self { group, rank, world_size, master, spans_hosts, place: RefCell::new(None) })
+        Ok(Self { group, rank, world_size, way, spans_hosts, place: RefCell::new(None) })
     }
 
     /// Whether some ranks are on other hosts than others.
@@ -111,8 +94,9 @@ impl Gloo {
         self.spans_hosts
     }
 
-    pub(super) fn master(&self) -> &str {
-        &self.master
+    /// The way to rank 0's host.
+    pub(super) fn way(&self) -> Way {
+        self.way
     }
 
     fn failed(&self, name: &str) -> impl Fn(String) -> Error + Send + use<> {
@@ -140,15 +124,8 @@ impl Gloo {
         let name = format!("{name}/{}", ranks[0]);
         let group =
             self.group.split(rank, ranks.len(), &name).map_err(self.failed("splitting a group"))?;
-        let Self { master, spans_hosts, .. } = self;
-        Ok(Some(Self {
-            group,
-            rank,
-            world_size: ranks.len(),
-            master: master.clone(),
-            spans_hosts: *spans_hosts,
-            place: RefCell::new(None),
-        }))
+        let (way, spans_hosts, world_size) = (self.way, self.spans_hosts, ranks.len());
+        Ok(Some(Self { group, rank, world_size, way, spans_hosts, place: RefCell::new(None) }))
     }
 
     /// Gloo works on host memory: a tensor elsewhere goes through a copy.
@@ -248,73 +225,20 @@ fn port_is_taken(env: &WorkerEnv, is_launched: bool) -> Error {
     }
 }
 
-/// Waits until rank 0's store listens; false where the deadline passes before that.
-/// The store's own client sleeps a whole second after a refused connection, which workers that
-/// start together would pay on most starts.
-fn wait_for_store(host: &str, port: u16, deadline: Instant) -> bool {
-    let answers = |address: SocketAddr| {
-        let left = deadline.saturating_duration_since(Instant::now()).max(STORE_POLL);
-        TcpStream::connect_timeout(&address, left.min(CONNECT_TIMEOUT)).is_ok()
-    };
-    // A name is asked for anew each time: it may not be there yet, or not lead there yet.
-    while !(host, port).to_socket_addrs().is_ok_and(|mut all| all.any(answers)) {
-        if Instant::now() >= deadline {
-            return false;
-        }
-        std::thread::sleep(STORE_POLL);
-    }
-    true
+/// The address by which this rank reaches rank 0's host, where that is another.
+fn told(way: &Way) -> Option<String> {
+    let is_elsewhere = !way.own.is_loopback() && way.own != way.master;
+    is_elsewhere.then(|| way.master.to_string())
 }
 
-/// The two ends of the way to rank 0's host.
-struct Way {
-    /// The address of this host on it.
-    own: IpAddr,
-    /// That of rank 0's host.
-    master: IpAddr,
-}
-
-/// The way to `host`, whose name may not be known before the deadline: in a cluster it appears with
-/// its pod. Connecting a UDP socket asks the routing table and sends nothing; a host name that resolves
-/// to a loopback address thus stays on loopback.
-fn way_to(host: &str, port: u16, deadline: Instant) -> std::io::Result<Way> {
-    let mut is_told = false;
-    while let Err(error) = (host, port).to_socket_addrs() {
-        if Instant::now() >= deadline {
-            return Err(error);
-        }
-        if !is_told {
-            warn!("the address of {host} is not known yet: {error}; waiting for it (--timeout)");
-            is_told = true;
-        }
-        std::thread::sleep(NAME_POLL);
-    }
-    let bind = if host.contains(':') { "[::]:0" } else { "0.0.0.0:0" };
-    let socket = UdpSocket::bind(bind)?;
-    socket.connect((host, port))?;
-    Ok(Way { own: socket.local_addr()?.ip(), master: socket.peer_addr()?.ip() })
-}
-
-/// What the peers of this rank reach it through, of `interfaces` where they are given, and the address by
-/// which it reaches rank 0's host where that is another.
-fn means(
-    env: &WorkerEnv,
-    interfaces: Option<String>,
-    deadline: Instant,
-) -> std::io::Result<(Via, Option<String>)> {
-    let way = way_to(&env.master_addr, env.master_port, deadline);
-    let told = |way: &Way| {
-        let is_elsewhere = !way.own.is_loopback() && way.own != way.master;
-        is_elsewhere.then(|| way.master.to_string())
-    };
-    if let Some(names) = interfaces {
-        return Ok((Via::Interfaces(names), way.ok().as_ref().and_then(told)));
-    }
-    let way = way?;
+/// What the peers of this rank reach it through, of `interfaces` where they are given.
+fn means(interfaces: Option<String>, way: &Way, spans_hosts: bool) -> Via {
     let own = way.own.to_string();
-    let spans_hosts = env.local_world_size < env.world_size;
-    let is_hidden = spans_hosts && way.own.is_loopback();
-    Ok((if is_hidden { Via::Asked(own) } else { Via::Address(own) }, told(&way)))
+    match interfaces {
+        Some(names) => Via::Interfaces(names),
+        None if spans_hosts && way.own.is_loopback() => Via::Asked(own),
+        None => Via::Address(own),
+    }
 }
 
 /// The interfaces of this host that `value`, that of [`INTERFACE_VARIABLE`], names.
@@ -376,16 +300,6 @@ mod tests {
             error.contains("GLOO_SOCKET_IFNAME names \"eht0\", which is no network"),
             "{error}"
         );
-    }
-
-    #[test]
-    fn waiting_for_a_store_ends_with_the_deadline() {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
-        let port = listener.local_addr().expect("an address").port();
-        let soon = || Instant::now() + Duration::from_millis(50);
-        assert!(wait_for_store("127.0.0.1", port, soon()));
-        drop(listener);
-        assert!(!wait_for_store("127.0.0.1", port, soon()));
     }
 
     #[test]

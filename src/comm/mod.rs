@@ -5,6 +5,7 @@ mod groups;
 mod liveness;
 mod nccl;
 mod solo;
+mod way;
 
 use std::fmt;
 use std::sync::Arc;

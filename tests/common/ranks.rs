@@ -126,19 +126,23 @@ pub fn free_port() -> u16 {
 
 /// One rank's end of a Gloo group whose rank 0 listens on `port`.
 pub fn gloo(port: u16, rank: usize, world_size: usize, timeout: Duration) -> Gloo {
-    let env = WorkerEnv {
+    Gloo::join(&environment(("127.0.0.1", port), rank, world_size), timeout).unwrap()
+}
+
+/// What a launcher tells one of the ranks of a machine that meet at `place`.
+pub fn environment((host, port): (&str, u16), rank: usize, world_size: usize) -> WorkerEnv {
+    WorkerEnv {
         rank,
         local_rank: rank,
         world_size,
         local_world_size: world_size,
         group_rank: 0,
-        master_addr: "127.0.0.1".into(),
+        master_addr: host.into(),
         master_port: port,
         run_id: None,
         restart_count: 0,
         progress: false,
-    };
-    Gloo::join(&env, timeout).unwrap()
+    }
 }
 
 /// One rank's end of a world whose rank 0 listens on `port`.
