@@ -82,6 +82,25 @@ fn one_label_out_of_range_leaves_no_validation_loss() {
 }
 
 #[test]
+fn validation_data_with_nothing_to_compare_are_pointed_out() {
+    let bench = Bench::new(0.0);
+    for (loss, label) in [("pairwise_ranknet", 1), ("listwise_ce", 0)] {
+        let hit = |text| format!(r#"{{"content": "{text}", "label": {label}}}"#);
+        let group = format!(r#"{{"query": "q", "hits": [{}, {}]}}"#, hit("tea"), hit("leaf"));
+        std::fs::write(bench.root.path().join("flat.jsonl"), group).unwrap();
+        let mut check = reranker(bench.root.path(), &["check", "--config", "t.yaml"]);
+        check.args(["--device", "cpu", "--set", &format!("loss_type={loss}")]);
+        for setting in ["train_dataset=groups.jsonl", "val_dataset=flat.jsonl"] {
+            check.args(["--set", setting]);
+        }
+        let text = output_of(&mut check);
+        let warning = "val_dataset: has no query with labels to compare, so that validation gives no \
+                       loss, only ranking metrics";
+        assert!(text.contains(warning), "{loss}: {text}");
+    }
+}
+
+#[test]
 fn training_stops_on_all_ranks_when_nothing_gets_better() {
     let bench = Bench::new(0.0);
     let settings = [
@@ -133,6 +152,15 @@ fn a_figure_that_the_data_cannot_give_is_an_error_before_training() {
         (
             &["val_dataset=flat.jsonl", "metric_for_best=ndcg@10"],
             "ndcg@10 needs a document with a label above 0, and val_dataset has none",
+        ),
+        (
+            &[
+                "val_dataset=flat.jsonl",
+                "train_dataset=groups.jsonl",
+                "loss_type=listwise_ce",
+                "metric_for_best=loss",
+            ],
+            "loss needs a query with labels to compare, and val_dataset has none",
         ),
         (
             &["max_label=1", "train_dataset=ones.jsonl", "metric_for_best=loss"],

@@ -115,6 +115,8 @@ pub(super) fn check(plan: &Plan, data: &Dataset) -> Result<()> {
         "compares the hits of a query, but val_dataset holds single pairs; give grouped records"
     } else if is_ranking && labels().all(|label| label <= 0.0) {
         "needs a document with a label above 0, and val_dataset has none"
+    } else if !is_ranking && !loss_applies(plan, data) && plan.loss.needs_groups() {
+        "needs a query with labels to compare, and val_dataset has none"
     } else if !is_ranking && !loss_applies(plan, data) {
         "applies to labels from min_label to max_label, but val_dataset has others; set max_label, \
          or use ndcg@10, mrr@10 or map"

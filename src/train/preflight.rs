@@ -254,11 +254,15 @@ fn warnings(inputs: &Inputs, plan: &Plan) -> Vec<String> {
     warnings.extend(padding_at_the_end(inputs, plan));
     warnings.extend(no_padding(inputs, plan));
     if let Some(validation) = &inputs.validation
-        && !plan.loss.needs_groups()
+        && validation.kind == DatasetKind::Grouped
         && !loss_applies(plan, validation)
     {
-        let message = "has labels outside min_label to max_label, so that validation gives no loss, \
-                       only ranking metrics";
+        let why = if plan.loss.needs_groups() {
+            "no query with labels to compare"
+        } else {
+            "labels outside min_label to max_label"
+        };
+        let message = format!("has {why}, so that validation gives no loss, only ranking metrics");
         warnings.push(plan.warning("val_dataset", message));
     }
     warnings

@@ -166,11 +166,16 @@ impl Sums {
 }
 
 /// Whether the training loss can be computed over all of `dataset`, and so over the shares of however
-/// many workers: single pairs have none that compares the hits of a query, and grouped data a pointwise
-/// one only where all their labels are in the range that such data map to `[0, 1]`.
+/// many workers: one that compares the hits of a query has to find a query whose labels differ as it needs
+/// them to, and single pairs have none; a pointwise one applies to grouped data only where all their labels
+/// are in the range that such data map to `[0, 1]`.
 pub(super) fn loss_applies(plan: &Plan, dataset: &Dataset) -> bool {
     match (plan.loss.needs_groups(), dataset.kind) {
-        (true, kind) => kind == DatasetKind::Grouped,
+        (true, DatasetKind::Pointwise) => false,
+        (true, DatasetKind::Grouped) => dataset.groups().any(|group| {
+            let labels = dataset.labels(group);
+            loss::weight(plan.loss, &labels, &[0, labels.len() as i64]) > 0.0
+        }),
         (false, DatasetKind::Pointwise) => true,
         (false, DatasetKind::Grouped) => {
             let mut pairs = 0..dataset.pair_count() as u32;
