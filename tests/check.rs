@@ -55,6 +55,24 @@ fn memory_is_predicted_and_what_cannot_fit_is_told() {
 }
 
 #[test]
+fn a_machine_holds_its_own_workers_and_no_others() {
+    let dir = case("distributed_type: MULTI_CPU\n");
+    let needed = |world: &str, local: &str| {
+        let mut check = reranker(dir.path(), &["check", "--config", "training.yaml"]);
+        check.args(["--parallel", "p.yaml", "--device", "cpu", "--set", "batch_size=1000000"]);
+        check.envs([("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", world)]);
+        check.envs([("LOCAL_WORLD_SIZE", local), ("MASTER_ADDR", "127.0.0.1")]);
+        let text = output_of(check.env("MASTER_PORT", "29500"));
+        let start = "warning: this does not fit: this machine has to hold ";
+        let rest = line(&text, start).unwrap().strip_prefix(start).unwrap().to_owned();
+        rest.split_once(" GB ").unwrap().0.parse::<f64>().unwrap()
+    };
+    let (one, two) = (needed("4", "2"), needed("4", "4"));
+    assert_eq!(one, needed("2", "2"));
+    assert!((two / one - 2.0).abs() < 0.01, "{one} and {two}");
+}
+
+#[test]
 fn under_a_launcher_one_rank_prints_the_plan_for_all() {
     let dir = case(ZERO3);
     let check = [env!("CARGO_BIN_EXE_reranker"), "check", "--config", "training.yaml"];

@@ -15,12 +15,15 @@ use crate::train;
 pub(super) fn run(args: &CheckArgs) -> Result<()> {
     start_log(0);
     let device = args.gpus.map(|_| DeviceArg::Cuda).or(args.plan.device);
-    let plan = args.plan.plan(args.gpus.or(args.nproc).or_else(|| launched(args)), device)?;
+    let asked = args.gpus.or(args.nproc);
+    let launch = launch().filter(|_| asked.is_none() && !args.for_launch);
+    let plan = args.plan.plan(asked.or(launch.as_ref().map(|env| env.world_size)), device)?;
     train::check_output(&plan)?;
     let workers = plan.parallel.processes.unwrap_or(1);
     // rr-launch knows on how many machines it starts workers, and looks after their GPUs itself.
     let machines = if args.for_launch { args.nnodes.max(1) } else { plan.parallel.machines };
-    train::check_machines(&plan, workers, workers.div_ceil(machines))?;
+    let local = launch.map_or(workers.div_ceil(machines), |env| env.local_world_size);
+    train::check_machines(&plan, workers, local)?;
     if !args.for_launch && args.gpus.is_none() {
         runtime::device(plan.parallel.device, 0)?;
     }
@@ -38,7 +41,7 @@ pub(super) fn run(args: &CheckArgs) -> Result<()> {
         };
         return print(&serde_json::to_string(&launch).unwrap_or_default());
     }
-    let preflight = train::Preflight::new(&inputs, &plan, workers)?;
+    let preflight = train::Preflight::new(&inputs, &plan, workers, local)?;
     if args.json {
         return print(&checked_json(&plan, &preflight).to_string());
     }
@@ -48,10 +51,9 @@ pub(super) fn run(args: &CheckArgs) -> Result<()> {
     print(&lines.join("\n"))
 }
 
-/// The number of workers of the launch that this is part of, where there are several.
-fn launched(args: &CheckArgs) -> Option<usize> {
-    let env = WorkerEnv::from_env().ok().filter(|env| !args.for_launch && env.world_size > 1);
-    env.map(|env| env.world_size)
+/// The launch that this is part of, where it has several workers.
+fn launch() -> Option<WorkerEnv> {
+    WorkerEnv::from_env().ok().filter(|env| env.world_size > 1)
 }
 
 /// What `check --json` prints: the plan, where its settings were given, and what lies ahead.

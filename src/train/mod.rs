@@ -131,7 +131,7 @@ fn train(
         Some(inputs) => inputs,
         None => Inputs::load(plan, env.world_size, true)?,
     };
-    let preflight = (env.rank == 0).then(|| tell(plan, inputs, env.world_size)).transpose()?;
+    let preflight = (env.rank == 0).then(|| tell(plan, inputs, env)).transpose()?;
     let rates = parameter_groups(plan);
     let shard = groups.shard();
     let options = engine_options(plan, device, shard.rank(), shard.world_size());
@@ -198,8 +198,8 @@ fn is_complete(plan: &Plan, groups: &Groups) -> Result<bool> {
 }
 
 /// Logs the plan's notices and what lies ahead, a line at a time.
-fn tell(plan: &Plan, inputs: &Inputs, world_size: usize) -> Result<Preflight> {
-    let preflight = Preflight::new(inputs, plan, world_size)?;
+fn tell(plan: &Plan, inputs: &Inputs, env: &WorkerEnv) -> Result<Preflight> {
+    let preflight = Preflight::new(inputs, plan, env.world_size, env.local_world_size)?;
     for line in plan.notices.iter().map(String::as_str).chain(preflight.to_string().lines()) {
         info!("{line}");
     }

@@ -90,18 +90,18 @@ pub struct ModelSummary {
 }
 
 impl Preflight {
-    /// Looks ahead at a run of `plan` over `world_size` workers.
+    /// Looks ahead at a run of `plan` over `world_size` workers, `local` of them on this machine.
     ///
     /// # Errors
     /// When the tokenizer refuses a text, or the checkpoints cannot be listed.
-    pub fn new(inputs: &Inputs, plan: &Plan, world_size: usize) -> Result<Self> {
+    pub fn new(inputs: &Inputs, plan: &Plan, world_size: usize, local: usize) -> Result<Self> {
         let summary = |dataset: &Dataset, load: &LoadReport| -> Result<DataSummary> {
             let (tokenizer, max_len) = (&inputs.tokenizer, plan.data.max_len);
             let lengths = LengthReport::measure(dataset, tokenizer, max_len, LENGTH_SAMPLE)?;
             Ok(DataSummary { load: load.clone(), lengths })
         };
         let validation = inputs.validation.as_ref().zip(inputs.validation_report.as_ref());
-        let (memory, shortfalls) = forecast(inputs, plan, world_size);
+        let (memory, shortfalls) = forecast(inputs, plan, world_size, local);
         Ok(Self {
             train: summary(&inputs.train, &inputs.train_report)?,
             epoch: inputs.sampler.report().clone(),
@@ -307,11 +307,15 @@ fn padding_at_the_end(inputs: &Inputs, plan: &Plan) -> Option<String> {
 }
 
 /// What a worker will hold, and where there is not that much. Hybrid runs divide by the workers of a
-/// machine.
-fn forecast(inputs: &Inputs, plan: &Plan, world_size: usize) -> (MemoryForecast, Vec<String>) {
-    let on_a_machine = world_size.div_ceil(plan.parallel.machines);
+/// machine, of which there are `local`.
+fn forecast(
+    inputs: &Inputs,
+    plan: &Plan,
+    world_size: usize,
+    local: usize,
+) -> (MemoryForecast, Vec<String>) {
     let dividing = match plan.parallel.strategy {
-        Strategy::Hybrid { .. } => on_a_machine,
+        Strategy::Hybrid { .. } => local,
         Strategy::Ddp | Strategy::Zero { .. } => world_size,
     };
     let on_gpu = runtime::kind_of_device(plan.parallel.device) == config::Device::Cuda;
@@ -328,7 +332,7 @@ fn forecast(inputs: &Inputs, plan: &Plan, world_size: usize) -> (MemoryForecast,
         lines.extend(shortfall("a GPU", forecast.total(), runtime::freest_gpu_memory()));
     }
     let on_host = forecast.held.host + if on_gpu { 0 } else { forecast.total() };
-    let needed = on_host * on_a_machine;
+    let needed = on_host * local;
     lines.extend(shortfall("this machine", needed, runtime::available_memory()));
     (forecast, lines)
 }
