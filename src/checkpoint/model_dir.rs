@@ -17,9 +17,9 @@ use crate::atomic::{StagedDir, write_synced};
 use crate::comm::{Groups, Reduction, reduce_values, wait_together};
 use crate::config::ModelKind;
 use crate::error::{Error, Result};
-use crate::model::ModelConfig;
 use crate::model::lora::peft;
 use crate::model::stage::TensorSpec;
+use crate::model::{Activation, ModelConfig, Trunk};
 use crate::shard::FlatUnit;
 use crate::text::{SETTINGS_FILE, TOKENIZER_FILES, pad_token_id, settings_with_class};
 use crate::torch_ext::storage;
@@ -223,6 +223,7 @@ fn saved_config(config: &ModelConfig, base: &Path) -> Result<Value> {
     for activation in ["sentence_transformers", "sbert_ce_default_activation_function"] {
         raw.remove(activation);
     }
+    raw.extend(activation_computed(config));
     raw.insert("architectures".into(), json!([config.architecture()]));
     raw.insert("dtype".into(), json!("float32"));
     raw.insert("id2label".into(), json!({"0": "LABEL_0"}));
@@ -241,10 +242,49 @@ fn saved_config(config: &ModelConfig, base: &Path) -> Result<Value> {
     Ok(Value::Object(raw))
 }
 
+/// What the first Gemma files call gelu, while they mean the approximation that is computed. Releases of
+/// transformers differ in which they take it for, and in which of the two keys they look at.
+fn activation_computed(config: &ModelConfig) -> Vec<(String, Value)> {
+    let is_approximate = match &config.trunk {
+        Trunk::Decoder(decoder) => decoder.activation == Activation::GeluTanh,
+        Trunk::Encoder(_) | Trunk::ModernBert(_) => false,
+    };
+    if !is_approximate || config.raw["hidden_act"] != "gelu" {
+        return Vec::new();
+    }
+    let newer = config.raw.get("hidden_activation").map(|_| "hidden_activation");
+    let keys = ["hidden_act"].into_iter().chain(newer);
+    keys.map(|key| (key.to_owned(), json!("gelu_pytorch_tanh"))).collect()
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test may panic")]
     use super::*;
+
+    #[test]
+    fn a_saved_gemma_names_the_activation_that_was_computed() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+        let saved = |family: &str, given: &Value| {
+            let text = std::fs::read_to_string(golden.join(family).join("config.json")).unwrap();
+            let mut file: Map<String, Value> = serde_json::from_str(&text).unwrap();
+            file.extend(given.as_object().unwrap().clone());
+            let dir = tempfile::tempdir().unwrap();
+            std::fs::write(dir.path().join("config.json"), json!(file).to_string()).unwrap();
+            let config = ModelConfig::from_dir(dir.path()).unwrap();
+            let saved = saved_config(&config, dir.path()).unwrap();
+            ["hidden_act", "hidden_activation"].map(|key| saved[key].clone())
+        };
+        let tanh = json!("gelu_pytorch_tanh");
+        let old = json!({"hidden_act": "gelu"});
+        assert_eq!(saved("gemma_tiny", &old), [tanh.clone(), Value::Null]);
+        let null = json!({"hidden_act": "gelu", "hidden_activation": null});
+        assert_eq!(saved("gemma_tiny", &null), [tanh.clone(), tanh]);
+        // Elsewhere gelu is the exact one, and a name that says what it means stays.
+        let silu = json!({"hidden_act": "silu"});
+        assert_eq!(saved("gemma_tiny", &silu), [json!("silu"), Value::Null]);
+        assert_eq!(saved("qwen2_tiny", &old), [json!("gelu"), Value::Null]);
+    }
 
     /// What is saved of a decoder whose configuration and tokenizer give these.
     fn saved_padding(id: &Value, token: &Value) -> Option<Value> {

@@ -12,7 +12,7 @@ pub mod stage;
 mod views;
 pub mod weights;
 
-pub use config::{ModelConfig, Trunk};
+pub use config::{Activation, ModelConfig, Trunk};
 pub use layer_class::foreign_layer_classes;
 pub use lora::Lora;
 pub use pretrained::Pretrained;
