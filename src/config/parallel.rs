@@ -184,6 +184,7 @@ const OTHER_PARALLELISM: &str = "tensor, pipeline and context parallelism are no
 /// The sizes of accelerate's `parallelism_config`: over how many workers FSDP divides is known without.
 fn read_sizes(fields: &mut Fields<'_>) -> Result<()> {
     fields.ignored(&[
+        "parallelism_config_cp_backend",
         "parallelism_config_cp_comm_strategy",
         "parallelism_config_dp_shard_size",
         "parallelism_config_sp_attn_implementation",
