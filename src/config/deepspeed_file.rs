@@ -20,7 +20,6 @@ const IGNORED: &[&str] = &[
     "checkpoint",
     "comms_logger",
     "csv_monitor",
-    "data_types",
     "disable_allgather",
     "dump_state",
     "flops_profiler",
@@ -205,6 +204,9 @@ fn read(fields: &mut Fields<'_>, path: &Setting<String>) -> Result<Read> {
         train_micro_batch_size_per_gpu: fields.integer_or_auto("train_micro_batch_size_per_gpu")?,
         train_batch_size: fields.integer_or_auto("train_batch_size")?,
         communication_data_type: fields.choice("communication_data_type", DATA_TYPES)?,
+        grad_accum_dtype: fields
+            .section("data_types", |fields| fields.choice("grad_accum_dtype", DATA_TYPES))?
+            .0,
         offload_optimizer_device: optimizer,
         offload_param_device: parameters,
         deepspeed_config_file: None,

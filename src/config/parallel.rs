@@ -73,6 +73,8 @@ pub struct RawDeepSpeed {
     pub train_batch_size: Option<Setting<Auto<i64>>>,
     /// Of a `DeepSpeed` JSON file only: the precision of reductions.
     pub communication_data_type: Option<Setting<Precision>>,
+    /// Of a `DeepSpeed` JSON file only: the precision in which micro-batches are added up.
+    pub grad_accum_dtype: Option<Setting<Precision>>,
     pub offload_optimizer_device: Option<Setting<OffloadDevice>>,
     pub offload_param_device: Option<Setting<OffloadDevice>>,
     pub deepspeed_config_file: Option<Setting<String>>,
@@ -244,6 +246,7 @@ impl RawDeepSpeed {
                 .integer_or_auto("train_micro_batch_size_per_gpu")?,
             train_batch_size: None,
             communication_data_type: None,
+            grad_accum_dtype: None,
             offload_optimizer_device: fields.choice("offload_optimizer_device", OFFLOAD)?,
             offload_param_device: fields.choice("offload_param_device", OFFLOAD)?,
             deepspeed_config_file: fields.string("deepspeed_config_file")?,

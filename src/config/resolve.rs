@@ -108,7 +108,8 @@ pub(super) struct Shared {
     pub(super) accumulation: Option<Setting<Auto<i64>>>,
     pub(super) batch_size: Option<Setting<Auto<i64>>>,
     pub(super) clipping: Option<Setting<Auto<f64>>>,
-    pub(super) reduction: Option<Setting<Precision>>,
+    /// What gradients are added up in: over workers, over micro-batches.
+    pub(super) reductions: [Option<Setting<Precision>>; 2],
 }
 
 /// The state of one resolution.
@@ -302,27 +303,26 @@ impl Resolver<'_> {
     }
 
     /// The training YAML's word; else a `DeepSpeed` file's, which may name the gradients' own
-    /// precision or fp32.
+    /// precision or fp32, for workers and micro-batches apart: fp32 for one of them is fp32 for both.
     fn reduce_in_fp32(
         &mut self,
         raw: &RawTraining,
         shared: &Shared,
         precision: Precision,
     ) -> Result<bool> {
-        let stated = match &shared.reduction {
-            Some(Setting { value, key, place }) if [Precision::Fp32, precision].contains(value) => {
-                let value = *value != precision;
-                Some(Setting { value, key: key.clone(), place: place.clone() })
-            }
-            Some(other) => {
-                return Err(other.error(format!(
-                    "expected fp32 or the precision of the gradients, which is {precision}, found \
-                     {}",
-                    other.value
+        let mut stated: Option<Setting<bool>> = None;
+        for Setting { value, key, place } in shared.reductions.iter().flatten() {
+            if ![Precision::Fp32, precision].contains(value) {
+                return Err(place.error(format!(
+                    "{key}: expected fp32 or the precision of the gradients, which is {precision}, \
+                     found {value}"
                 )));
             }
-            None => None,
-        };
+            let value = *value != precision;
+            if value || stated.is_none() {
+                stated = Some(Setting { value, key: key.clone(), place: place.clone() });
+            }
+        }
         let chosen = self.prefer("reduce_in_fp32", raw.reduce_in_fp32.as_ref(), stated.as_ref());
         Ok(flag(chosen.as_ref()))
     }

@@ -43,7 +43,10 @@ impl Resolver<'_> {
                     accumulation: raw.deepspeed.gradient_accumulation_steps.clone(),
                     batch_size: raw.deepspeed.train_micro_batch_size_per_gpu.clone(),
                     clipping: raw.deepspeed.gradient_clipping.clone(),
-                    reduction: raw.deepspeed.communication_data_type.clone(),
+                    reductions: [
+                        raw.deepspeed.communication_data_type.clone(),
+                        raw.deepspeed.grad_accum_dtype.clone(),
+                    ],
                     ..shared
                 };
             }

@@ -144,6 +144,26 @@ fn what_is_wrong_in_the_file_is_one_line_with_a_position() {
 }
 
 #[test]
+fn fp32_sums_over_workers_or_micro_batches_are_fp32_sums() {
+    let of = |types: &str| {
+        let json = format!("{{{ZERO2}, \"bf16\": {{\"enabled\": true}}{types}}}");
+        case("", &json, "").resolve().map(|plan| plan.training.reduce_in_fp32)
+    };
+    let sums = |dtype: &str| format!(", \"data_types\": {{\"grad_accum_dtype\": {dtype}}}");
+    let fp32 = sums("\"fp32\"");
+    assert_eq!(of(&fp32), Ok(true));
+    assert_eq!(of(&sums("\"bf16\"")), Ok(false));
+    assert_eq!(of(&sums("null")), Ok(false));
+    assert_eq!(of(&format!("{fp32}, \"communication_data_type\": \"bf16\"")), Ok(true));
+    let both = format!("{}, \"communication_data_type\": \"fp32\"", sums("\"bf16\""));
+    assert_eq!(of(&both), Ok(true));
+    let error = of(&sums("\"fp16\"")).unwrap_err();
+    let end = "data_types.grad_accum_dtype: expected fp32 or the precision of the gradients, which is \
+               bf16, found fp16";
+    assert!(error.ends_with(end), "{error}");
+}
+
+#[test]
 fn what_is_not_done_here_is_refused() {
     let table = [
         (
