@@ -2,7 +2,7 @@
 
 use crate::comm::{Communicator, Reduction, reduce_values};
 use crate::error::Result;
-use crate::metrics::ndcg_at_k;
+use crate::metrics::{ndcg_at_k, order};
 
 /// Queries that are kept.
 const KEPT: usize = 20;
@@ -54,8 +54,7 @@ impl RankedQuery {
     /// relevant.
     fn new(pairs: &[u32], scores: &[f32], labels: &[f32]) -> Result<Option<Self>> {
         let Some(ndcg) = ndcg_at_k(scores, labels, 10)? else { return Ok(None) };
-        let mut order: Vec<usize> = (0..scores.len()).collect();
-        order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
+        let order = order(scores);
         let hit = |(place, &at): (usize, &usize)| RankedHit {
             pair: pairs[at],
             rank: place + 1,
@@ -183,6 +182,14 @@ mod tests {
         assert_eq!((first.hits, first.relevant.pair, first.relevant.score), (10, 99, -9.0));
         let top: Vec<_> = first.top.iter().map(|hit| (hit.pair, hit.rank)).collect();
         assert_eq!(top, [(90, 1), (91, 2), (92, 3), (93, 4), (94, 5)]);
+    }
+
+    #[test]
+    fn scores_of_either_zero_are_equal_as_the_metric_has_it() {
+        let mut report = QueryReport::default();
+        report.add(&[1, 2, 3], &[-0.0, 0.0, -0.0], &[0.0, 0.0, 1.0]).unwrap();
+        let pairs: Vec<u32> = report.worst[0].top.iter().map(|hit| hit.pair).collect();
+        assert_eq!(pairs, [1, 2, 3]);
     }
 
     #[test]
