@@ -167,8 +167,7 @@ fn train(
         engine,
     };
     if job.train()? == Ending::Preempted {
-        groups.world.leave()?;
-        return Ok(Ending::Preempted);
+        return job.leave(Ending::Preempted);
     }
     heartbeat::working(format_args!("saving the last checkpoint"));
     job.checkpoints.finish(groups)?;
@@ -176,8 +175,7 @@ fn train(
     let memory = Memory::gather(&job.engine, saving, groups.world.as_ref())?;
     job.reporter.finish(&memory);
     job.reporter.best(plan, job.best);
-    groups.world.leave()?;
-    Ok(Ending::Done)
+    job.leave(Ending::Done)
 }
 
 /// Whether rank 0 finds the final model, saved by an earlier attempt of this launch. All ranks call
@@ -357,6 +355,13 @@ impl Job<'_> {
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// Ends the work of the ranks, and only then this rank's own.
+    fn leave(mut self, ending: Ending) -> Result<Ending> {
+        let left = self.groups.world.leave();
+        self.reporter.close(ending == Ending::Preempted);
+        left.map(|()| ending)
     }
 
     /// This rank's micro-batches of the whole run, tokenized in the background.

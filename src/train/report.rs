@@ -324,7 +324,6 @@ impl Reporter {
         self.flush();
         if let Some(sink) = &mut self.sink {
             info!("preempted: step {} is saved; start again to go on", self.last_step);
-            sink.trackers.finish();
             sink.page.finish(page::Status::Preempted);
         }
     }
@@ -332,6 +331,14 @@ impl Reporter {
     /// The last words of a run: where training ended, and what the workers held.
     pub(super) fn finish(&mut self, memory: &Memory) {
         self.flush();
+    /// Hands over to trackers what they may lack yet, which takes a while unless there is haste. No rank
+    /// waits for this one any more.
+    pub(super) fn close(&mut self, in_haste: bool) {
+        if let Some(sink) = &mut self.sink {
+            sink.trackers.finish(in_haste);
+        }
+    }
+
         let (last, total, seconds) = (self.last_step, self.total_steps, self.elapsed());
         let skipped = self.skipped();
         let Some(sink) = &mut self.sink else { return };
@@ -349,7 +356,6 @@ impl Reporter {
         info!("trained {} pairs ({} tokens) in {seconds:.1} s", self.pairs, self.tokens);
         info!("{memory}");
         sink.write(&memory.to_json());
-        sink.trackers.finish();
         let status = if last < total { page::Status::StoppedEarly } else { page::Status::Finished };
         sink.page.finish(status);
     }

@@ -56,9 +56,9 @@ impl Trackers {
         }
     }
 
-    /// The run is over: what is under way arrives first.
-    pub(super) fn finish(&mut self) {
-        if let Some(Err(error)) = self.bridge.take().map(Bridge::finish) {
+    /// The run is over: what is under way arrives first, as far as it does where there is haste.
+    pub(super) fn finish(&mut self, in_haste: bool) {
+        if let Some(Err(error)) = self.bridge.take().map(|bridge| bridge.finish(in_haste)) {
             warn!("wandb may lack the last metrics: {error}");
         }
     }

@@ -7,6 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
+use rr_launch::contract::preemption;
 use serde_json::{Value, json};
 
 use crate::config::Plan;
@@ -23,6 +24,9 @@ const PYTHON: &str = "RERANKER_PYTHON";
 
 /// How long the client may take to hand over the last metrics.
 const LAST_WORDS: Duration = Duration::from_secs(60);
+
+/// How long where the run makes room: whoever asked for it gives it seconds in all, and kills it then.
+const IN_HASTE: Duration = Duration::from_secs(2);
 
 /// Lines that may wait for the client.
 const QUEUE: usize = 1024;
@@ -106,19 +110,23 @@ impl Bridge {
         })
     }
 
-    /// Lets the client hand over what it has, and end.
+    /// Lets the client hand over what it has, perhaps in haste, and end.
     ///
     /// # Errors
     /// [`Error::Training`] when it fails or takes too long.
-    pub(super) fn finish(self) -> Result<()> {
-        self.end(LAST_WORDS)
+    pub(super) fn finish(self, in_haste: bool) -> Result<()> {
+        self.end(if in_haste { IN_HASTE } else { LAST_WORDS })
     }
 
     fn end(mut self, patience: Duration) -> Result<()> {
-        let deadline = Instant::now() + patience;
+        let mut deadline = Instant::now() + patience;
         // Whether it arrived shows when the client ends.
         let _ = self.lines.send_timeout(json!({"over": true}).to_string(), patience);
         loop {
+            // Asked to make room only now.
+            if preemption::is_requested() {
+                deadline = deadline.min(Instant::now() + IN_HASTE);
+            }
             match self.child.try_wait() {
                 Ok(Some(status)) if status.success() => return Ok(()),
                 Ok(Some(status)) => return Err(gone(&format!("its client ended with {status}"))),
