@@ -84,7 +84,8 @@ def expected(lines: list[dict]) -> dict[str, list[tuple[int, float]]]:
     series: dict[str, list[tuple[int, float]]] = {}
     for line in lines:
         for key, value in line.items():
-            if key not in ("type", "step") and type(value) in (int, float) and "step" in line:
+            is_place = key in ("type", "step", "resumed_after")
+            if not is_place and type(value) in (int, float) and "step" in line:
                 series.setdefault(f"{line['type']}/{key}", []).append((line["step"], value))
     return series
 

@@ -56,6 +56,8 @@ fn steps_of_another_size_use_up_the_schedule_with_the_data() {
         assert!(!said.contains("other workers than before"), "{said}");
         assert!(!said.contains("stopped early"), "{said}");
         let run = bench.root.path().join(name);
+        let resumed = metrics(&run).into_iter().filter_map(|line| line["resumed_after"].as_u64());
+        assert_eq!(resumed.collect::<Vec<_>>(), [16, 20], "{name}");
         let is_late = |line: &Value| line["type"] == "train" && line["step"].as_u64() > Some(15);
         let trained: Vec<Value> = metrics(&run).into_iter().filter(is_late).collect();
         let lr = |line: &Value| line["lr"].as_f64().unwrap();

@@ -15,7 +15,7 @@ use super::origin::comes_from_elsewhere;
 use super::output::{BEST, RUNS};
 use super::page::{self, About, Page};
 use super::status::{Progress, StatusLine};
-use super::trackers::Trackers;
+use super::trackers::{RESUMED_AFTER, Trackers};
 use super::validate::Validation;
 use super::worst::QueryReport;
 use crate::atomic::{StagedFile, create_dir};
@@ -286,6 +286,9 @@ impl Reporter {
             "tokens_per_s": tokens_per_s,
             "memory_bytes": memory,
         });
+        if self.done > 0 && self.pairs == window.pairs {
+            line[RESUMED_AFTER] = json!(self.done);
+        }
         if let Some(loss_scale) = self.loss_scale {
             line["loss_scale"] = json!(loss_scale.scale());
             line["skipped_steps"] = json!(loss_scale.skipped());
@@ -328,9 +331,6 @@ impl Reporter {
         }
     }
 
-    /// The last words of a run: where training ended, and what the workers held.
-    pub(super) fn finish(&mut self, memory: &Memory) {
-        self.flush();
     /// Hands over to trackers what they may lack yet, which takes a while unless there is haste. No rank
     /// waits for this one any more.
     pub(super) fn close(&mut self, in_haste: bool) {
@@ -339,6 +339,9 @@ impl Reporter {
         }
     }
 
+    /// The last words of a run: where training ended, and what the workers held.
+    pub(super) fn finish(&mut self, memory: &Memory) {
+        self.flush();
         let (last, total, seconds) = (self.last_step, self.total_steps, self.elapsed());
         let skipped = self.skipped();
         let Some(sink) = &mut self.sink else { return };

@@ -19,7 +19,7 @@ use tracing::warn;
 
 use super::inputs::Inputs;
 use super::preflight::Preflight;
-use super::trackers::figures;
+use super::trackers::{RESUMED_AFTER, figures};
 use super::worst::{QueryReport, RankedHit, RankedQuery};
 use crate::atomic::StagedFile;
 use crate::config::Plan;
@@ -112,8 +112,10 @@ struct Totals {
 impl Totals {
     fn add(&mut self, line: &Value) {
         let now = ["elapsed_s", "pairs", "tokens"].map(|key| line[key].as_f64().unwrap_or(0.0));
-        if now[0] < self.now[0] {
-            self.resumed_after.push(self.step);
+        let from = line[RESUMED_AFTER].as_u64();
+        // The line that says it may be one that could not be written.
+        if self.step > 0 && (from.is_some() || now[0] < self.now[0]) {
+            self.resumed_after.push(from.unwrap_or(self.step));
             self.before = std::array::from_fn(|i| self.before[i] + self.now[i]);
         }
         self.now = now;
@@ -344,9 +346,14 @@ mod tests {
         for line in [line(10, 5.0), line(20, 9.0), line(30, 4.0), line(40, 8.0)] {
             totals.add(&line);
         }
+        // One that comes to its first line later than the one before it did to its last.
+        let mut first = line(60, 8.5);
+        first[RESUMED_AFTER] = json!(45);
+        totals.add(&first);
         let totals = totals.to_json();
-        assert_eq!(totals["elapsed_s"], 17.0);
-        assert_eq!(totals["resumed_after"], json!([20]));
-        assert_eq!(totals["step"], 40);
+        assert_eq!(totals["elapsed_s"], 25.5);
+        assert_eq!(totals["pairs"], 40.0 + 80.0 + 120.0);
+        assert_eq!(totals["resumed_after"], json!([20, 45]));
+        assert_eq!(totals["step"], 60);
     }
 }

@@ -14,6 +14,9 @@ use crate::error::Result;
 use tensorboard::EventFile;
 use wandb::Bridge;
 
+/// In the first line of training that a start writes which goes on from a checkpoint: its step.
+pub(super) const RESUMED_AFTER: &str = "resumed_after";
+
 /// What a plan's metrics go to besides, on rank 0.
 #[derive(Debug, Default)]
 pub(super) struct Trackers {
@@ -68,7 +71,7 @@ impl Trackers {
 pub(super) fn figures(line: &Value) -> Vec<(String, f64)> {
     let kind = line["type"].as_str().unwrap_or("metrics");
     let all = line.as_object().into_iter().flatten();
-    all.filter(|(key, _)| !matches!(key.as_str(), "step" | "type"))
+    all.filter(|(key, _)| !matches!(key.as_str(), "step" | "type" | RESUMED_AFTER))
         .filter_map(|(key, value)| Some((format!("{kind}/{key}"), value.as_f64()?)))
         .collect()
 }
