@@ -60,21 +60,6 @@ pub fn remove_file(path: &Path) -> Result<()> {
     fs::remove_file(path).map_err(io(path, "remove"))
 }
 
-/// Copies the directory `from`, which holds files alone, to `target`, which appears whole.
-///
-/// # Errors
-/// [`Error::Io`] with the file or directory.
-pub fn copy_dir(from: &Path, target: &Path) -> Result<()> {
-    let staged = StagedDir::new(target)?;
-    for entry in fs::read_dir(from).map_err(io(from, "read"))? {
-        let entry = entry.map_err(io(from, "read"))?;
-        let to = staged.path().join(entry.file_name());
-        fs::copy(entry.path(), &to).map_err(io(&to, "write"))?;
-        File::open(&to).and_then(|file| file.sync_all()).map_err(io(&to, "flush"))?;
-    }
-    staged.publish()
-}
-
 /// Writes a whole file and flushes it to the disk.
 ///
 /// # Errors

@@ -105,6 +105,9 @@ pub enum Error {
     /// Another rank could not save its part of a checkpoint, and says why.
     #[error("rank {0} could not save its part of the checkpoint; its own message says why")]
     PeerCannotSave(usize),
+    /// Another rank could not take up what the run goes on from, and says why.
+    #[error("rank {0} could not take up what the run goes on from; its own message says why")]
+    PeerCannotLoad(usize),
     /// libtorch refused an operation; ours to mend, not the user's.
     #[error("libtorch: {0}")]
     Torch(String),
@@ -146,6 +149,7 @@ impl Error {
             Self::Preempted => rr_launch::contract::exit_code::PREEMPTED,
             Self::NoRoom { .. }
             | Self::PeerCannotSave(_)
+            | Self::PeerCannotLoad(_)
             | Self::Torch(_)
             | Self::Comm { .. }
             | Self::Training(_) => 1,

@@ -32,7 +32,7 @@ struct Fault {
     /// A part of the file's path.
     path: &'static str,
     rank: usize,
-    /// `fsync`, `write` or `open`.
+    /// `fsync`, `read`, `write` or `open`.
     call: &'static str,
     errno: i32,
     /// What the system calls the error.
@@ -173,6 +173,33 @@ fn a_disk_may_be_slower_than_ranks_wait_for_one_another() {
         assert_eq!(output.status.code(), Some(0), "rank {rank}: {stderr}");
         assert!(begun.elapsed() > Duration::from_secs(least_s), "{:?}", begun.elapsed());
         assert!(bench.root.path().join("run/model/model.safetensors").exists());
+    }
+}
+
+/// Nor does it matter how long one takes to read its part of what the run goes on from, or to copy the best
+/// model over.
+#[test]
+fn what_a_run_goes_on_from_may_take_longer_than_ranks_wait_for_one_another() {
+    let bench = Bench::new(0.0);
+    let settings = ["metric_for_best=loss", "eval_steps=2"];
+    let mut first = command(&bench, &settings);
+    let output = first.env("RR_FAIL_POINT", "before_states:3@0").output().unwrap();
+    assert_eq!(output.status.code(), Some(137), "{}", String::from_utf8_lossy(&output.stderr));
+    let elsewhere = ["--set", "output_dir=moved", "--resume", "run/checkpoints/step-4"];
+    for (path, call, rank, more) in [
+        ("moved/.best.partial", "fsync", "0", &elsewhere[..]),
+        ("rank-00001-of-00002", "read", "1", &[]),
+    ] {
+        let mut slow = command(&bench, &settings);
+        slow.args(more).args(["--timeout", "5"]).env("LD_PRELOAD", fault_disk::library());
+        slow.envs([("FAULT_PATH", path), ("FAULT_CALL", call), ("FAULT_RANK", rank)]);
+        let begun = Instant::now();
+        let output =
+            slow.envs([("FAULT_SLOW_MS", "12000"), ("FAULT_TIMES", "1")]).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(0), "{path}: {said}");
+        assert!(said.contains("run/checkpoints/step-4: step 4"), "{path}: {said}");
+        assert!(begun.elapsed() > Duration::from_secs(12), "{path}: {:?}", begun.elapsed());
     }
 }
 

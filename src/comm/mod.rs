@@ -21,7 +21,7 @@ pub use solo::Solo;
 
 pub use crate::torch_ext::gloo::Reduction;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Collectives over the ranks of a run. Every rank calls the same ones in the same order.
 pub trait Communicator: fmt::Debug {
@@ -200,6 +200,29 @@ pub fn wait_together(
         std::thread::sleep(pause);
         pause = (2 * pause).min(Duration::from_millis(500));
     }
+}
+
+/// Does `work` in a thread of its own, and returns what came of it when every rank's is done, as
+/// [`wait_together`], which says what `tell` is.
+///
+/// # Errors
+/// As [`Communicator::all_reduce`]; [`Error::Training`] where there is no thread to be had.
+///
+/// # Panics
+/// When `work` does.
+pub fn work_together<T: Send>(
+    comm: &dyn Communicator,
+    work: impl FnOnce() -> T + Send,
+    tell: impl Fn(),
+) -> Result<T> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().spawn_scoped(scope, work);
+        let thread = thread
+            .map_err(|error| Error::Training(format!("cannot start another thread: {error}")))?;
+        let met = wait_together(comm, || thread.is_finished(), tell);
+        let done = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        met.map(|()| done)
+    })
 }
 
 #[cfg(test)]

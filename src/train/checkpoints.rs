@@ -18,12 +18,12 @@ use super::report::METRICS;
 use super::start::{Start, bring_best, find, named};
 use super::{best, group, output, same, teacher};
 use crate::atomic::{StagedDir, create_dir_synced};
-use crate::checkpoint::Sidecar;
 use crate::checkpoint::model_dir::{MAX_SHARD_BYTES, ModelFiles};
 use crate::checkpoint::training::{
-    Identity, Lock, Manifest, Moment, Progress, SaveOptions, Saver, Store, agree, file_crc32,
+    Identity, Lock, Manifest, Moment, Progress, SaveOptions, Saver, Store, agree_or, file_crc32,
 };
-use crate::comm::{Groups, Reduction, reduce_values};
+use crate::checkpoint::{Sidecar, tell_saving};
+use crate::comm::{Groups, Reduction, reduce_values, work_together};
 use crate::config::{Plan, Resume, SaveFailure};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
@@ -282,20 +282,10 @@ impl<'a> Checkpoints<'a> {
         }
         same::check(&facts, groups.world.as_ref())?;
         let mut start = find(plan, &identity, groups)?;
-        if let Some(start) = &mut start {
-            let is_first = groups.world.rank() == 0;
-            let is_there = if is_first {
-                is_comparable(inputs, plan, &start.manifest)
-                    .and_then(|same| Ok(same && bring_best(plan, start)?))
-            } else {
-                Ok(true)
-            };
-            let is_there = agree(is_there, groups)?;
-            let mut missing = [f64::from(u8::from(!is_there))];
-            reduce_values(groups.world.as_ref(), &mut missing, Reduction::Max)?;
-            if missing[0] > 0.0 {
-                start.manifest.job["best"] = Value::Null;
-            }
+        if let Some(start) = &mut start
+            && !has_best(plan, inputs, start, groups)?
+        {
+            start.manifest.job["best"] = Value::Null;
         }
         if let Some(Start { path, manifest }) = &start {
             manifest.restore(path, engine.units(), groups)?;
@@ -412,6 +402,21 @@ impl<'a> Checkpoints<'a> {
             outcome => outcome.map_err(cannot_save),
         }
     }
+}
+
+/// Whether rank 0 has the best model that a checkpoint speaks of, as far as it matters: where validations
+/// cannot be compared, it does not. All ranks call it together.
+fn has_best(plan: &Plan, inputs: &Inputs, start: &Start, groups: &Groups) -> Result<bool> {
+    let comm = groups.world.as_ref();
+    let is_first = comm.rank() == 0;
+    let compared = if is_first { is_comparable(inputs, plan, &start.manifest) } else { Ok(true) };
+    // A large one is copied for longer than a rank waits for another.
+    let bring = || compared.and_then(|same| Ok(same && (!is_first || bring_best(plan, start)?)));
+    let is_there =
+        agree_or(work_together(comm, bring, tell_saving)?, groups, Error::PeerCannotLoad)?;
+    let mut missing = [f64::from(u8::from(!is_there))];
+    reduce_values(comm, &mut missing, Reduction::Max)?;
+    Ok(missing[0] == 0.0)
 }
 
 /// Whether validations of the checkpoint's run can be compared with those to come: over the same data.

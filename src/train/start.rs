@@ -8,10 +8,10 @@ use tracing::{info, warn};
 use super::checkpoints::{compare, store};
 use super::origin::{begins_anew, check_mixture, is_sent, left_behind, own_steps};
 use super::output;
-use crate::atomic::{StagedDir, copy_dir};
-use crate::checkpoint::Sidecar;
+use crate::atomic::StagedDir;
 use crate::checkpoint::training::{Identity, Manifest, Progress, Store};
-use crate::comm::{Groups, Reduction, reduce_values};
+use crate::checkpoint::{Sidecar, copy_dir, tell_reading};
+use crate::comm::{Groups, Reduction, reduce_values, work_together};
 use crate::config::{Plan, Resume};
 use crate::error::{Error, Result};
 
@@ -108,7 +108,9 @@ pub(super) fn named(plan: &Plan, path: &Path) -> Result<(Store, usize)> {
 /// The manifest of a checkpoint that all ranks have found whole, and the same.
 fn verified(store: &Store, step: usize, groups: &Groups) -> Result<Manifest> {
     let comm = groups.world.as_ref();
-    let own = store.verify(step, comm.rank(), comm.world_size());
+    // A rank's part may take longer to read than a rank waits for another.
+    let (rank, ranks) = (comm.rank(), comm.world_size());
+    let own = work_together(comm, || store.verify(step, rank, ranks), tell_reading)?;
     let bad = if own.is_err() { comm.rank() as f64 + 1.0 } else { 0.0 };
     let sum = own.as_ref().map_or(0.0, |manifest| f64::from(manifest.fingerprint()));
     let mut all = [bad, sum, -sum];

@@ -1,4 +1,4 @@
-// A disk that fails: preloaded into a program, it makes calls named $FAULT_CALL (fsync, write, open or
+// A disk that fails: preloaded into a program, it makes calls named $FAULT_CALL (fsync, read, write, open or
 // flock) on files whose path holds $FAULT_PATH fail with the error number $FAULT_ERRNO, from the
 // $FAULT_AFTER-th such call on, in the process of rank $FAULT_RANK, or in all where it is not set;
 // $FAULT_TIMES calls fail, all where it is not set. With $FAULT_SLOW_MS they take so much longer instead.
@@ -43,6 +43,8 @@ static int fails(const char *call, const char *path) {
 
 static int fails_on(const char *call, int fd) {
   char link[64], path[4096];
+  const char *kind = getenv("FAULT_CALL");
+  if (kind == NULL || strcmp(kind, call) != 0) return 0;
   snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
   const ssize_t length = readlink(link, path, sizeof path - 1);
   if (length <= 0) return 0;
@@ -60,6 +62,12 @@ ssize_t write(int fd, const void *bytes, size_t count) {
   if (fails_on("write", fd)) return -1;
   ssize_t (*real)(int, const void *, size_t) =
       (ssize_t(*)(int, const void *, size_t))dlsym(RTLD_NEXT, "write");
+  return real(fd, bytes, count);
+}
+
+ssize_t read(int fd, void *bytes, size_t count) {
+  if (fails_on("read", fd)) return -1;
+  ssize_t (*real)(int, void *, size_t) = (ssize_t(*)(int, void *, size_t))dlsym(RTLD_NEXT, "read");
   return real(fd, bytes, count);
 }
 

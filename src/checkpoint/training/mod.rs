@@ -16,8 +16,8 @@ mod states;
 mod store;
 
 pub use manifest::{Identity, Manifest, Progress};
-pub(crate) use saver::agree;
 pub use saver::{Moment, SaveOptions, Saver};
+pub(crate) use saver::{agree, agree_or};
 pub use states::{StateFiles, UnitStates};
 pub use store::{Lock, Store};
 

@@ -296,6 +296,15 @@ impl Drop for Saver {
         let _ = self.join();
     }
 }
+    agree_or(outcome, groups, Error::PeerCannotSave)
+}
+
+/// This rank's error, or `other` of the rank that has one.
+pub(crate) fn agree_or<T>(
+    outcome: Result<T>,
+    groups: &Groups,
+    other: impl FnOnce(usize) -> Error,
+) -> Result<T> {
 
 /// This rank's error, or that another has one.
 pub(crate) fn agree<T>(outcome: Result<T>, groups: &Groups) -> Result<T> {
@@ -303,7 +312,7 @@ pub(crate) fn agree<T>(outcome: Result<T>, groups: &Groups) -> Result<T> {
     let reduced = reduce_values(groups.world.as_ref(), &mut failed, Reduction::Max);
     let outcome = outcome?;
     reduced?;
-    if failed[0] == 0.0 { Ok(outcome) } else { Err(Error::PeerCannotSave(failed[0] as usize - 1)) }
+    if failed[0] == 0.0 { Ok(outcome) } else { Err(other(failed[0] as usize - 1)) }
 }
 
 /// Whether `path` is in its directory, which is read for it: NFS remembers for up to half a minute that a

@@ -11,7 +11,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::manifest::{FileRecord, Manifest, UnitRecord};
 use super::{damaged, io};
-use crate::checkpoint::growing::GrowingFile;
+use crate::checkpoint::growing::{GrowingFile, count_read};
 use crate::checkpoint::weight_writer::header;
 use crate::error::Result;
 use crate::model::stage::TensorSpec;
@@ -128,6 +128,7 @@ pub(super) fn record(dir: &Path, name: &str) -> Result<FileRecord> {
         }
         crc32.update(&block[..length]);
         bytes += length as u64;
+        count_read(length);
     }
     Ok(FileRecord { name: name.to_owned(), bytes, crc32: crc32.finalize() })
 }
