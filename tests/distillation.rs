@@ -10,6 +10,7 @@ mod launch;
 
 use std::fmt::Write as _;
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -151,7 +152,6 @@ fn scores_are_made_once() {
     assert_eq!(outcome.code, Some(2), "{}", outcome.stderr);
 }
 
-/// Bytes of the scores that a teacher at work has in the directory of a run.
 /// As `cp -p`, `rsync -a` and `tar` leave it.
 #[test]
 fn other_data_of_the_same_size_and_time_is_scored_anew() {
@@ -168,6 +168,30 @@ fn other_data_of_the_same_size_and_time_is_scored_anew() {
     }
 }
 
+/// As a job does that takes data and models to a disk of its own at each start.
+#[test]
+fn files_that_were_copied_anew_are_no_others() {
+    let bench = bench();
+    let path = |name: &str| bench.root.path().join(name);
+    succeed(&mut scores_only(&bench, "run", "bert_tiny", &[]));
+    let before = fs::metadata(path("run/teacher/train.jsonl")).unwrap();
+    fs::copy(path("unlabelled.jsonl"), path("copy")).unwrap();
+    fs::rename(path("copy"), path("unlabelled.jsonl")).unwrap();
+    fs::rename(path("bert_tiny"), path("old")).unwrap();
+    launch::copy_model("bert_tiny", &path("bert_tiny"));
+    let said = succeed(&mut scores_only(&bench, "run", "bert_tiny", &[]));
+    assert!(said.contains("the scores of bert_tiny are in"), "{said}");
+    assert!(!said.contains("bert_tiny scores"), "{said}");
+    let after = fs::metadata(path("run/teacher/train.jsonl")).unwrap();
+    assert_eq!(before.ino(), after.ino(), "they were written again");
+    // One byte of the teacher's, and it is another.
+    let config = fs::read_to_string(path("bert_tiny/config.json")).unwrap();
+    fs::write(path("bert_tiny/config.json"), format!("{config}\n")).unwrap();
+    let said = succeed(&mut scores_only(&bench, "run", "bert_tiny", &[]));
+    assert!(said.contains("bert_tiny scored 57 pairs"), "{said}");
+}
+
+/// Bytes of the scores that a teacher at work has in the directory of a run.
 fn bytes_scored(run: &Path) -> u64 {
     let Ok(files) = fs::read_dir(run.join("teacher/train.jsonl.partial")) else { return 0 };
     let logs = files
@@ -217,7 +241,11 @@ fn an_adapter_with_another_base_is_another_teacher() {
     let again = scoring();
     assert!(again.contains("the scores of tuned/model are in") && !is_scored(&again), "{again}");
     let base = bench.root.path().join("base/model.safetensors");
-    fs::write(&base, fs::read(&base).unwrap()).unwrap();
+    let mut bytes = fs::read(&base).unwrap();
+    // The last bit of a weight.
+    let weight = bytes.len() - 4;
+    bytes[weight] ^= 1;
+    fs::write(&base, bytes).unwrap();
     let changed = scoring();
     assert!(is_scored(&changed), "{changed}");
 }

@@ -4,6 +4,7 @@
 //! and `job.json` beside it what they were made of. An interrupted job goes on where it was.
 
 use std::fs::{self, Metadata};
+use std::io::Write as _;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -14,8 +15,10 @@ use tch::Device;
 use tracing::{info, warn};
 
 use super::inputs::settle_together;
-use crate::atomic::{create_dir, write_synced};
-use crate::comm::{Communicator, Reduction, reduce_values};
+use crate::atomic::{StagedFile, create_dir};
+use crate::checkpoint::tell_reading;
+use crate::checkpoint::training::file_crc32;
+use crate::comm::{Communicator, Reduction, reduce_values, work_together};
 use crate::config::{Plan, TeacherPlan};
 use crate::data::{DatasetKind, InputFormat, LoadOptions};
 use crate::error::{Error, Result};
@@ -27,6 +30,11 @@ use crate::torch_ext::runtime;
 const DIR: &str = "teacher";
 const SCORES: &str = "train.jsonl";
 const JOB: &str = "job.json";
+/// Where the latter says what they were made of, to see at once that nothing has changed.
+const FILES: &str = "files";
+/// And where to see that nothing has, although files are others by their times.
+const CONTENTS: &str = "contents";
+const PROGRAM: &str = concat!("reranker ", env!("CARGO_PKG_VERSION"));
 /// The label's key in a line of scores: the sigmoid of the teacher's logit.
 const LABEL: &str = "score";
 /// Between two lines of the log that say how far it is.
@@ -45,14 +53,14 @@ fn place(plan: &Plan, name: &str) -> PathBuf {
 /// without any labels before. `taught` says that they are there.
 ///
 /// # Errors
-/// As [`identity`].
+/// As [`files`].
 pub(super) fn load_options(
     plan: &Plan,
     teacher: &TeacherPlan,
     taught: bool,
 ) -> Result<LoadOptions> {
     let kind = Some(DatasetKind::Pointwise);
-    Ok(if taught || is_done(plan, digest(&identity(plan, teacher)?)) {
+    Ok(if taught || is_whole(plan, &files(plan, teacher)?) {
         LoadOptions { kind, label_key: Some(LABEL.into()), ..LoadOptions::new(place(plan, SCORES)) }
     } else {
         LoadOptions { kind, label_key: None, ..LoadOptions::new(&plan.data.train) }
@@ -131,26 +139,47 @@ pub(super) fn teach(
 ) -> Result<()> {
     // Rank 0 says what the scores are made of: files of the same bytes have other names and times on
     // another machine.
-    let own = if comm.rank() == 0 { Some(identity(plan, teacher)?) } else { None };
-    let mut said = match &own {
-        Some(identity) => {
-            let identity = digest(identity);
-            [f64::from(identity), f64::from(u8::from(!is_done(plan, identity)))]
+    let is_first = comm.rank() == 0;
+    let files = if is_first { Some(files(plan, teacher)?) } else { None };
+    if !agreed(comm, files.as_ref().is_some_and(|files| is_whole(plan, files)))? {
+        let made_of = || files.map(|files| made_of(plan, teacher, &files)).transpose();
+        // To read all of a large teacher takes longer than a rank waits for another.
+        let made_of = work_together(comm, made_of, tell_reading)??;
+        let is_same = made_of.as_ref().is_some_and(|made_of| is_same(plan, made_of));
+        if !agreed(comm, is_same)? {
+            return make(plan, teacher, made_of.as_ref(), device, comm);
         }
-        None => [0.0; 2],
-    };
-    reduce_values(comm, &mut said, Reduction::Max)?;
-    let path = place(plan, SCORES);
-    if said[1] == 0.0 {
-        if comm.rank() == 0 {
-            info!("the scores of {} are in {}", teacher.path, path.display());
+        if let Some(made_of) = made_of {
+            put_down(plan, &made_of)?;
         }
-        return Ok(());
     }
+    if is_first {
+        info!("the scores of {} are in {}", teacher.path, place(plan, SCORES).display());
+    }
+    Ok(())
+}
+
+/// Whether something holds on rank 0. All ranks call it together.
+fn agreed(comm: &dyn Communicator, holds: bool) -> Result<bool> {
+    let mut said = [f64::from(u8::from(holds))];
+    reduce_values(comm, &mut said, Reduction::Max)?;
+    Ok(said[0] > 0.0)
+}
+
+/// Makes the scores; rank 0 says what of.
+fn make(
+    plan: &Plan,
+    teacher: &TeacherPlan,
+    made_of: Option<&Value>,
+    device: Device,
+    comm: &dyn Communicator,
+) -> Result<()> {
+    let mut said = [made_of.map_or(0.0, |made_of| f64::from(digest(made_of)))];
+    reduce_values(comm, &mut said, Reduction::Max)?;
     let job = FileJob {
         input: plan.data.train.clone(),
         format: InputFormat::JsonLines,
-        output: path,
+        output: place(plan, SCORES),
         echo: true,
     };
     let checked = job.check(comm)?;
@@ -165,18 +194,18 @@ pub(super) fn teach(
         }
     }
     let first = score(teacher, &job, checked, device, comm).map_err(|error| named(plan, error))?;
-    match own {
-        Some(identity) => write_synced(&place(plan, JOB), identity.to_string().as_bytes()),
+    match made_of {
+        Some(made_of) => put_down(plan, made_of),
         None => wait(plan, said[0] as u32, &first, comm.rank()),
     }
 }
 
 /// Waits until rank 0, which holds its log of scores as long as it works on them, has put down what
 /// they are made of. It may have more left to do than a collective's deadline allows.
-fn wait(plan: &Plan, identity: u32, first: &Writer, rank: usize) -> Result<()> {
+fn wait(plan: &Plan, made_of: u32, first: &Writer, rank: usize) -> Result<()> {
     heartbeat::waiting(format_args!("rank 0 to write the teacher's scores"));
     let mut gone = None;
-    while !is_done(plan, identity) {
+    while !is_done(plan, made_of) {
         if preemption::is_requested() {
             return Err(Error::Preempted);
         }
@@ -241,41 +270,99 @@ fn score(
 }
 
 /// Whether the scores are whole and were made of what has this [`digest`].
-fn is_done(plan: &Plan, identity: u32) -> bool {
+fn is_done(plan: &Plan, made_of: u32) -> bool {
     let said = fs::read(place(plan, JOB)).unwrap_or_default();
-    crc32fast::hash(&said) == identity && place(plan, SCORES).exists()
+    crc32fast::hash(&said) == made_of && place(plan, SCORES).exists()
 }
 
-/// A number for an identity: the CRC-32 of its text, as it is written down.
-fn digest(identity: &Value) -> u32 {
-    crc32fast::hash(identity.to_string().as_bytes())
+/// Whether the scores are whole and were made of these [`files`].
+fn is_whole(plan: &Plan, files: &Value) -> bool {
+    earlier(plan)[FILES] == *files && place(plan, SCORES).exists()
+}
+
+/// Whether the scores are whole and were made of other files, copies for example, with the same in them.
+fn is_same(plan: &Plan, made_of: &Value) -> bool {
+    earlier(plan)[CONTENTS] == made_of[CONTENTS] && place(plan, SCORES).exists()
+}
+
+/// What the scores that are there were made of; null where there are none that are whole.
+fn earlier(plan: &Plan) -> Value {
+    let said = fs::read(place(plan, JOB)).unwrap_or_default();
+    serde_json::from_slice(&said).unwrap_or_default()
+}
+
+/// Says, beside the scores, what they were made of.
+fn put_down(plan: &Plan, made_of: &Value) -> Result<()> {
+    let path = place(plan, JOB);
+    let file = StagedFile::new(&path)?;
+    let failed = |source| Error::Io { path: path.clone(), action: "write", source };
+    file.writer()?.write_all(made_of.to_string().as_bytes()).map_err(failed)?;
+    file.publish()
+}
+
+/// A number for what scores are made of: the CRC-32 of its text, as it is written down.
+fn digest(made_of: &Value) -> u32 {
+    crc32fast::hash(made_of.to_string().as_bytes())
+}
+
+/// What scores are made of, by the names and times of `files` and by their contents.
+fn made_of(plan: &Plan, teacher: &TeacherPlan, files: &Value) -> Result<Value> {
+    let sum = |path: &Path| file_crc32(path).map(|sum| json!(format!("{sum:08x}")));
+    let mut sums = serde_json::Map::new();
+    for path in teacher_files(plan, teacher)? {
+        // The same teacher may lie elsewhere.
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let entry = sums.entry(name).or_insert_with(|| json!([]));
+        if let Some(sums) = entry.as_array_mut() {
+            sums.push(sum(&path)?);
+        }
+    }
+    let mut asked = json!(teacher);
+    if let Some(asked) = asked.as_object_mut() {
+        asked.remove("model_name_or_path");
+    }
+    let contents = json!({
+        "program": PROGRAM,
+        "teacher": sums,
+        "asked": asked,
+        "data": sum(&plan.data.train)?,
+    });
+    Ok(json!({FILES: files, CONTENTS: contents}))
+}
+
+/// The files of a teacher, in the order of its directories and of their names.
+fn teacher_files(plan: &Plan, teacher: &TeacherPlan) -> Result<Vec<PathBuf>> {
+    let dirs = Pretrained::directories(&teacher.path).map_err(|error| named(plan, error))?;
+    let mut files = Vec::new();
+    for dir in dirs {
+        let read = |source| Error::Io { path: dir.clone(), action: "read", source };
+        let entries = fs::read_dir(&dir).map_err(read)?;
+        let paths = entries.map(|entry| Ok(entry.map_err(read)?.path()));
+        let mut paths = paths.collect::<Result<Vec<PathBuf>>>()?;
+        paths.retain(|path| path.is_file());
+        paths.sort();
+        files.extend(paths);
+    }
+    Ok(files)
 }
 
 /// What the scores depend on, by the names, sizes and times of files, so that nothing large is read
 /// to see that they are there.
-fn identity(plan: &Plan, teacher: &TeacherPlan) -> Result<Value> {
-    let dirs = Pretrained::directories(&teacher.path).map_err(|error| named(plan, error))?;
-    let read = |path: &Path| {
-        let path = path.to_owned();
-        move |source| Error::Io { path, action: "read", source }
+fn files(plan: &Plan, teacher: &TeacherPlan) -> Result<Value> {
+    let state = |path: &Path| {
+        let failed = |source| Error::Io { path: path.to_owned(), action: "read", source };
+        path.metadata().map(|metadata| state(&metadata)).map_err(failed)
     };
     let mut files = serde_json::Map::new();
-    for dir in dirs {
-        for entry in fs::read_dir(&dir).map_err(read(&dir))? {
-            let path = entry.map_err(read(&dir))?.path();
-            let metadata = path.metadata().map_err(read(&path))?;
-            if metadata.is_file() {
-                files.insert(path.to_string_lossy().into_owned(), state(&metadata));
-            }
-        }
+    for path in teacher_files(plan, teacher)? {
+        files.insert(path.to_string_lossy().into_owned(), state(&path)?);
     }
     let data = &plan.data.train;
-    let metadata = data.metadata().map_err(read(data))?;
     Ok(json!({
-        "program": format!("reranker {}", env!("CARGO_PKG_VERSION")),
+        "program": PROGRAM,
         "teacher": files,
         "asked": teacher,
-        "data": {"path": data, "state": state(&metadata)},
+        "data": {"path": data, "state": state(data)?},
     }))
 }
 
