@@ -64,7 +64,7 @@ pub enum Error {
     },
     /// A checkpoint could not be saved, and the run ends over it.
     #[error(
-        "cannot save a checkpoint: {0}; the earlier ones are whole, start again to go on from them"
+        "cannot save a checkpoint: {0}; any earlier ones are whole, start again to go on from them"
     )]
     Save(Box<Error>),
     /// A model could not be saved, and the run ends over it.

@@ -274,12 +274,17 @@ fn a_command_that_asks_for_another_training_goes_back_to_where_it_is_sent() {
 /// Starts two workers that see the disk as two machines do, each in a folder of its own; what each
 /// said when both have ended.
 fn on_two_machines(folders: [&Path; 2]) -> [(i32, String); 2] {
+    // Nothing is saved on the way: a checkpoint takes a directory that both see.
+    on_two_machines_with(folders, &[])
+}
+
+/// [`on_two_machines`] with more settings.
+fn on_two_machines_with(folders: [&Path; 2], more: &[&str]) -> [(i32, String); 2] {
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let start = |(rank, folder): (usize, &Path)| {
         let mut worker = Command::new(env!("CARGO_BIN_EXE_reranker"));
-        worker.args(["train", "--device", "cpu", "--config", "t.yaml", "--set", "output_dir=run"]);
-        // Nothing is saved on the way: a checkpoint takes a directory that both see.
-        for setting in ["batch_size=2", "save_steps=99", "save_on_epoch_end=false"] {
+        worker.args(["train", "--device", "cpu", "--config", "t.yaml", "--timeout", "10"]);
+        for setting in ["output_dir=run", "batch_size=2"].iter().chain(more) {
             worker.args(["--set", setting]);
         }
         worker.current_dir(folder).stdin(Stdio::null()).stderr(Stdio::piped());
@@ -317,6 +322,45 @@ fn machines_that_see_different_checkpoints_go_on_from_one_that_both_see() {
     assert!(said.contains("step-4: the ranks see different checkpoints there"), "{said}");
     assert!(said.contains("going on from run/checkpoints/step-2"), "{said}");
     assert!(weights(&root.join("run/model")) == weights(&root.join("whole/model")));
+}
+
+/// A copy of a folder, as another machine has it.
+fn copy_of(folder: &Path) -> tempfile::TempDir {
+    let there = tempfile::tempdir().unwrap();
+    let copied = Command::new("cp").arg("-r").arg(folder.join(".")).arg(there.path()).status();
+    assert!(copied.unwrap().success());
+    there
+}
+
+/// Each rank would write its part of a checkpoint where rank 0 never finds it.
+#[test]
+fn machines_that_share_no_directory_are_refused_where_they_would_save_into_it() {
+    let bench = Bench::new(0.1);
+    let root = bench.root.path();
+    let there = copy_of(root);
+    for (code, said) in on_two_machines_with([root, there.path()], &["save_steps=2"]) {
+        assert_eq!(code, 2, "{said}");
+        let refusal = "run is not the same directory for rank 1 as for rank 0, which is on another \
+                       machine; checkpoints need one that all machines share";
+        assert!(said.contains(refusal), "{said}");
+        assert!(!said.contains("trained step"), "{said}");
+    }
+    for folder in [root, there.path()] {
+        assert!(!folder.join("run/checkpoints").exists(), "nothing is left there");
+    }
+    // Without checkpoints nothing is missing but a way to make room.
+    let [(code, said), (other_code, other_said)] = on_two_machines([root, there.path()]);
+    assert_eq!((code, other_code), (0, 0), "{said}\n{other_said}");
+    assert!(said.contains("can save no checkpoint"), "{said}");
+    assert!(root.join("run/model/model.safetensors").exists());
+    // A directory that both see, by whatever name.
+    fs::create_dir(root.join("common")).unwrap();
+    std::os::unix::fs::symlink(root.join("common"), there.path().join("common")).unwrap();
+    let settings = ["output_dir=common", "save_steps=2"];
+    let [(code, said), (other_code, other_said)] =
+        on_two_machines_with([root, there.path()], &settings);
+    assert_eq!((code, other_code), (0, 0), "{said}\n{other_said}");
+    assert!(root.join("common/checkpoints/step-14").is_dir(), "{said}");
 }
 
 /// One stale file on one host: the ranks would train a mixture, or meet in collectives of different sizes.

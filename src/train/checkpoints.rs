@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
 
-use rr_launch::contract::heartbeat;
+use rr_launch::contract::{WorkerEnv, heartbeat};
 use serde_json::{Value, json};
 use tracing::warn;
 
@@ -21,6 +21,7 @@ use crate::atomic::{StagedDir, create_dir_synced};
 use crate::checkpoint::model_dir::{MAX_SHARD_BYTES, ModelFiles};
 use crate::checkpoint::training::{
     Identity, Lock, Manifest, Moment, Progress, SaveOptions, Saver, Store, agree_or, file_crc32,
+    first_apart,
 };
 use crate::checkpoint::{Sidecar, tell_saving};
 use crate::comm::{Groups, Reduction, reduce_values, work_together};
@@ -58,6 +59,8 @@ const FREE: [&str; 10] = [
 pub(super) struct Checkpoints<'a> {
     plan: &'a Plan,
     saver: Saver,
+    /// Whether all ranks see one directory of checkpoints.
+    shares_store: bool,
     /// The checkpoint that the run was sent to, if any.
     origin: Value,
     /// Rank 0 holds the output directory.
@@ -269,7 +272,7 @@ impl<'a> Checkpoints<'a> {
     /// Finds what to go on from, takes it up in `engine`, and makes ready for saving. All ranks call
     /// it together.
     pub(super) fn open(
-        plan: &'a Plan,
+        (plan, env): (&'a Plan, &WorkerEnv),
         inputs: &Inputs,
         engine: &mut Engine,
         groups: &Groups,
@@ -282,6 +285,7 @@ impl<'a> Checkpoints<'a> {
         }
         same::check(&facts, groups.world.as_ref())?;
         let mut start = find(plan, &identity, groups)?;
+        let shares_store = shares_store(plan, env, groups)?;
         if let Some(start) = &mut start
             && !has_best(plan, inputs, start, groups)?
         {
@@ -294,6 +298,7 @@ impl<'a> Checkpoints<'a> {
             }
         }
         let mut this = Self::new(plan, inputs, identity, groups, lock)?;
+        this.shares_store = shares_store;
         if groups.world.rank() == 0 {
             let is_sent = is_sent(plan);
             let job = start.as_ref().map_or(&Value::Null, |start| &start.manifest.job);
@@ -340,7 +345,7 @@ impl<'a> Checkpoints<'a> {
             model,
         };
         let saver = Saver::new(store, options, groups)?;
-        Ok(Self { plan, saver, origin: Value::Null, _lock: lock })
+        Ok(Self { plan, saver, shares_store: true, origin: Value::Null, _lock: lock })
     }
 
     /// Saves where it is due after a step. Without `async_save`, and where it was `asked` for because
@@ -358,6 +363,11 @@ impl<'a> Checkpoints<'a> {
         let last_of_epoch = progress.items == 0;
         let is_due = saving.save_steps.is_some_and(|every| progress.step.is_multiple_of(every))
             || (saving.save_on_epoch_end && last_of_epoch);
+        if asked && !self.shares_store {
+            let message = "not the same directory on all machines".into();
+            let path = self.plan.saving.output_dir.clone();
+            return Err(cannot_save(Error::File { path, message }));
+        }
         if is_due || asked {
             heartbeat::working(format_args!("saving a checkpoint"));
             let began = Instant::now();
@@ -417,6 +427,39 @@ fn has_best(plan: &Plan, inputs: &Inputs, start: &Start, groups: &Groups) -> Res
     let mut missing = [f64::from(u8::from(!is_there))];
     reduce_values(comm, &mut missing, Reduction::Max)?;
     Ok(missing[0] == 0.0)
+}
+
+/// Whether checkpoints can be saved: every rank writes its part, and rank 0 puts them together, in a
+/// directory that all machines see. All ranks call it together.
+///
+/// # Errors
+/// [`Error::Config`] where the plan asks for checkpoints that cannot be.
+fn shares_store(plan: &Plan, env: &WorkerEnv, groups: &Groups) -> Result<bool> {
+    if env.local_world_size >= env.world_size {
+        return Ok(true);
+    }
+    let Some(rank) = first_apart(&store(plan), groups, group::timeout(plan))? else {
+        return Ok(true);
+    };
+    let saving = &plan.saving;
+    let what = format!(
+        "{} is not the same directory for rank {rank} as for rank 0, which is on another machine",
+        saving.output_dir.display()
+    );
+    if saving.save_steps.is_some() || saving.save_on_epoch_end {
+        let message = format!(
+            "{what}; checkpoints need one that all machines share: mount it on all of them, or leave out \
+             save_steps and save_on_epoch_end"
+        );
+        return Err(plan.error("output_dir", message));
+    }
+    if groups.world.rank() == 0 {
+        warn!(
+            "{what}: the model is saved on rank 0's machine alone, and a run that is asked to make room can \
+             save no checkpoint"
+        );
+    }
+    Ok(false)
 }
 
 /// Whether validations of the checkpoint's run can be compared with those to come: over the same data.

@@ -139,7 +139,7 @@ fn train(
         Engine::load(&inputs.config, &inputs.weights, plan.training.seed, &rates, options)?;
     check_same_model(&engine, groups.world.as_ref())?;
     engine.prepare_training()?;
-    let (checkpoints, earlier) = Checkpoints::open(plan, inputs, &mut engine, groups, lock)?;
+    let (checkpoints, earlier) = Checkpoints::open((plan, env), inputs, &mut engine, groups, lock)?;
     let progress = earlier.as_ref().map_or_else(Progress::default, |manifest| manifest.progress);
     let schedule = inputs.schedule_from(progress, plan.training.epochs);
     let about = preflight.as_ref().map(|preflight| About { plan, env, preflight, device });

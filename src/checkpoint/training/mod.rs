@@ -12,12 +12,14 @@
 mod manifest;
 mod model;
 mod saver;
+mod shared;
 mod states;
 mod store;
 
 pub use manifest::{Identity, Manifest, Progress};
 pub use saver::{Moment, SaveOptions, Saver};
 pub(crate) use saver::{agree, agree_or};
+pub use shared::first_apart;
 pub use states::{StateFiles, UnitStates};
 pub use store::{Lock, Store};
 

@@ -16,7 +16,7 @@ use super::{fail_point, io, model, read};
 use crate::atomic::{create_dir, create_dir_synced, sync_dir, write_synced};
 use crate::checkpoint::growing::tell_saving;
 use crate::checkpoint::model_dir::ModelFiles;
-use crate::comm::{Groups, Reduction, reduce_values, wait_together};
+use crate::comm::{Communicator, Groups, Reduction, reduce_values, wait_together};
 use crate::error::{Error, Result};
 use crate::optim::LossScale;
 use crate::shard::FlatUnit;
@@ -126,13 +126,10 @@ impl Saver {
     /// # Errors
     /// [`Error::Comm`] when a peer went away.
     pub fn new(store: Store, options: SaveOptions, groups: &Groups) -> Result<Self> {
-        let own = if groups.world.rank() == 0 { fresh_nonce() } else { 0.0 };
-        let mut nonce = [own];
-        reduce_values(groups.world.as_ref(), &mut nonce, Reduction::Max)?;
         Ok(Self {
             store,
             options: Arc::new(options),
-            nonce: nonce[0] as u64,
+            nonce: common_nonce(groups.world.as_ref())?,
             buffers: None,
             writing: None,
             others: Arc::default(),
@@ -296,6 +293,9 @@ impl Drop for Saver {
         let _ = self.join();
     }
 }
+
+/// This rank's error, or that another has one.
+pub(crate) fn agree<T>(outcome: Result<T>, groups: &Groups) -> Result<T> {
     agree_or(outcome, groups, Error::PeerCannotSave)
 }
 
@@ -305,9 +305,6 @@ pub(crate) fn agree_or<T>(
     groups: &Groups,
     other: impl FnOnce(usize) -> Error,
 ) -> Result<T> {
-
-/// This rank's error, or that another has one.
-pub(crate) fn agree<T>(outcome: Result<T>, groups: &Groups) -> Result<T> {
     let mut failed = [if outcome.is_err() { groups.world.rank() as f64 + 1.0 } else { 0.0 }];
     let reduced = reduce_values(groups.world.as_ref(), &mut failed, Reduction::Max);
     let outcome = outcome?;
@@ -317,13 +314,20 @@ pub(crate) fn agree<T>(outcome: Result<T>, groups: &Groups) -> Result<T> {
 
 /// Whether `path` is in its directory, which is read for it: NFS remembers for up to half a minute that a
 /// name was not there, but asks its server anew when the directory is opened.
-fn is_listed(path: &Path) -> bool {
+pub(super) fn is_listed(path: &Path) -> bool {
     let entries = path.parent().and_then(|dir| std::fs::read_dir(dir).ok());
     entries
         .into_iter()
         .flatten()
         .flatten()
         .any(|entry| Some(&*entry.file_name()) == path.file_name())
+}
+
+/// A number that no other start has, the same on all ranks, which call it together.
+pub(super) fn common_nonce(comm: &dyn Communicator) -> Result<u64> {
+    let mut nonce = [if comm.rank() == 0 { fresh_nonce() } else { 0.0 }];
+    reduce_values(comm, &mut nonce, Reduction::Max)?;
+    Ok(nonce[0] as u64)
 }
 
 /// A number that no other start has, small enough for an f64.

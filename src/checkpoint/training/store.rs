@@ -46,6 +46,12 @@ impl Store {
         self.root.join(format!(".{PREFIX}{step}.{nonce:016x}{PARTIAL}"))
     }
 
+    /// A file by which the start `nonce` sees whether its ranks share this directory; one that stays is a
+    /// leftover.
+    pub(super) fn mark(&self, nonce: u64) -> PathBuf {
+        self.root.join(format!(".mark.{nonce:016x}{PARTIAL}"))
+    }
+
     /// The steps of all checkpoints, newest first. The step decides, never a clock.
     ///
     /// # Errors
