@@ -1,15 +1,14 @@
-//! Where a run goes on that is restarted by the launcher, replaces a finished run, or takes up the
-//! checkpoint of another directory; and that runs of every kind go on to the bit.
+//! Where a run goes on that replaces a finished run, or takes up the checkpoint of another directory; and
+//! that runs of every kind go on to the bit.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
 
 use std::fs;
-use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use common::training::{Bench, end, killed_at, succeed};
+use common::training::{Bench, end, free_port, killed_at, succeed};
 use reranker::checkpoint::training::Manifest;
 use serde_json::Value;
 
@@ -24,46 +23,6 @@ fn command(bench: &Bench, name: &str, more: &[&str]) -> Command {
 
 fn weights(dir: &Path) -> Vec<u8> {
     fs::read(dir.join("model.safetensors")).unwrap()
-}
-
-#[test]
-fn restarts_go_on_from_what_this_launch_has_saved() {
-    let bench = Bench::new(0.1);
-    let root = bench.root.path();
-    succeed(&mut command(&bench, "whole", &[]));
-    // Each attempt dies when it saves for the third time. Attempts after the first ones of step 4
-    // must not return to it; nor be led astray by what is no checkpoint of this launch.
-    killed_at("before_states:3@0", &mut command(&bench, "run", &[]));
-    fs::create_dir(root.join("run/checkpoints/step-999")).unwrap();
-    let mut restarted = command(&bench, "run", &[]);
-    restarted.args(["--resume", "run/checkpoints/step-4", "--max-restarts", "2"]);
-    let said = succeed(restarted.env("RR_FAIL_POINT", "before_states:3@0"));
-    for step in [4, 8, 12] {
-        assert!(said.contains(&format!("run/checkpoints/step-{step}: step {step}")), "{said}");
-    }
-    assert!(weights(&root.join("run/model")) == weights(&root.join("whole/model")));
-}
-
-#[test]
-fn a_restart_after_the_last_save_has_nothing_left_to_do() {
-    let bench = Bench::new(0.1);
-    let root = bench.root.path();
-    let mut restarted = command(&bench, "run", &[]);
-    restarted.args(["--max-restarts", "1"]).env("RR_FAIL_POINT", "after_model_moves:1@0");
-    let said = succeed(&mut restarted);
-    assert!(said.contains("run/model was saved before this restart"), "{said}");
-    assert!(root.join("run/model/model.safetensors").exists());
-    // So it is where the run replaces another, and where there was none to replace.
-    for (name, place) in [("run", "after_end:1@0"), ("new", "after_model_moves:1@0")] {
-        let mut restarted = command(&bench, name, &["lr=5e-4"]);
-        restarted.args(["--overwrite", "--max-restarts", "1"]).env("RR_FAIL_POINT", place);
-        let said = succeed(&mut restarted);
-        assert!(said.contains(&format!("{name}/model was saved before this restart")), "{said}");
-    }
-    // A start by hand is told that there is a finished run.
-    let (code, said) = end(&mut command(&bench, "run", &[]));
-    assert_eq!(code, 2, "{said}");
-    assert!(said.contains("already holds a finished run"), "{said}");
 }
 
 #[test]
@@ -100,36 +59,6 @@ fn a_run_that_replaces_a_finished_one_goes_on_as_any_other() {
     assert!(weights(&root.join("run/model")) == weights(&root.join("whole/model")));
     let (code, said) = end(&mut command(&bench, "run", &["lr=5e-4"]));
     assert_eq!(code, 2, "it is finished now: {said}");
-}
-
-#[test]
-fn restarts_by_torchrun_go_on_as_well() {
-    let bench = Bench::new(0.1);
-    let attempt = |count: &str| {
-        let mut worker = Command::new(env!("CARGO_BIN_EXE_reranker"));
-        worker.current_dir(bench.root.path()).args(["train", "--device", "cpu"]);
-        worker.args(["--config", "t.yaml", "--set", "output_dir=run", "--set", "batch_size=4"]);
-        worker.args(["--set", "save_steps=2", "--resume", "never", "--overwrite"]);
-        worker.env("OMP_NUM_THREADS", "1").env_remove("RR_RUN_ID").stdin(Stdio::null());
-        worker.env("TORCHELASTIC_RUN_ID", "none").env("TORCHELASTIC_RESTART_COUNT", count);
-        worker
-    };
-    killed_by_hand(&mut attempt("0"), "before_states:3@0");
-    let said = killed_by_hand(&mut attempt("1"), "after_end:1@0");
-    assert!(said.contains("going on from run/checkpoints/step-4"), "{said}");
-    let said = succeed(&mut attempt("2"));
-    assert!(said.contains("run/model was saved before this restart"), "{said}");
-    // Another launch knows nothing of this one.
-    let said = succeed(&mut attempt("0"));
-    assert!(said.contains("trained 106 pairs"), "{said}");
-}
-
-/// Starts a worker without a launcher that kills itself at this place; what it said.
-fn killed_by_hand(worker: &mut Command, place: &str) -> String {
-    let output = worker.env("RR_FAIL_POINT", place).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.signal(), Some(9), "{said}");
-    said
 }
 
 /// The directories of a run's checkpoints.
@@ -250,6 +179,18 @@ fn killed_and_again(bench: &Bench, name: &str, more: &[&str], flags: &[&str]) ->
 }
 
 #[test]
+fn a_run_sent_elsewhere_goes_on_where_steps_are_spread_otherwise() {
+    let bench = Bench::new(0.1);
+    killed_at("before_states:2@0", &mut command(&bench, "run", &[]));
+    let from = ["--resume", "run/checkpoints/step-2", "--overwrite"];
+    killed_at("before_states:3@0", command(&bench, "moved", &[]).args(from));
+    // As many pairs a step on half of the workers, as a script makes it after the number of nodes.
+    let settings = ["batch_size=2", "save_steps=2", "gradient_accumulation_steps=4"];
+    let said = succeed(bench.command("moved", 1, &settings).args(from));
+    assert!(said.contains("going on from moved/checkpoints/step-6: step 6"), "{said}");
+}
+
+#[test]
 fn a_command_that_asks_for_another_training_goes_back_to_where_it_is_sent() {
     let bench = Bench::new(0.1);
     killed_at("before_states:2@0", &mut command(&bench, "run", &[]));
@@ -280,7 +221,7 @@ fn on_two_machines(folders: [&Path; 2]) -> [(i32, String); 2] {
 
 /// [`on_two_machines`] with more settings.
 fn on_two_machines_with(folders: [&Path; 2], more: &[&str]) -> [(i32, String); 2] {
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = free_port();
     let start = |(rank, folder): (usize, &Path)| {
         let mut worker = Command::new(env!("CARGO_BIN_EXE_reranker"));
         worker.args(["train", "--device", "cpu", "--config", "t.yaml", "--timeout", "10"]);

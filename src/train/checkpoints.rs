@@ -10,10 +10,10 @@ use serde_json::{Value, json};
 use tracing::warn;
 
 use super::inputs::Inputs;
+use super::launch::{self, Attempt};
 use super::origin::{
     LAUNCH, ORIGIN, begins_anew, check_mixture, comes_from_elsewhere, is_sent, origin, own_steps,
 };
-use super::output::launch;
 use super::report::METRICS;
 use super::start::{Start, bring_best, find, named};
 use super::{best, group, output, same, teacher};
@@ -61,6 +61,8 @@ pub(super) struct Checkpoints<'a> {
     saver: Saver,
     /// Whether all ranks see one directory of checkpoints.
     shares_store: bool,
+    /// What started the run's workers, if anything.
+    launch: Value,
     /// The checkpoint that the run was sent to, if any.
     origin: Value,
     /// Rank 0 holds the output directory.
@@ -73,17 +75,16 @@ pub(super) fn store(plan: &Plan) -> Store {
 }
 
 /// Takes the output directory for this run, on rank 0.
-pub(super) fn lock(plan: &Plan, groups: &Groups) -> Result<Option<Lock>> {
+pub(super) fn lock(plan: &Plan, env: &WorkerEnv, groups: &Groups) -> Result<Option<Lock>> {
     if groups.world.rank() != 0 {
         return Ok(None);
     }
     let dir = plan.saving.output_dir.join(output::RUNS);
     create_dir_synced(&dir)?;
-    let run = launch().unwrap_or_default();
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let holder = format!(
         "run {} on {} (process {})",
-        if run.is_empty() { "by hand" } else { &run },
+        launch::id(env).unwrap_or("by hand"),
         host.trim(),
         std::process::id()
     );
@@ -102,14 +103,15 @@ fn check_free(plan: &Plan) -> Result<()> {
 /// [`Error::Config`] that says what differs and what to do.
 pub fn check(plan: &Plan, inputs: &Inputs, world_size: usize) -> Result<()> {
     check_free(plan)?;
-    check_mixture(plan)?;
+    let attempt = &Attempt::alone(plan, world_size, world_size);
+    check_mixture(attempt)?;
     let (store, steps) = match &plan.saving.resume {
-        Resume::Path(path) if is_sent(plan) => {
+        Resume::Path(path) if is_sent(attempt) => {
             let (store, step) = named(plan, path)?;
             (store, vec![step])
         }
-        Resume::Path(_) => (store(plan), own_steps(plan)?),
-        _ if begins_anew(plan) => return Ok(()),
+        Resume::Path(_) => (store(plan), own_steps(attempt)?),
+        _ if begins_anew(attempt) => return Ok(()),
         _ => (store(plan), store(plan).steps()?),
     };
     let read = |&step: &usize| match Manifest::read(&store.path(step)) {
@@ -175,9 +177,10 @@ pub(super) fn compare(
 ///
 /// # Errors
 /// [`Error::Io`] when the checkpoints cannot be looked at.
-pub(super) fn outlook(plan: &Plan) -> Result<Option<String>> {
+pub(super) fn outlook(attempt: &Attempt<'_>) -> Result<Option<String>> {
+    let plan = attempt.plan;
     let dir = plan.saving.output_dir.display();
-    if let (Resume::Path(path), true) = (&plan.saving.resume, is_sent(plan)) {
+    if let (Resume::Path(path), true) = (&plan.saving.resume, is_sent(attempt)) {
         return Ok(Some(format!("goes on from {}", path.display())));
     }
     if !output::unfinished(plan) {
@@ -199,7 +202,7 @@ pub(super) fn outlook(plan: &Plan) -> Result<Option<String>> {
 }
 
 /// Items (pairs, or groups) of one optimizer step over all ranks.
-fn items_per_step(plan: &Plan, world_size: usize) -> usize {
+pub(super) fn items_per_step(plan: &Plan, world_size: usize) -> usize {
     plan.training.batch_size * plan.training.accumulation * world_size
 }
 
@@ -272,22 +275,23 @@ impl<'a> Checkpoints<'a> {
     /// Finds what to go on from, takes it up in `engine`, and makes ready for saving. All ranks call
     /// it together.
     pub(super) fn open(
-        (plan, env): (&'a Plan, &WorkerEnv),
+        attempt: &Attempt<'a>,
         inputs: &Inputs,
         engine: &mut Engine,
         groups: &Groups,
         lock: Option<Lock>,
     ) -> Result<(Self, Option<Manifest>)> {
+        let plan = attempt.plan;
         let identity = identity(plan, inputs, Some(engine))?;
         let mut facts = identity.0.clone();
         if let Some(data) = &plan.data.validation {
             facts.insert("validation data (CRC-32)".into(), contents(data)?);
         }
         same::check(&facts, groups.world.as_ref())?;
-        let mut start = find(plan, &identity, groups)?;
-        let shares_store = shares_store(plan, env, groups)?;
+        let mut start = find(attempt, &identity, groups)?;
+        let shares_store = shares_store(attempt, groups)?;
         if let Some(start) = &mut start
-            && !has_best(plan, inputs, start, groups)?
+            && !has_best(attempt, inputs, start, groups)?
         {
             start.manifest.job["best"] = Value::Null;
         }
@@ -297,15 +301,15 @@ impl<'a> Checkpoints<'a> {
                 engine.set_loss_scale(loss_scale);
             }
         }
-        let mut this = Self::new(plan, inputs, identity, groups, lock)?;
+        let mut this = Self::new(attempt, inputs, identity, groups, lock)?;
         this.shares_store = shares_store;
         if groups.world.rank() == 0 {
-            let is_sent = is_sent(plan);
+            let is_sent = is_sent(attempt);
             let job = start.as_ref().map_or(&Value::Null, |start| &start.manifest.job);
-            this.origin = if is_sent { json!(origin(plan)) } else { job[ORIGIN].clone() };
+            this.origin = if is_sent { json!(origin(attempt)) } else { job[ORIGIN].clone() };
             // A best model from before the run was sent elsewhere is of another past.
             let has_no_best = start.is_none() || (is_sent && job["best"]["found"].is_null());
-            output::begin(plan, has_no_best)?;
+            output::begin(plan, &attempt.launch, has_no_best)?;
             if let Some(Start { path, manifest }) = &start {
                 this.saver.trim(path, manifest.progress.step);
             }
@@ -316,12 +320,13 @@ impl<'a> Checkpoints<'a> {
     /// Makes ready for saving. What earlier runs left half-built is removed, and with a run that
     /// begins anew their checkpoints as well. All ranks call it together.
     fn new(
-        plan: &'a Plan,
+        attempt: &Attempt<'a>,
         inputs: &Inputs,
         identity: Identity,
         groups: &Groups,
         lock: Option<Lock>,
     ) -> Result<Self> {
+        let plan = attempt.plan;
         let store = store(plan);
         if groups.world.rank() == 0 {
             store.clear_leftovers();
@@ -329,7 +334,7 @@ impl<'a> Checkpoints<'a> {
                 StagedDir::clear_leftovers(&plan.saving.output_dir.join(model))?;
             }
             let is_named = matches!(plan.saving.resume, Resume::Path(_));
-            if (begins_anew(plan) && !is_named) || comes_from_elsewhere(plan) {
+            if (begins_anew(attempt) && !is_named) || comes_from_elsewhere(attempt) {
                 // Where there are any, check_mixture has seen that this is wanted.
                 store.remove_all()?;
             }
@@ -345,7 +350,8 @@ impl<'a> Checkpoints<'a> {
             model,
         };
         let saver = Saver::new(store, options, groups)?;
-        Ok(Self { plan, saver, shares_store: true, origin: Value::Null, _lock: lock })
+        let launch = attempt.launch.name();
+        Ok(Self { plan, saver, shares_store: true, launch, origin: Value::Null, _lock: lock })
     }
 
     /// Saves where it is due after a step. Without `async_save`, and where it was `asked` for because
@@ -374,7 +380,7 @@ impl<'a> Checkpoints<'a> {
             let earlier = self.saver.finish(groups);
             self.judge(earlier)?;
             let mut job = job();
-            job[LAUNCH] = json!(launch());
+            job[LAUNCH] = self.launch.clone();
             job[ORIGIN] = self.origin.clone();
             let loss_scale = engine.loss_scale().copied();
             let now = Moment { began, progress, loss_scale, job };
@@ -416,12 +422,17 @@ impl<'a> Checkpoints<'a> {
 
 /// Whether rank 0 has the best model that a checkpoint speaks of, as far as it matters: where validations
 /// cannot be compared, it does not. All ranks call it together.
-fn has_best(plan: &Plan, inputs: &Inputs, start: &Start, groups: &Groups) -> Result<bool> {
-    let comm = groups.world.as_ref();
+fn has_best(
+    attempt: &Attempt<'_>,
+    inputs: &Inputs,
+    start: &Start,
+    groups: &Groups,
+) -> Result<bool> {
+    let (plan, comm) = (attempt.plan, groups.world.as_ref());
     let is_first = comm.rank() == 0;
     let compared = if is_first { is_comparable(inputs, plan, &start.manifest) } else { Ok(true) };
     // A large one is copied for longer than a rank waits for another.
-    let bring = || compared.and_then(|same| Ok(same && (!is_first || bring_best(plan, start)?)));
+    let bring = || compared.and_then(|same| Ok(same && (!is_first || bring_best(attempt, start)?)));
     let is_there =
         agree_or(work_together(comm, bring, tell_saving)?, groups, Error::PeerCannotLoad)?;
     let mut missing = [f64::from(u8::from(!is_there))];
@@ -434,8 +445,9 @@ fn has_best(plan: &Plan, inputs: &Inputs, start: &Start, groups: &Groups) -> Res
 ///
 /// # Errors
 /// [`Error::Config`] where the plan asks for checkpoints that cannot be.
-fn shares_store(plan: &Plan, env: &WorkerEnv, groups: &Groups) -> Result<bool> {
-    if env.local_world_size >= env.world_size {
+fn shares_store(attempt: &Attempt<'_>, groups: &Groups) -> Result<bool> {
+    let plan = attempt.plan;
+    if attempt.local_world_size >= attempt.world_size {
         return Ok(true);
     }
     let Some(rank) = first_apart(&store(plan), groups, group::timeout(plan))? else {

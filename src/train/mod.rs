@@ -4,6 +4,7 @@ mod best;
 mod checkpoints;
 mod group;
 pub mod inputs;
+mod launch;
 mod memory;
 mod origin;
 mod output;
@@ -52,6 +53,7 @@ use crate::torch_ext::{runtime, storage};
 use best::{Best, Verdict};
 use checkpoints::Checkpoints;
 use group::join;
+use launch::Attempt;
 use memory::Memory;
 use page::About;
 use report::Reporter;
@@ -74,7 +76,7 @@ pub enum Ending {
 /// User errors before any worker trains; afterwards what training, a peer or the disk reports.
 pub fn run(plan: &Plan, env: &WorkerEnv) -> Result<Ending> {
     heartbeat::working(format_args!("reading what the run needs"));
-    output::check(plan)?;
+    output::check_early(plan, env)?;
     check_machines(plan, env.world_size, env.local_world_size)?;
     if env.rank == 0 {
         trackers::check(plan)?;
@@ -115,12 +117,9 @@ fn train(
     groups: &Groups,
 ) -> Result<Ending> {
     heartbeat::working(format_args!("loading the model"));
-    let lock = checkpoints::lock(plan, groups)?;
-    if env.rank == 0 {
-        // Before the lock was taken another run may have ended here.
-        output::check(plan)?;
-    }
-    if is_complete(plan, groups)? {
+    let lock = checkpoints::lock(plan, env, groups)?;
+    let attempt = &Attempt::meet(plan, env, groups.world.as_ref())?;
+    if is_complete(attempt, groups)? {
         return Ok(Ending::Done);
     }
     if let Some(teacher) = &plan.data.teacher {
@@ -131,7 +130,7 @@ fn train(
         Some(inputs) => inputs,
         None => Inputs::load(plan, env.world_size, true)?,
     };
-    let preflight = (env.rank == 0).then(|| tell(plan, inputs, env)).transpose()?;
+    let preflight = (env.rank == 0).then(|| tell(attempt, inputs)).transpose()?;
     let rates = parameter_groups(plan);
     let shard = groups.shard();
     let options = engine_options(plan, device, shard.rank(), shard.world_size());
@@ -139,10 +138,10 @@ fn train(
         Engine::load(&inputs.config, &inputs.weights, plan.training.seed, &rates, options)?;
     check_same_model(&engine, groups.world.as_ref())?;
     engine.prepare_training()?;
-    let (checkpoints, earlier) = Checkpoints::open((plan, env), inputs, &mut engine, groups, lock)?;
+    let (checkpoints, earlier) = Checkpoints::open(attempt, inputs, &mut engine, groups, lock)?;
     let progress = earlier.as_ref().map_or_else(Progress::default, |manifest| manifest.progress);
     let schedule = inputs.schedule_from(progress, plan.training.epochs);
-    let about = preflight.as_ref().map(|preflight| About { plan, env, preflight, device });
+    let about = preflight.as_ref().map(|preflight| About { attempt, env, preflight, device });
     let mut best = Best::new(&plan.validation);
     if let (Some(best), Some(manifest)) = (&mut best, &earlier) {
         best.take_up(&manifest.job["best"]);
@@ -180,15 +179,26 @@ fn train(
 
 /// Whether rank 0 finds the final model, saved by an earlier attempt of this launch. All ranks call
 /// it together.
-fn is_complete(plan: &Plan, groups: &Groups) -> Result<bool> {
-    let is_first = groups.world.rank() == 0;
-    let is_complete = is_first && output::is_complete(plan);
-    if is_complete {
+///
+/// # Errors
+/// [`Error::Config`] on rank 0, [`Error::Usage`] on the others, where it finds another run's.
+fn is_complete(attempt: &Attempt<'_>, groups: &Groups) -> Result<bool> {
+    let Attempt { plan, launch, .. } = attempt;
+    let mut verdict = Ok(false);
+    if groups.world.rank() == 0 {
+        // Before the ranks met nobody knew for sure whose it is, and another run may have ended here.
+        verdict =
+            output::check_in(plan, launch.has_begun).map(|()| output::is_complete(plan, launch));
+    }
+    let mut found = [verdict.as_ref().map_or(2.0, |&is_complete| f64::from(u8::from(is_complete)))];
+    reduce_values(groups.world.as_ref(), &mut found, Reduction::Max)?;
+    if verdict? {
         let model = plan.saving.output_dir.join(output::MODEL);
         info!("{} was saved before this restart; nothing is left to do", model.display());
     }
-    let mut found = [f64::from(u8::from(is_complete))];
-    reduce_values(groups.world.as_ref(), &mut found, Reduction::Max)?;
+    if found[0] > 1.0 {
+        return Err(Error::Usage("rank 0 refuses output_dir; its own message says why".into()));
+    }
     if found[0] > 0.0 {
         groups.world.leave()?;
     }
@@ -196,9 +206,10 @@ fn is_complete(plan: &Plan, groups: &Groups) -> Result<bool> {
 }
 
 /// Logs the plan's notices and what lies ahead, a line at a time.
-fn tell(plan: &Plan, inputs: &Inputs, env: &WorkerEnv) -> Result<Preflight> {
-    let preflight = Preflight::new(inputs, plan, env.world_size, env.local_world_size)?;
-    for line in plan.notices.iter().map(String::as_str).chain(preflight.to_string().lines()) {
+fn tell(attempt: &Attempt<'_>, inputs: &Inputs) -> Result<Preflight> {
+    let preflight = Preflight::of(inputs, attempt)?;
+    for line in attempt.plan.notices.iter().map(String::as_str).chain(preflight.to_string().lines())
+    {
         info!("{line}");
     }
     Ok(preflight)

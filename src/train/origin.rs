@@ -5,8 +5,9 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::checkpoints::{settings, store};
-use super::output::{self, launch};
+use super::checkpoints::{items_per_step, settings, store};
+use super::launch::Attempt;
+use super::output;
 use crate::checkpoint::training::Manifest;
 use crate::config::{Plan, Resume};
 use crate::error::Result;
@@ -18,66 +19,75 @@ pub(super) const LAUNCH: &str = "launch";
 pub(super) const ORIGIN: &str = "origin";
 
 /// Whether the run begins anew, whatever is in its output directory.
-pub(super) fn begins_anew(plan: &Plan) -> bool {
-    (plan.saving.resume == Resume::Never || !output::unfinished(plan)) && !goes_on(plan)
+pub(super) fn begins_anew(attempt: &Attempt<'_>) -> bool {
+    let plan = attempt.plan;
+    (plan.saving.resume == Resume::Never || !output::unfinished(plan)) && !goes_on(attempt)
 }
 
 /// Whether this launch was restarted after a failure and has saved a checkpoint before, or was sent to
 /// a checkpoint, and so was the unfinished run that is there: it goes on from that run's own, whatever
 /// the flags say.
-pub(super) fn goes_on(plan: &Plan) -> bool {
-    own_steps(plan).is_ok_and(|steps| !steps.is_empty())
+pub(super) fn goes_on(attempt: &Attempt<'_>) -> bool {
+    own_steps(attempt).is_ok_and(|steps| !steps.is_empty())
 }
 
 /// Whether the run goes on from the checkpoint that the plan names.
-pub(super) fn is_sent(plan: &Plan) -> bool {
-    matches!(plan.saving.resume, Resume::Path(_)) && !goes_on(plan)
+pub(super) fn is_sent(attempt: &Attempt<'_>) -> bool {
+    matches!(attempt.plan.saving.resume, Resume::Path(_)) && !goes_on(attempt)
 }
 
 /// The steps of the checkpoints that earlier attempts of this launch have saved, or starts that were
 /// sent to the same checkpoint; newest first.
-pub(super) fn own_steps(plan: &Plan) -> Result<Vec<usize>> {
-    let launch = launch().filter(|_| output::is_restart()).map(Value::from);
-    let origin = origin(plan).filter(|_| output::unfinished(plan));
-    let marks = [(LAUNCH, launch), (ORIGIN, origin)];
-    let marks: Vec<_> =
-        marks.iter().filter_map(|(key, mark)| Some((key, mark.as_ref()?))).collect();
-    if marks.is_empty() {
+pub(super) fn own_steps(attempt: &Attempt<'_>) -> Result<Vec<usize>> {
+    let launch = attempt.launch.has_begun.then(|| attempt.launch.name());
+    let origin = origin(attempt).filter(|_| output::unfinished(attempt.plan));
+    if launch.is_none() && origin.is_none() {
         return Ok(Vec::new());
     }
-    let store = store(plan);
-    let is_own = |step: &usize| {
-        let manifest = Manifest::read(&store.path(*step));
-        manifest.is_ok_and(|manifest| marks.iter().any(|&(key, mark)| manifest.job[key] == *mark))
+    let store = store(attempt.plan);
+    let is_own = |job: &Value| {
+        launch.as_ref().is_some_and(|launch| job[LAUNCH] == *launch)
+            || origin.as_ref().is_some_and(|origin| is_same_origin(&job[ORIGIN], origin))
     };
+    let read = |step: &usize| Manifest::read(&store.path(*step));
+    let is_own = |step: &usize| read(step).is_ok_and(|manifest| is_own(&manifest.job));
     Ok(store.steps()?.into_iter().filter(is_own).collect())
 }
 
 /// What the checkpoints of a run keep of the one that the plan names, so that the same command given
 /// again goes on from them. A command that asks for another training goes back to where it is sent.
-pub(super) fn origin(plan: &Plan) -> Option<Value> {
-    let Resume::Path(path) = &plan.saving.resume else { return None };
-    let mut settings = settings(plan);
-    settings.extend([
-        ("batch_size".into(), json!(plan.training.batch_size)),
-        ("gradient_accumulation_steps".into(), json!(plan.training.accumulation)),
-    ]);
+pub(super) fn origin(attempt: &Attempt<'_>) -> Option<Value> {
+    let Resume::Path(path) = &attempt.plan.saving.resume else { return None };
     // The checkpoint itself may be gone: later ones have taken its room.
     let absolute = std::path::absolute(path).ok()?;
     let name = absolute.file_name()?;
     let dir = absolute.parent()?;
     let path = std::fs::canonicalize(dir).unwrap_or_else(|_| dir.to_owned()).join(name);
-    let settings = crc32fast::hash(json!(settings).to_string().as_bytes());
-    Some(json!({"checkpoint": path, "settings (CRC-32)": format!("{settings:08x}")}))
+    let settings = crc32fast::hash(json!(settings(attempt.plan)).to_string().as_bytes());
+    Some(json!({
+        "checkpoint": path,
+        "settings (CRC-32)": format!("{settings:08x}"),
+        "items per step": items_per_step(attempt.plan, attempt.world_size),
+        "workers": attempt.world_size,
+    }))
+}
+
+/// Whether two starts were sent to the same checkpoint with the same training to do. Other workers may
+/// make steps of another size, as in `compare`; the same ones only on purpose.
+fn is_same_origin(there: &Value, here: &Value) -> bool {
+    let is_same = |key| there[key] == here[key];
+    is_same("checkpoint")
+        && is_same("settings (CRC-32)")
+        && (!is_same("workers") || is_same("items per step"))
 }
 
 /// Whether the plan names a checkpoint of another directory, and the run has saved none yet.
-pub(super) fn comes_from_elsewhere(plan: &Plan) -> bool {
-    let Resume::Path(path) = &plan.saving.resume else { return false };
+pub(super) fn comes_from_elsewhere(attempt: &Attempt<'_>) -> bool {
+    let Resume::Path(path) = &attempt.plan.saving.resume else { return false };
     let named = std::fs::canonicalize(path).ok();
-    let own = std::fs::canonicalize(plan.saving.output_dir.join(output::CHECKPOINTS)).ok();
+    let own = std::fs::canonicalize(attempt.plan.saving.output_dir.join(output::CHECKPOINTS)).ok();
     let is_own = own.is_some_and(|own| named.is_some_and(|named| named.parent() == Some(&own)));
-    !is_own && is_sent(plan)
+    !is_own && is_sent(attempt)
 }
 
 /// The checkpoints behind the one at `path` that is gone on from, newest first: they are of a past that
@@ -93,9 +103,10 @@ pub(super) fn left_behind(plan: &Plan, path: &Path, step: usize) -> Vec<usize> {
 ///
 /// # Errors
 /// [`crate::Error::Config`] that says what to do.
-pub(super) fn check_mixture(plan: &Plan) -> Result<()> {
+pub(super) fn check_mixture(attempt: &Attempt<'_>) -> Result<()> {
+    let plan = attempt.plan;
     let is_other =
-        (plan.saving.resume == Resume::Never && !goes_on(plan)) || comes_from_elsewhere(plan);
+        (plan.saving.resume == Resume::Never && !goes_on(attempt)) || comes_from_elsewhere(attempt);
     let steps = store(plan).steps()?;
     let (Some(newest), true, false) = (steps.first(), is_other, plan.saving.overwrite) else {
         return Ok(());
@@ -108,4 +119,22 @@ pub(super) fn check_mixture(plan: &Plan) -> Result<()> {
             plan.saving.output_dir.display()
         ),
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_of_another_size_are_another_training_on_the_same_workers_only() {
+        let origin = |workers: usize, items: usize| {
+            let settings = "settings (CRC-32)";
+            json!({"checkpoint": "step-2", settings: "0", "items per step": items, "workers": workers})
+        };
+        let first = origin(2, 8);
+        assert!(is_same_origin(&first, &origin(2, 8)));
+        assert!(is_same_origin(&first, &origin(1, 8)) && is_same_origin(&first, &origin(3, 9)));
+        assert!(!is_same_origin(&first, &origin(2, 16)));
+        assert!(!is_same_origin(&Value::Null, &first));
+    }
 }

@@ -2,9 +2,10 @@
 
 use std::path::Path;
 
-use rr_launch::contract::vars;
+use rr_launch::contract::WorkerEnv;
 use rustix::fs::{Access, access};
 
+use super::launch::{Launch, may_have_begun};
 use crate::atomic::{remove_dir, remove_file, sync_dir, write_synced};
 use crate::checkpoint::SIDECAR;
 use crate::checkpoint::training::fail_point;
@@ -25,9 +26,6 @@ pub(super) const CHECKPOINTS: &str = "checkpoints";
 /// present one replaces when it ends.
 const BEGUN: &str = ".begun";
 
-/// Names, inside the directory of logs, the launch whose run was the last to begin here.
-const LAUNCH: &str = ".launch";
-
 fn has_begun(plan: &Plan) -> bool {
     plan.saving.output_dir.join(RUNS).join(BEGUN).exists()
 }
@@ -39,11 +37,11 @@ pub(super) fn unfinished(plan: &Plan) -> bool {
     is_begun && (!dir.join(MODEL).exists() || has_begun(plan))
 }
 
-/// A run begins to train here, `anew` or where an earlier one stopped.
+/// A run of `launch` begins to train here, `anew` or where an earlier one stopped.
 ///
 /// # Errors
 /// [`crate::Error::Io`] when that cannot be noted.
-pub(super) fn begin(plan: &Plan, anew: bool) -> Result<()> {
+pub(super) fn begin(plan: &Plan, launch: &Launch, anew: bool) -> Result<()> {
     let is_there = |name| plan.saving.output_dir.join(name).exists();
     match (anew, is_there(MODEL), is_there(BEST)) {
         (true, _, true) => note_begun(plan, BEST)?,
@@ -52,12 +50,7 @@ pub(super) fn begin(plan: &Plan, anew: bool) -> Result<()> {
         _ => {}
     }
     // From here on a final model that is there is an earlier run's by that note, or this launch's own.
-    let path = plan.saving.output_dir.join(RUNS).join(LAUNCH);
-    match launch() {
-        Some(launch) => write_synced(&path, launch.as_bytes()),
-        None if path.exists() => remove_file(&path),
-        None => Ok(()),
-    }
+    launch.note(plan)
 }
 
 /// Notes that a run has begun whose `replaced` model is still an earlier run's, beside the final one.
@@ -98,31 +91,9 @@ pub(super) fn end(plan: &Plan, has_best: bool) -> Result<()> {
     Ok(())
 }
 
-/// The launch that this worker belongs to, where rr-launch or torchrun started it.
-pub(super) fn launch() -> Option<String> {
-    let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
-    let id = variable(vars::RR_RUN_ID).or_else(|| variable(vars::TORCHELASTIC_RUN_ID))?;
-    // What torchrun calls every launch that was given no name: its process tells them apart.
-    let is_unnamed = id == "none";
-    Some(if is_unnamed { format!("{id} {}", std::os::unix::process::parent_id()) } else { id })
-}
-
-/// Whether the launcher has started this run's workers before.
-pub(super) fn is_restart() -> bool {
-    let count = std::env::var(vars::RR_RESTART_COUNT);
-    let count = count.or_else(|_| std::env::var(vars::TORCHELASTIC_RESTART_COUNT));
-    count.is_ok_and(|count| count != "0")
-}
-
-/// Whether an earlier attempt of this launch has begun to train here.
-fn is_own(plan: &Plan) -> bool {
-    let path = plan.saving.output_dir.join(RUNS).join(LAUNCH);
-    is_restart() && std::fs::read_to_string(path).is_ok_and(|begun| launch() == Some(begun))
-}
-
 /// Whether an earlier attempt of this launch has saved the final model, and failed only then.
-pub(super) fn is_complete(plan: &Plan) -> bool {
-    is_own(plan) && plan.saving.output_dir.join(MODEL).exists() && !has_begun(plan)
+pub(super) fn is_complete(plan: &Plan, launch: &Launch) -> bool {
+    launch.has_begun && plan.saving.output_dir.join(MODEL).exists() && !has_begun(plan)
 }
 
 /// Checks that the run may write to its output directory and overwrites no finished run.
@@ -130,12 +101,29 @@ pub(super) fn is_complete(plan: &Plan) -> bool {
 /// # Errors
 /// [`crate::Error::Config`] that names the setting.
 pub fn check(plan: &Plan) -> Result<()> {
+    check_in(plan, Launch::alone(plan).has_begun)
+}
+
+/// As [`check`], of a worker that has not met the others yet: what may be its own launch's model is judged
+/// when it has.
+///
+/// # Errors
+/// As [`check`].
+pub(super) fn check_early(plan: &Plan, env: &WorkerEnv) -> Result<()> {
+    check_in(plan, may_have_begun(plan, env))
+}
+
+/// As [`check`], where it is known whether the run that is there `is_own`, of this launch.
+///
+/// # Errors
+/// As [`check`].
+pub(super) fn check_in(plan: &Plan, is_own: bool) -> Result<()> {
     let dir = &plan.saving.output_dir;
     let refuse = |message: String| Err(plan.error("output_dir", message));
     if dir.exists() && !dir.is_dir() {
         return refuse(format!("{} is a file, expected a directory", dir.display()));
     }
-    if dir.join(MODEL).exists() && !has_begun(plan) && !plan.saving.overwrite && !is_own(plan) {
+    if dir.join(MODEL).exists() && !has_begun(plan) && !plan.saving.overwrite && !is_own {
         return refuse(format!(
             "{} already holds a finished run; choose another directory or pass --overwrite",
             dir.display()
@@ -151,7 +139,7 @@ pub fn check(plan: &Plan) -> Result<()> {
         ));
     }
     let is_leftover = !dir.join(MODEL).exists() && !unfinished(plan);
-    if best.exists() && is_leftover && !plan.saving.overwrite && !is_own(plan) {
+    if best.exists() && is_leftover && !plan.saving.overwrite && !is_own {
         return refuse(format!(
             "{} is an earlier run's best model; choose another directory or pass --overwrite",
             best.display()

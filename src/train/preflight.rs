@@ -6,6 +6,7 @@ use std::fmt;
 use serde::Serialize;
 
 use super::inputs::Inputs;
+use super::launch::Attempt;
 use super::validate::loss_applies;
 use super::{checkpoints, engine_options, parameter_groups};
 use crate::config::{self, DatasetKind, ModelKind, Plan, Strategy};
@@ -95,6 +96,13 @@ impl Preflight {
     /// # Errors
     /// When the tokenizer refuses a text, or the checkpoints cannot be listed.
     pub fn new(inputs: &Inputs, plan: &Plan, world_size: usize, local: usize) -> Result<Self> {
+        Self::of(inputs, &Attempt::alone(plan, world_size, local))
+    }
+
+    /// As [`Self::new`], at this start of the run.
+    pub(super) fn of(inputs: &Inputs, attempt: &Attempt<'_>) -> Result<Self> {
+        let (plan, world_size) = (attempt.plan, attempt.world_size);
+        let local = attempt.local_world_size;
         let summary = |dataset: &Dataset, load: &LoadReport| -> Result<DataSummary> {
             let (tokenizer, max_len) = (&inputs.tokenizer, plan.data.max_len);
             let lengths = LengthReport::measure(dataset, tokenizer, max_len, LENGTH_SAMPLE)?;
@@ -116,7 +124,7 @@ impl Preflight {
                 initialised: inputs.initialised.clone(),
             },
             memory,
-            notes: notes(inputs, plan)?,
+            notes: notes(inputs, attempt)?,
             warnings: [warnings(inputs, plan), shortfalls].concat(),
         })
     }
@@ -200,7 +208,8 @@ fn parameters(inputs: &Inputs) -> usize {
     stages.iter().flat_map(|stage| stage.parameters()).map(|spec| spec.elements()).sum()
 }
 
-fn notes(inputs: &Inputs, plan: &Plan) -> Result<Vec<String>> {
+fn notes(inputs: &Inputs, attempt: &Attempt<'_>) -> Result<Vec<String>> {
+    let plan = attempt.plan;
     let mut notes = Vec::new();
     if let Some(revision) = &inputs.model_revision {
         notes.push(format!("{}: revision {revision} of the hub", plan.model.path));
@@ -210,7 +219,7 @@ fn notes(inputs: &Inputs, plan: &Plan) -> Result<Vec<String>> {
     for line in foreign_layer_classes(classes, &inputs.config.model_type) {
         notes.push(plan.warning("layer_classes", line));
     }
-    notes.extend(checkpoints::outlook(plan)?);
+    notes.extend(checkpoints::outlook(attempt)?);
     if !inputs.initialised.is_empty() {
         notes.push(format!(
             "no weights for {}: initialised from seed {}",

@@ -61,11 +61,11 @@ struct Sink {
 impl Sink {
     /// Creates the run's directory. A run that goes on keeps the metrics of its first `done` steps.
     fn create(inputs: &Inputs, about: &About<'_>, done: usize) -> Result<Self> {
-        let dir = about.plan.saving.output_dir.join(RUNS);
+        let dir = about.attempt.plan.saving.output_dir.join(RUNS);
         create_dir(&dir)?;
         let path = dir.join(METRICS);
         // What another run has left here is not the past of one whose checkpoint was elsewhere.
-        let kept = if comes_from_elsewhere(about.plan) { 0 } else { done };
+        let kept = if comes_from_elsewhere(about.attempt) { 0 } else { done };
         let earlier = metrics_until(&path, kept)?;
         // A run that is killed here has lost none of its lines.
         let staged = StagedFile::new(&path)?;
@@ -80,7 +80,7 @@ impl Sink {
         Ok(Self {
             file,
             length: earlier.len() as u64,
-            trackers: Trackers::start(about.plan, &dir, kept)?,
+            trackers: Trackers::start(about.attempt.plan, &dir, kept)?,
             status: StatusLine::new(about.env.progress),
             page: Page::new(&dir, &earlier, inputs, about),
             device: about.device,

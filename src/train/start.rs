@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use tracing::{info, warn};
 
 use super::checkpoints::{compare, store};
+use super::launch::Attempt;
 use super::origin::{begins_anew, check_mixture, is_sent, left_behind, own_steps};
 use super::output;
 use crate::atomic::StagedDir;
@@ -30,29 +31,35 @@ struct Candidates {
     is_named: bool,
 }
 
-fn candidates(plan: &Plan) -> Result<Candidates> {
-    check_mixture(plan)?;
+fn candidates(attempt: &Attempt<'_>) -> Result<Candidates> {
+    check_mixture(attempt)?;
+    let plan = attempt.plan;
     if let Resume::Path(path) = &plan.saving.resume
-        && is_sent(plan)
+        && is_sent(attempt)
     {
         return Ok(Candidates { steps: vec![named(plan, path)?.1], is_named: true });
     }
-    if begins_anew(plan) {
+    if begins_anew(attempt) {
         return Ok(Candidates::default());
     }
     // A launch that began from elsewhere, or anew, does not go on from what others have left.
     let is_auto = plan.saving.resume == Resume::Auto;
-    let steps = if is_auto { store(plan).steps()? } else { own_steps(plan)? };
+    let steps = if is_auto { store(plan).steps()? } else { own_steps(attempt)? };
     Ok(Candidates { steps, is_named: false })
 }
 
 /// The checkpoint to go on from, if any: a whole one of this run. Every byte is read, shared out
 /// over the ranks, which all call it together. Rank 0 says which are tried: machines that share a
 /// file system may see it as it was at different times, and would go on from different steps.
-pub(super) fn find(plan: &Plan, identity: &Identity, groups: &Groups) -> Result<Option<Start>> {
+pub(super) fn find(
+    attempt: &Attempt<'_>,
+    identity: &Identity,
+    groups: &Groups,
+) -> Result<Option<Start>> {
+    let plan = attempt.plan;
     let is_first = groups.world.rank() == 0;
     let Candidates { steps, is_named } =
-        if is_first { candidates(plan)? } else { Candidates::default() };
+        if is_first { candidates(attempt)? } else { Candidates::default() };
     let mut tried = 0;
     loop {
         let next = steps.get(tried).map_or(-1.0, |&step| step as f64);
@@ -69,7 +76,11 @@ pub(super) fn find(plan: &Plan, identity: &Identity, groups: &Groups) -> Result<
             _ => store(plan),
         };
         match verified(&store, step, groups) {
-            Ok(manifest) => return start(plan, identity, &store, step, manifest, groups).map(Some),
+            Ok(manifest) => {
+                let start = Start { path: store.path(step), manifest };
+                tell(attempt, identity, &start, groups)?;
+                return Ok(Some(start));
+            }
             Err(error @ (Error::Comm { .. } | Error::OtherVersion { .. })) => return Err(error),
             Err(error) if is_named => return Err(error),
             Err(error) => warn!("{error}; trying the checkpoint before"),
@@ -132,7 +143,8 @@ fn verified(store: &Store, step: usize, groups: &Groups) -> Result<Manifest> {
 
 /// Sees to it that the best model which a checkpoint speaks of is in the output directory, on rank
 /// 0; false where it is nowhere.
-pub(super) fn bring_best(plan: &Plan, Start { path, manifest }: &Start) -> Result<bool> {
+pub(super) fn bring_best(attempt: &Attempt<'_>, Start { path, manifest }: &Start) -> Result<bool> {
+    let plan = attempt.plan;
     let target = plan.saving.output_dir.join(output::BEST);
     StagedDir::clear_leftovers(&target)?;
     let best = &manifest.job["best"];
@@ -142,7 +154,7 @@ pub(super) fn bring_best(plan: &Plan, Start { path, manifest }: &Start) -> Resul
     let found = of(&target);
     // A run that went on after this checkpoint may have found a better one, and finds it again. One that
     // was sent back to it leaves that past behind.
-    if found == Some(value) || (found.is_some() && !is_sent(plan)) {
+    if found == Some(value) || (found.is_some() && !is_sent(attempt)) {
         return Ok(true);
     }
     // A checkpoint of another directory has its best model beside it.
@@ -160,28 +172,28 @@ pub(super) fn bring_best(plan: &Plan, Start { path, manifest }: &Start) -> Resul
     Ok(false)
 }
 
-fn start(
-    plan: &Plan,
+/// Compares the run of what is gone on from with this one, and says what is to be said of it.
+fn tell(
+    attempt: &Attempt<'_>,
     identity: &Identity,
-    store: &Store,
-    step: usize,
-    manifest: Manifest,
+    Start { path, manifest }: &Start,
     groups: &Groups,
-) -> Result<Start> {
-    let path = store.path(step);
-    let notes = compare(plan, identity, &path, &manifest, groups.world.world_size())?;
+) -> Result<()> {
+    let notes = compare(attempt.plan, identity, path, manifest, attempt.world_size)?;
     if groups.world.rank() == 0 {
         for note in notes {
             warn!("{note}");
         }
         let Progress { step, epoch, .. } = manifest.progress;
         info!("going on from {}: step {step}, epoch {}", path.display(), epoch + 1);
-        if let (Some(newest), true) = (left_behind(plan, &path, step).first(), is_sent(plan)) {
+        if let (Some(newest), true) =
+            (left_behind(attempt.plan, path, step).first(), is_sent(attempt))
+        {
             warn!(
                 "the checkpoints after it, up to step {newest}, are left behind: the next save removes \
                  them"
             );
         }
     }
-    Ok(Start { path, manifest })
+    Ok(())
 }

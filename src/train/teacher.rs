@@ -108,7 +108,7 @@ pub fn run_scores(plan: &Plan, env: &WorkerEnv) -> Result<()> {
     super::check_output(plan)?;
     let device = runtime::device(plan.parallel.device, env.local_rank)?;
     let groups = super::join(plan, env, device)?;
-    let outcome = super::checkpoints::lock(plan, &groups).and_then(|_lock| {
+    let outcome = super::checkpoints::lock(plan, env, &groups).and_then(|_lock| {
         settle_together(plan, env, groups.world.as_ref())?;
         teach(plan, teacher, device, groups.world.as_ref())
     });

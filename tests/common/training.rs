@@ -107,6 +107,11 @@ impl Bench {
     }
 }
 
+/// A port of this host that nothing listens on.
+pub fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
 /// The exit code of a command, and what it said.
 pub fn end(command: &mut Command) -> (i32, String) {
     let output = command.output().unwrap();

@@ -18,11 +18,11 @@ use serde_json::{Value, json};
 use tracing::warn;
 
 use super::inputs::Inputs;
+use super::launch::Attempt;
 use super::preflight::Preflight;
 use super::trackers::{RESUMED_AFTER, figures};
 use super::worst::{QueryReport, RankedHit, RankedQuery};
 use crate::atomic::StagedFile;
-use crate::config::Plan;
 use crate::data::{Content, Dataset};
 use crate::error::{Error, Result};
 use crate::text::PairTokenizer;
@@ -281,8 +281,8 @@ impl Drop for Page {
 
 /// What the page says of a run from its start on.
 pub(super) struct About<'a> {
-    /// Its plan.
-    pub(super) plan: &'a Plan,
+    /// What it is to do.
+    pub(super) attempt: &'a Attempt<'a>,
     /// This worker.
     pub(super) env: &'a WorkerEnv,
     /// What was known before it began.
@@ -293,7 +293,8 @@ pub(super) struct About<'a> {
 
 impl About<'_> {
     fn to_json(&self) -> Value {
-        let Self { plan, env, preflight, device } = *self;
+        let Self { attempt, env, preflight, device } = *self;
+        let plan = attempt.plan;
         let origins = plan.origins.iter();
         let name = plan.saving.output_dir.file_name().unwrap_or_default().to_string_lossy();
         json!({
