@@ -89,6 +89,15 @@ pub enum Error {
         /// The program that wrote it.
         program: String,
     },
+    /// A rank cannot read a checkpoint, which says nothing of whether it is whole: what a mount or another
+    /// start may mend.
+    #[error("{}: {message}", path.display())]
+    CannotRead {
+        /// The checkpoint.
+        path: PathBuf,
+        /// Who cannot, and what to look at.
+        message: String,
+    },
     /// The disk has no room for what must be written.
     #[error(
         "{}: {:.1} MB needed, {:.1} MB free; make room, or lower num_max_checkpoints",
@@ -147,7 +156,8 @@ impl Error {
             Self::Save(_) | Self::SaveModel(_) => rr_launch::contract::exit_code::CANNOT_SAVE,
             Self::Diverged(_) => rr_launch::contract::exit_code::DO_NOT_REQUEUE,
             Self::Preempted => rr_launch::contract::exit_code::PREEMPTED,
-            Self::NoRoom { .. }
+            Self::CannotRead { .. }
+            | Self::NoRoom { .. }
             | Self::PeerCannotSave(_)
             | Self::PeerCannotLoad(_)
             | Self::Torch(_)

@@ -259,7 +259,7 @@ fn machines_that_see_different_checkpoints_go_on_from_one_that_both_see() {
     manifest.write(&stale).unwrap();
     let [(code, said), (other_code, other_said)] = on_two_machines([root, there.path()]);
     assert_eq!((code, other_code), (0, 0), "{said}\n{other_said}");
-    assert!(said.contains("step-6: rank 1 did not find it whole"), "{said}");
+    assert!(said.contains("step-6: rank 1 cannot read it"), "{said}");
     assert!(said.contains("step-4: the ranks see different checkpoints there"), "{said}");
     assert!(said.contains("going on from run/checkpoints/step-2"), "{said}");
     assert!(weights(&root.join("run/model")) == weights(&root.join("whole/model")));
@@ -302,6 +302,23 @@ fn machines_that_share_no_directory_are_refused_where_they_would_save_into_it() 
         on_two_machines_with([root, there.path()], &settings);
     assert_eq!((code, other_code), (0, 0), "{said}\n{other_said}");
     assert!(root.join("common/checkpoints/step-14").is_dir(), "{said}");
+}
+
+#[test]
+fn a_machine_that_sees_no_checkpoints_does_not_make_them_damaged() {
+    let bench = Bench::new(0.1);
+    let root = bench.root.path();
+    killed_at("before_states:4@0", &mut command(&bench, "run", &[]));
+    let before = steps_kept(&root.join("run"));
+    let there = copy_of(root);
+    fs::remove_dir_all(there.path().join("run")).unwrap();
+    for (code, said) in on_two_machines([root, there.path()]) {
+        assert_eq!(code, 1, "a start may find it mounted: {said}");
+        assert!(said.contains("step-6: rank 1 cannot read it"), "{said}");
+        assert!(said.contains("is output_dir mounted on its machine"), "{said}");
+        assert!(!said.contains("--overwrite"), "{said}");
+    }
+    assert_eq!(steps_kept(&root.join("run")), before);
 }
 
 /// One stale file on one host: the ranks would train a mixture, or meet in collectives of different sizes.

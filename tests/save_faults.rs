@@ -279,6 +279,32 @@ fn a_disk_without_room_is_seen_before_writing() {
 }
 
 #[test]
+fn a_checkpoint_that_cannot_be_read_for_a_moment_is_not_lost() {
+    let bench = Bench::new(0.1);
+    let root = bench.root.path();
+    let ends = |command: &mut Command, code: i32| {
+        let output = command.output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(code), "{said}");
+        said
+    };
+    ends(command(&bench, &[]).env("RR_FAIL_POINT", "before_states:4@0"), 137);
+    let fault = Fault::new("checkpoints/step-6/rank-", 1, "read", EIO);
+    let mut again = fault.command(&bench, &["save_steps=5"]);
+    let said = ends(again.env("RR_FAIL_POINT", "before_states:2@0"), 137);
+    assert!(said.contains("step-6: rank 1 cannot read it"), "{said}");
+    assert!(said.contains("going on from run/checkpoints/step-4"), "{said}");
+    assert_eq!(whole_steps(root), [2, 4, 5, 6], "{said}");
+    // Where none can be read they are left alone, and another start may help.
+    let fault = Fault::new("checkpoints/step-", 1, "read", EIO);
+    let said = ends(fault.command(&bench, &[]).env_remove("FAULT_TIMES"), 1);
+    assert!(said.contains("step-6: rank 1 cannot read it (Input/output error"), "{said}");
+    assert!(!said.contains("--overwrite"), "{said}");
+    let said = ends(&mut command(&bench, &[]), 0);
+    assert!(said.contains("going on from run/checkpoints/step-6"), "{said}");
+}
+
+#[test]
 fn a_disk_that_fills_up_while_writing_leaves_the_earlier_checkpoints_whole() {
     let bench = Bench::new(0.1);
     // Bytes enough, but no names for the files of a third checkpoint.

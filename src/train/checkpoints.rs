@@ -295,7 +295,7 @@ impl<'a> Checkpoints<'a> {
         {
             start.manifest.job["best"] = Value::Null;
         }
-        if let Some(Start { path, manifest }) = &start {
+        if let Some(Start { path, manifest, .. }) = &start {
             manifest.restore(path, engine.units(), groups)?;
             if let Some(loss_scale) = manifest.loss_scale {
                 engine.set_loss_scale(loss_scale);
@@ -310,8 +310,9 @@ impl<'a> Checkpoints<'a> {
             // A best model from before the run was sent elsewhere is of another past.
             let has_no_best = start.is_none() || (is_sent && job["best"]["found"].is_null());
             output::begin(plan, &attempt.launch, has_no_best)?;
-            if let Some(Start { path, manifest }) = &start {
+            if let Some(Start { path, manifest, passed }) = &mut start {
                 this.saver.trim(path, manifest.progress.step);
+                this.saver.spare(std::mem::take(passed));
             }
         }
         Ok((this, start.map(|start| start.manifest)))

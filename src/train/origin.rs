@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::checkpoints::{items_per_step, settings, store};
 use super::launch::Attempt;
 use super::output;
+use super::start::{cannot_read, is_barred};
 use crate::checkpoint::training::Manifest;
 use crate::config::{Plan, Resume};
 use crate::error::Result;
@@ -49,9 +50,17 @@ pub(super) fn own_steps(attempt: &Attempt<'_>) -> Result<Vec<usize>> {
         launch.as_ref().is_some_and(|launch| job[LAUNCH] == *launch)
             || origin.as_ref().is_some_and(|origin| is_same_origin(&job[ORIGIN], origin))
     };
-    let read = |step: &usize| Manifest::read(&store.path(*step));
-    let is_own = |step: &usize| read(step).is_ok_and(|manifest| is_own(&manifest.job));
-    Ok(store.steps()?.into_iter().filter(is_own).collect())
+    let mut own = Vec::new();
+    for step in store.steps()? {
+        match Manifest::read(&store.path(step)) {
+            Ok(manifest) if is_own(&manifest.job) => own.push(step),
+            Err(error) if is_barred(&error) => {
+                return Err(cannot_read(store.path(step), 0, &format!(" ({error})")));
+            }
+            _ => {}
+        }
+    }
+    Ok(own)
 }
 
 /// What the checkpoints of a run keep of the one that the plan names, so that the same command given
@@ -105,6 +114,8 @@ pub(super) fn left_behind(plan: &Plan, path: &Path, step: usize) -> Vec<usize> {
 /// [`crate::Error::Config`] that says what to do.
 pub(super) fn check_mixture(attempt: &Attempt<'_>) -> Result<()> {
     let plan = attempt.plan;
+    // What cannot be read may be the run's own: then nothing is removed that would be in the way.
+    own_steps(attempt)?;
     let is_other =
         (plan.saving.resume == Resume::Never && !goes_on(attempt)) || comes_from_elsewhere(attempt);
     let steps = store(plan).steps()?;

@@ -1,6 +1,7 @@
 //! Which checkpoint a run goes on from: rank 0 chooses, and all ranks see that it is whole and that
 //! they see the same one.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use tracing::{info, warn};
@@ -12,7 +13,7 @@ use super::output;
 use crate::atomic::StagedDir;
 use crate::checkpoint::training::{Identity, Manifest, Progress, Store};
 use crate::checkpoint::{Sidecar, copy_dir, tell_reading};
-use crate::comm::{Groups, Reduction, reduce_values, work_together};
+use crate::comm::{Communicator, Groups, Reduction, reduce_values, work_together};
 use crate::config::{Plan, Resume};
 use crate::error::{Error, Result};
 
@@ -20,6 +21,8 @@ use crate::error::{Error, Result};
 pub(super) struct Start {
     pub(super) path: PathBuf,
     pub(super) manifest: Manifest,
+    /// Newer ones that some rank could not read: they may be whole.
+    pub(super) passed: Vec<usize>,
 }
 
 /// What may be gone on from, as rank 0 sees the disk.
@@ -60,7 +63,7 @@ pub(super) fn find(
     let is_first = groups.world.rank() == 0;
     let Candidates { steps, is_named } =
         if is_first { candidates(attempt)? } else { Candidates::default() };
-    let mut tried = 0;
+    let (mut tried, mut passed, mut unread) = (0, Vec::new(), None);
     loop {
         let next = steps.get(tried).map_or(-1.0, |&step| step as f64);
         // The others have nothing to say.
@@ -72,41 +75,44 @@ pub(super) fn find(
         }
         let step = said[0] as usize;
         let store = match &plan.saving.resume {
-            Resume::Path(path) if is_named => named(plan, path)?.0,
+            // Rank 0 sees it. Whether the others do is agreed upon.
+            Resume::Path(path) if is_named => {
+                parts(path).map_or_else(|| store(plan), |parts| parts.0)
+            }
             _ => store(plan),
         };
         match verified(&store, step, groups) {
             Ok(manifest) => {
-                let start = Start { path: store.path(step), manifest };
+                let start = Start { path: store.path(step), manifest, passed };
                 tell(attempt, identity, &start, groups)?;
                 return Ok(Some(start));
             }
             Err(error @ (Error::Comm { .. } | Error::OtherVersion { .. })) => return Err(error),
             Err(error) if is_named => return Err(error),
-            Err(error) => warn!("{error}; trying the checkpoint before"),
+            Err(error) => {
+                warn!("{error}; trying the checkpoint before");
+                if matches!(error, Error::CannotRead { .. }) {
+                    passed.push(step);
+                    unread.get_or_insert(error);
+                }
+            }
         }
         tried += 1;
     }
     if tried == 0 {
         return Ok(None);
     }
-    Err(plan.error(
-        "resume",
-        format!(
-            "none of the checkpoints in {} is whole; begin anew with --resume never --overwrite",
-            plan.saving.output_dir.display()
-        ),
-    ))
+    let message = format!(
+        "none of the checkpoints in {} is whole; begin anew with --resume never --overwrite",
+        plan.saving.output_dir.display()
+    );
+    // What cannot be read may be whole, and is not to be thrown away.
+    Err(unread.unwrap_or_else(|| plan.error("resume", message)))
 }
 
 /// `…/step-N`, as the plan names it, as a store and a step.
 pub(super) fn named(plan: &Plan, path: &Path) -> Result<(Store, usize)> {
-    let parts = || {
-        let absolute = std::path::absolute(path).ok()?;
-        let step = absolute.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()?;
-        Some((Store::new(absolute.parent()?.to_owned()), step))
-    };
-    parts().filter(|_| path.is_dir()).ok_or_else(|| {
+    parts(path).filter(|_| path.is_dir()).ok_or_else(|| {
         let message = format!(
             "{} is no checkpoint, expected auto, never, or a directory such as \
              output/checkpoints/step-100",
@@ -116,26 +122,99 @@ pub(super) fn named(plan: &Plan, path: &Path) -> Result<(Store, usize)> {
     })
 }
 
+/// `…/step-N` as a store and a step, whether it is there or not.
+fn parts(path: &Path) -> Option<(Store, usize)> {
+    let absolute = std::path::absolute(path).ok()?;
+    let step = absolute.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()?;
+    Some((Store::new(absolute.parent()?.to_owned()), step))
+}
+
 /// The manifest of a checkpoint that all ranks have found whole, and the same.
 fn verified(store: &Store, step: usize, groups: &Groups) -> Result<Manifest> {
     let comm = groups.world.as_ref();
     // A rank's part may take longer to read than a rank waits for another.
     let (rank, ranks) = (comm.rank(), comm.world_size());
     let own = work_together(comm, || store.verify(step, rank, ranks), tell_reading)?;
-    let bad = if own.is_err() { comm.rank() as f64 + 1.0 } else { 0.0 };
-    let sum = own.as_ref().map_or(0.0, |manifest| f64::from(manifest.fingerprint()));
-    let mut all = [bad, sum, -sum];
+    agreed(own, store.path(step), comm)
+}
+
+/// How a checkpoint looks to one rank.
+#[derive(Clone, Copy, PartialEq)]
+enum Look {
+    Whole,
+    /// Not as it was written.
+    Damaged,
+    /// The system does not let it be read.
+    Barred,
+    /// Nothing is there.
+    Unseen,
+}
+
+/// Whether the system keeps a file from being read, which says nothing of what is in it; not so where it is
+/// missing or too short.
+pub(super) fn is_barred(error: &Error) -> bool {
+    use ErrorKind::{IsADirectory, NotADirectory, NotFound, UnexpectedEof};
+    let damage = [NotFound, UnexpectedEof, IsADirectory, NotADirectory];
+    matches!(error, Error::Io { source, .. } if !damage.contains(&source.kind()))
+}
+
+/// The error where a rank cannot read a checkpoint, and perhaps says why.
+pub(super) fn cannot_read(path: PathBuf, rank: usize, why: &str) -> Error {
+    let message = format!(
+        "rank {rank} cannot read it{why}; is output_dir mounted on its machine, and the same directory \
+         for all ranks?"
+    );
+    Error::CannotRead { path, message }
+}
+
+impl Look {
+    fn of(own: &Result<Manifest>, path: &Path) -> Self {
+        match own {
+            Ok(_) => Self::Whole,
+            Err(error) if is_barred(error) => Self::Barred,
+            Err(_) if !Manifest::is_in(path) => Self::Unseen,
+            Err(_) => Self::Damaged,
+        }
+    }
+}
+
+/// What all ranks say of the checkpoint at `path`, of which this one says `own`.
+///
+/// # Errors
+/// [`Error::CannotRead`] where some of them cannot read what others can, or see something else: a file system
+/// that is not mounted everywhere, or fails for a moment, is no damage.
+fn agreed(own: Result<Manifest>, path: PathBuf, comm: &dyn Communicator) -> Result<Manifest> {
+    let look = Look::of(&own, &path);
+    let (one, sum) = (comm.rank() as f64 + 1.0, own.as_ref().map_or(0, Manifest::fingerprint));
+    let here = |is: bool| if is { one } else { 0.0 };
+    let mut all = [
+        here(look == Look::Damaged),
+        here(look == Look::Barred),
+        here(look == Look::Unseen),
+        here(look != Look::Unseen),
+        f64::from(sum),
+        -f64::from(sum),
+    ];
     reduce_values(comm, &mut all, Reduction::Max)?;
-    let path = store.path(step);
+    let [damaged, barred, unseen, seen, most, least] = all;
+    let cannot = if barred > 0.0 || seen == 0.0 { barred } else { unseen };
     match own {
-        Ok(_) if all[0] > 0.0 => {
-            let message = format!("rank {} did not find it whole", all[0] - 1.0);
+        Err(error) if look == Look::Damaged => Err(error),
+        _ if damaged > 0.0 => {
+            let message = format!("rank {} did not find it whole", damaged - 1.0);
             Err(Error::File { path, message })
         }
-        Ok(_) if all[1] != -all[2] => {
+        own if cannot > 0.0 => {
+            let why = match own {
+                Err(Error::Io { source, .. }) if cannot == one => format!(" ({source})"),
+                _ => String::new(),
+            };
+            Err(cannot_read(path, cannot as usize - 1, &why))
+        }
+        Ok(_) if most != -least => {
             let message = "the ranks see different checkpoints there; is the directory shared by \
                            all machines?";
-            Err(Error::File { path, message: message.into() })
+            Err(Error::CannotRead { path, message: message.into() })
         }
         own => own,
     }
@@ -143,7 +222,10 @@ fn verified(store: &Store, step: usize, groups: &Groups) -> Result<Manifest> {
 
 /// Sees to it that the best model which a checkpoint speaks of is in the output directory, on rank
 /// 0; false where it is nowhere.
-pub(super) fn bring_best(attempt: &Attempt<'_>, Start { path, manifest }: &Start) -> Result<bool> {
+pub(super) fn bring_best(
+    attempt: &Attempt<'_>,
+    Start { path, manifest, .. }: &Start,
+) -> Result<bool> {
     let plan = attempt.plan;
     let target = plan.saving.output_dir.join(output::BEST);
     StagedDir::clear_leftovers(&target)?;
@@ -176,7 +258,7 @@ pub(super) fn bring_best(attempt: &Attempt<'_>, Start { path, manifest }: &Start
 fn tell(
     attempt: &Attempt<'_>,
     identity: &Identity,
-    Start { path, manifest }: &Start,
+    Start { path, manifest, .. }: &Start,
     groups: &Groups,
 ) -> Result<()> {
     let notes = compare(attempt.plan, identity, path, manifest, attempt.world_size)?;

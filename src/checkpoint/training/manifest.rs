@@ -164,6 +164,12 @@ impl Manifest {
         write_synced(&path, format!("{OPENING}{crc32:08x}{CLOSING}{body}").as_bytes())
     }
 
+    /// Whether the checkpoint `dir` is seen to have one.
+    #[must_use]
+    pub fn is_in(dir: &Path) -> bool {
+        dir.join(FILE_NAME).exists()
+    }
+
     /// Reads the manifest of the checkpoint `dir`.
     ///
     /// # Errors

@@ -191,6 +191,11 @@ impl Saver {
         }
     }
 
+    /// Leaves later checkpoints alone that the run has passed over though they may be whole.
+    pub fn spare(&mut self, steps: Vec<usize>) {
+        self.store.spare(steps);
+    }
+
     /// A copy of the states of `units` in memory, if there is room on the disk for it.
     fn copy(&mut self, units: &[FlatUnit], groups: &Groups) -> Result<Vec<UnitStates>> {
         self.check_room(units, groups)?;

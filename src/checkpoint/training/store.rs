@@ -26,13 +26,20 @@ const REMOVED: &str = ".removed";
 #[derive(Debug, Clone)]
 pub struct Store {
     root: PathBuf,
+    /// Steps whose checkpoints are of no past that was left, though they are later than the newest.
+    spared: Vec<usize>,
 }
 
 impl Store {
     /// The checkpoints below `root`, which need not exist.
     #[must_use]
     pub fn new(root: PathBuf) -> Self {
-        Self { root }
+        Self { root, spared: Vec::new() }
+    }
+
+    /// Leaves the checkpoints of these steps alone until the run has come as far.
+    pub(super) fn spare(&mut self, steps: Vec<usize>) {
+        self.spared = steps;
     }
 
     /// The directory of the checkpoint after `step` steps.
@@ -114,14 +121,15 @@ impl Store {
     }
 
     /// Removes whole checkpoints beyond the newest `keep` up to `newest`, which was just saved, and
-    /// later ones, which a run that went on from an earlier one has left behind. What is no whole
-    /// checkpoint neither counts nor is touched. One that cannot be removed keeps no other.
+    /// later ones, which a run that went on from an earlier one has left behind, but for those it
+    /// spares. What is no whole checkpoint neither counts nor is touched. One that cannot be removed keeps no other.
     pub(super) fn prune(&self, keep: usize, newest: usize) -> Result<()> {
         let whole = |step: &usize| self.looks_whole(*step);
         let (later, kept): (Vec<_>, Vec<_>) =
             self.steps()?.into_iter().filter(whole).partition(|&step| step > newest);
+        let left = later.into_iter().filter(|step| !self.spared.contains(step));
         let mut outcome = Ok(());
-        for step in later.into_iter().chain(kept.into_iter().skip(keep.max(1))) {
+        for step in left.chain(kept.into_iter().skip(keep.max(1))) {
             fail_point("before_prune");
             outcome = outcome.and(self.remove(step));
         }
