@@ -69,7 +69,13 @@ impl Gloo {
             timeout,
             via,
             way: told(&way),
-            prefix: format!("gloo/{}", env.restart_count),
+            // torchrun counts restarts on each host for itself.
+            prefix: if agent_serves {
+                "gloo".into()
+            } else {
+                format!("gloo/{}", env.restart_count)
+            },
+            is_lasting: agent_serves,
         };
         let group = Group::join(&join).map_err(|message| {
             if message.contains("EADDRINUSE") || message.contains("already in use") {

@@ -66,6 +66,7 @@ pub(super) struct GlooJoin {
     pub way: *const c_char,
     pub asks_the_way: bool,
     pub prefix: *const c_char,
+    pub is_lasting: bool,
 }
 
 unsafe extern "C" {

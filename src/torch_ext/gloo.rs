@@ -30,6 +30,9 @@ pub struct Join {
     pub way: Option<String>,
     /// Separates this group's keys in the store from those of an earlier group.
     pub prefix: String,
+    /// Whether the store lives over several meetings, such as that of torchrun's agent: the keys of earlier
+    /// ones are still there, and the prefix is the same for all.
+    pub is_lasting: bool,
 }
 
 /// What a rank binds, so that its peers reach it.
@@ -100,6 +103,7 @@ impl Group {
             way: way.as_ptr(),
             asks_the_way: matches!(join.via, Via::Asked(_)),
             prefix: prefix.as_ptr(),
+            is_lasting: join.is_lasting,
         };
         let mut group = std::ptr::null_mut();
         // SAFETY: all strings outlive the call.
@@ -183,5 +187,59 @@ impl Drop for Work {
     fn drop(&mut self) {
         // SAFETY: not waited for, so still ours to free.
         unsafe { ffi::rr_gloo_forget(self.0) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may panic")]
+    use std::net::TcpListener;
+    use std::thread::{self, JoinHandle};
+
+    use tch::{Device, Kind};
+
+    use super::*;
+
+    fn join(port: u16, rank: usize, world_size: usize) -> Join {
+        let limit = Duration::from_secs(60);
+        Join {
+            host: "127.0.0.1".into(),
+            port,
+            serves_store: false,
+            rank,
+            world_size,
+            joining: limit,
+            timeout: limit,
+            via: Via::Address("127.0.0.1".into()),
+            way: None,
+            prefix: "gloo".into(),
+            is_lasting: true,
+        }
+    }
+
+    #[test]
+    fn ranks_meet_again_in_a_store_with_the_keys_of_earlier_meetings() {
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let server = Join { serves_store: true, is_lasting: false, ..join(port, 0, 1) };
+        let _agent = Group::join(&Join { prefix: "agent".into(), ..server }).unwrap();
+        for meeting in 0..3 {
+            let start = |rank: usize| -> JoinHandle<f64> {
+                thread::spawn(move || {
+                    let group = Group::join(&join(port, rank, 3)).unwrap();
+                    let sum = Tensor::full([1], rank as f64 + 1.0, (Kind::Double, Device::Cpu));
+                    group.all_reduce(&sum, Reduction::Sum).unwrap().wait().unwrap();
+                    sum.double_value(&[0])
+                })
+            };
+            // Rank 0 is late: what the others find is of the meeting before.
+            let others = [2, 1].map(start);
+            if meeting > 0 {
+                thread::sleep(Duration::from_millis(100));
+            }
+            let first = start(0);
+            for rank in others.into_iter().chain([first]) {
+                assert_eq!(rank.join().unwrap(), 6.0);
+            }
+        }
     }
 }

@@ -9,9 +9,14 @@
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
+#include <algorithm>
+#include <chrono>
 #include <cstdlib>
+#include <iomanip>
 #include <mutex>
+#include <random>
 #include <sstream>
+#include <thread>
 
 #include "shim.h"
 
@@ -64,6 +69,7 @@ struct RrGlooJoin {
   const char* way;            // the store's address as another host reaches it; empty: unknown here
   bool asks_the_way;          // local_address reaches this host alone, and others are elsewhere
   const char* prefix;         // separates this group's keys from an earlier group's
+  bool is_lasting;            // the store lives over several meetings, whose keys are still there
 };
 
 namespace {
@@ -82,6 +88,47 @@ std::string address_to_bind(c10d::Store& store, const RrGlooJoin* join) {
   return join->local_address;
 }
 
+// A name that no other process has.
+std::string unique_name() {
+  std::random_device random;
+  std::ostringstream name;
+  for (int i = 0; i < 4; ++i) name << std::hex << std::setfill('0') << std::setw(8) << random();
+  return name.str();
+}
+
+// What a meeting in a lasting store is called. Rank 0 names it and waits for an answer from everyone; its
+// list of these tells each that this is the meeting it has come to, and none from before.
+std::string name_of_meeting(c10d::Store& store, const RrGlooJoin* join) {
+  const auto answer = [](const std::string& name, int rank) {
+    return "answer/" + name + "/" + std::to_string(rank);
+  };
+  const auto list = [](const std::string& name) { return "list/" + name; };
+  const std::string current = "meeting", own = unique_name();
+  if (join->rank == 0) {
+    store.set(current, own);
+    std::string answers;
+    for (int rank = 1; rank < join->world_size; ++rank) {
+      answers += store.get_to_str(answer(own, rank)) + " ";
+    }
+    store.set(list(own), answers);
+    return own;
+  }
+  const auto deadline =
+      std::chrono::steady_clock::now() + std::chrono::milliseconds(join->joining_ms);
+  std::chrono::milliseconds pause{10};
+  for (std::string answered; std::chrono::steady_clock::now() < deadline;) {
+    const std::string name = store.get_to_str(current);
+    if (name != answered) store.set(answer(name, join->rank), own);
+    answered = name;
+    if (store.check({list(name)}) && store.get_to_str(list(name)).find(own) != std::string::npos) {
+      return name;
+    }
+    std::this_thread::sleep_for(pause);
+    pause = std::min(2 * pause, std::chrono::milliseconds{200});
+  }
+  TORCH_CHECK(false, "timed out after ", join->joining_ms, " ms: not all ranks have come");
+}
+
 }  // namespace
 
 char* rr_gloo_join(const RrGlooJoin* join, Group** out) {
@@ -95,6 +142,9 @@ char* rr_gloo_join(const RrGlooJoin* join, Group** out) {
     store_options.timeout = std::chrono::milliseconds(join->joining_ms);
     auto tcp = c10::make_intrusive<c10d::TCPStore>(std::string(join->host), store_options);
     auto store = c10::make_intrusive<c10d::PrefixStore>(std::string(join->prefix), tcp);
+    if (join->is_lasting) {
+      store = c10::make_intrusive<c10d::PrefixStore>(name_of_meeting(*store, join), store);
+    }
     auto options = c10d::ProcessGroupGloo::Options::create(timeout);
     const auto address = address_to_bind(*store, join);
     if (!address.empty()) {
