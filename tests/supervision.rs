@@ -224,7 +224,7 @@ fn a_hang_is_seen_its_rank_named_and_the_run_restarted() {
         let (code, said) = end(launcher);
         assert_eq!(code, 42, "{said}");
         assert!(
-            said.contains(&format!("no progress for 3 s; the others wait for rank {rank}")),
+            said.contains(&format!("no progress for 8 s; the others wait for rank {rank}")),
             "{said}"
         );
         let of = |rank: usize| {
