@@ -4,12 +4,15 @@
 
 #[path = "common/launch.rs"]
 mod launch;
+#[path = "common/program.rs"]
+mod program;
 
 use std::fs;
 use std::net::TcpListener;
 use std::path::Path;
 
-use launch::{Outcome, copy_model, launcher, reranker, run, snapshot, write_program};
+use launch::{Outcome, copy_model, launcher, reranker, run, snapshot};
+use program::write_program;
 use tempfile::TempDir;
 
 const TRAINING: &str = "model_name_or_path: model

@@ -3,38 +3,27 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
+#[path = "common/program.rs"]
+mod program;
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::ExitStatusExt as _;
-use std::path::Path;
 use std::process::{Command, Stdio};
 
-use common::training::{Bench, end, free_port, killed_at, succeed};
-
-/// 14 steps on two workers, a checkpoint after every second.
-fn command(bench: &Bench, name: &str, more: &[&str]) -> Command {
-    let settings: Vec<&str> =
-        ["batch_size=2", "save_steps=2"].iter().chain(more).copied().collect();
-    let mut command = bench.command(name, 2, &settings);
-    command.env("OMP_NUM_THREADS", "1").stdin(Stdio::null());
-    command
-}
-
-fn weights(dir: &Path) -> Vec<u8> {
-    fs::read(dir.join("model.safetensors")).unwrap()
-}
+use common::ranks::free_port;
+use common::training::{Bench, end, killed_at, succeed, weights};
+use program::write_program;
 
 #[test]
 fn restarts_go_on_from_what_this_launch_has_saved() {
     let bench = Bench::new(0.1);
     let root = bench.root.path();
-    succeed(&mut command(&bench, "whole", &[]));
+    succeed(&mut bench.saving("whole", &[]));
     // Each attempt dies when it saves for the third time. Attempts after the first ones of step 4
     // must not return to it; nor be led astray by what is no checkpoint of this launch.
-    killed_at("before_states:3@0", &mut command(&bench, "run", &[]));
+    killed_at("before_states:3@0", &mut bench.saving("run", &[]));
     fs::create_dir(root.join("run/checkpoints/step-999")).unwrap();
-    let mut restarted = command(&bench, "run", &[]);
+    let mut restarted = bench.saving("run", &[]);
     restarted.args(["--resume", "run/checkpoints/step-4", "--max-restarts", "2"]);
     let said = succeed(restarted.env("RR_FAIL_POINT", "before_states:3@0"));
     for step in [4, 8, 12] {
@@ -47,20 +36,20 @@ fn restarts_go_on_from_what_this_launch_has_saved() {
 fn a_restart_after_the_last_save_has_nothing_left_to_do() {
     let bench = Bench::new(0.1);
     let root = bench.root.path();
-    let mut restarted = command(&bench, "run", &[]);
+    let mut restarted = bench.saving("run", &[]);
     restarted.args(["--max-restarts", "1"]).env("RR_FAIL_POINT", "after_model_moves:1@0");
     let said = succeed(&mut restarted);
     assert!(said.contains("run/model was saved before this restart"), "{said}");
     assert!(root.join("run/model/model.safetensors").exists());
     // So it is where the run replaces another, and where there was none to replace.
     for (name, place) in [("run", "after_end:1@0"), ("new", "after_model_moves:1@0")] {
-        let mut restarted = command(&bench, name, &["lr=5e-4"]);
+        let mut restarted = bench.saving(name, &["lr=5e-4"]);
         restarted.args(["--overwrite", "--max-restarts", "1"]).env("RR_FAIL_POINT", place);
         let said = succeed(&mut restarted);
         assert!(said.contains(&format!("{name}/model was saved before this restart")), "{said}");
     }
     // A start by hand is told that there is a finished run.
-    let (code, said) = end(&mut command(&bench, "run", &[]));
+    let (code, said) = end(&mut bench.saving("run", &[]));
     assert_eq!(code, 2, "{said}");
     assert!(said.contains("already holds a finished run"), "{said}");
 }
@@ -93,7 +82,7 @@ fn a_launch_that_is_called_as_an_earlier_one_does_its_own_work() {
     let bench = Bench::new(0.1);
     let root = bench.root.path();
     let night = |more: &[&str]| {
-        let mut command = command(&bench, "run", more);
+        let mut command = bench.saving("run", more);
         command.args(["--run-id", "nightly"]);
         command
     };
@@ -101,8 +90,7 @@ fn a_launch_that_is_called_as_an_earlier_one_does_its_own_work() {
     let before = weights(&root.join("run/model"));
     // The first attempt ends before it has written anything.
     let script = "#!/bin/sh\n[ \"$RR_RESTART_COUNT\" = 0 ] && exit 9\nexec \"$TRAINER\" \"$@\"\n";
-    fs::write(root.join("late"), script).unwrap();
-    fs::set_permissions(root.join("late"), fs::Permissions::from_mode(0o755)).unwrap();
+    write_program(&root.join("late"), script);
     let late = |command: &mut Command| {
         command.env("RR_RERANKER", root.join("late"));
         command.env("TRAINER", env!("CARGO_BIN_EXE_reranker"));

@@ -8,31 +8,19 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use common::training::{Bench, end, free_port, killed_at, succeed};
+use common::ranks::free_port;
+use common::training::{Bench, end, killed_at, succeed, weights};
 use reranker::checkpoint::training::Manifest;
 use serde_json::Value;
-
-/// 14 steps on two workers, a checkpoint after every second.
-fn command(bench: &Bench, name: &str, more: &[&str]) -> Command {
-    let settings: Vec<&str> =
-        ["batch_size=2", "save_steps=2"].iter().chain(more).copied().collect();
-    let mut command = bench.command(name, 2, &settings);
-    command.env("OMP_NUM_THREADS", "1").stdin(Stdio::null());
-    command
-}
-
-fn weights(dir: &Path) -> Vec<u8> {
-    fs::read(dir.join("model.safetensors")).unwrap()
-}
 
 #[test]
 fn a_kill_before_the_last_save_leaves_no_model() {
     let bench = Bench::new(0.1);
     let root = bench.root.path();
-    succeed(&mut command(&bench, "whole", &[]));
-    killed_at("before_model_moves:1@0", &mut command(&bench, "run", &[]));
+    succeed(&mut bench.saving("whole", &[]));
+    killed_at("before_model_moves:1@0", &mut bench.saving("run", &[]));
     assert!(!root.join("run/model").exists());
-    let said = succeed(&mut command(&bench, "run", &[]));
+    let said = succeed(&mut bench.saving("run", &[]));
     assert!(said.contains("going on from run/checkpoints/step-14"), "{said}");
     assert!(weights(&root.join("run/model")) == weights(&root.join("whole/model")));
     assert!(!root.join("run/.model.partial").exists());
@@ -42,22 +30,22 @@ fn a_kill_before_the_last_save_leaves_no_model() {
 fn a_run_that_replaces_a_finished_one_goes_on_as_any_other() {
     let bench = Bench::new(0.1);
     let root = bench.root.path();
-    succeed(&mut command(&bench, "whole", &["lr=5e-4"]));
-    succeed(&mut command(&bench, "run", &[]));
+    succeed(&mut bench.saving("whole", &["lr=5e-4"]));
+    succeed(&mut bench.saving("run", &[]));
     let finished = weights(&root.join("run/model"));
-    let mut replaces = command(&bench, "run", &["lr=5e-4"]);
+    let mut replaces = bench.saving("run", &["lr=5e-4"]);
     killed_at("before_states:3@0", replaces.arg("--overwrite"));
     assert!(weights(&root.join("run/model")) == finished, "the old model stays until the new one");
     // With the flag or without: it is an unfinished run.
-    let mut again = command(&bench, "run", &["lr=5e-4"]);
+    let mut again = bench.saving("run", &["lr=5e-4"]);
     again.arg("--overwrite").env("RR_FAIL_POINT", "before_states:3@0");
     let (code, said) = end(&mut again);
     assert_eq!(code, 137, "{said}");
     assert!(said.contains("going on from run/checkpoints/step-4"), "{said}");
-    let said = succeed(&mut command(&bench, "run", &["lr=5e-4"]));
+    let said = succeed(&mut bench.saving("run", &["lr=5e-4"]));
     assert!(said.contains("going on from run/checkpoints/step-8"), "{said}");
     assert!(weights(&root.join("run/model")) == weights(&root.join("whole/model")));
-    let (code, said) = end(&mut command(&bench, "run", &["lr=5e-4"]));
+    let (code, said) = end(&mut bench.saving("run", &["lr=5e-4"]));
     assert_eq!(code, 2, "it is finished now: {said}");
 }
 
@@ -73,7 +61,7 @@ fn steps_kept(run: &Path) -> Vec<String> {
 #[test]
 fn no_start_removes_checkpoints_that_it_cannot_go_on_from() {
     let bench = Bench::new(0.1);
-    killed_at("before_states:3@0", &mut command(&bench, "run", &[]));
+    killed_at("before_states:3@0", &mut bench.saving("run", &[]));
     let run = bench.root.path().join("run");
     let before = steps_kept(&run);
     assert!(before.contains(&"step-4".to_owned()), "{before:?}");
@@ -94,7 +82,7 @@ fn no_start_removes_checkpoints_that_it_cannot_go_on_from() {
     let mut manifest = Manifest::read(&newest).unwrap();
     manifest.format_version = 99;
     manifest.write(&newest).unwrap();
-    for command in [&mut command(&bench, "run", &[]), &mut worker("auto")] {
+    for command in [&mut bench.saving("run", &[]), &mut worker("auto")] {
         let (code, said) = end(command);
         assert_eq!(code, 2, "{said}");
         assert!(said.contains("step-4/manifest.json: format_version is 99, this program reads 1"));
@@ -108,14 +96,14 @@ fn a_checkpoint_of_another_directory_brings_its_best_model() {
     let bench = Bench::new(0.1);
     let root = bench.root.path();
     let best = "metric_for_best=loss";
-    succeed(&mut command(&bench, "whole", &[best]));
+    succeed(&mut bench.saving("whole", &[best]));
     // The first validation is after step 7.
-    killed_at("before_states:6@0", &mut command(&bench, "run", &[best]));
+    killed_at("before_states:6@0", &mut bench.saving("run", &[best]));
     let from = ["--resume", "run/checkpoints/step-10"];
-    let mut moved = command(&bench, "moved", &[best]);
+    let mut moved = bench.saving("moved", &[best]);
     killed_at("before_states:1@0", moved.args(from));
     assert!(weights(&root.join("moved/best")) == weights(&root.join("run/best")));
-    let said = succeed(command(&bench, "moved", &[best]).args(from));
+    let said = succeed(bench.saving("moved", &[best]).args(from));
     assert!(!said.contains("taking the best model"), "it is there already: {said}");
     for model in ["model", "best"] {
         let whole = weights(&root.join("whole").join(model));
@@ -123,7 +111,7 @@ fn a_checkpoint_of_another_directory_brings_its_best_model() {
     }
     // Where it is nowhere, nobody speaks of a model that is not there.
     fs::remove_dir_all(root.join("run/best")).unwrap();
-    let said = succeed(command(&bench, "alone", &[best]).args(from));
+    let said = succeed(bench.saving("alone", &[best]).args(from));
     let missing = format!(
         "is not in {}; the next validation is the best again",
         root.join("run/best").display()
@@ -136,14 +124,14 @@ fn a_checkpoint_of_another_directory_brings_its_best_model() {
 fn a_checkpoint_of_another_directory_does_not_replace_others_unasked() {
     let bench = Bench::new(0.1);
     let root = bench.root.path();
-    succeed(&mut command(&bench, "whole", &[]));
-    killed_at("before_states:3@0", &mut command(&bench, "run", &[]));
+    succeed(&mut bench.saving("whole", &[]));
+    killed_at("before_states:3@0", &mut bench.saving("run", &[]));
     let best = ["lr=5e-4", "metric_for_best=loss", "eval_steps=1"];
-    killed_at("before_states:2@0", &mut command(&bench, "other", &best));
+    killed_at("before_states:2@0", &mut bench.saving("other", &best));
     assert!(root.join("other/best").exists());
     let before = steps_kept(&root.join("other"));
     let from = ["--resume", "run/checkpoints/step-4"];
-    let (code, said) = end(command(&bench, "other", &[]).args(from));
+    let (code, said) = end(bench.saving("other", &[]).args(from));
     assert_eq!(code, 2, "{said}");
     let refusal = "other holds the checkpoints of an earlier run, up to step 2; go on from them \
                    with --resume auto, choose another output_dir, or pass --overwrite to remove them";
@@ -170,10 +158,10 @@ fn a_checkpoint_of_another_directory_does_not_replace_others_unasked() {
 /// Runs a command twice, the first time until it saves for the third time; what it said.
 fn killed_and_again(bench: &Bench, name: &str, more: &[&str], flags: &[&str]) -> [String; 2] {
     let run = |command: &mut Command| end(command.args(flags));
-    let mut first = command(bench, name, more);
+    let mut first = bench.saving(name, more);
     let (code, said) = run(first.env("RR_FAIL_POINT", "before_states:3@0"));
     assert_eq!(code, 137, "{said}");
-    let (code, said_again) = run(&mut command(bench, name, more));
+    let (code, said_again) = run(&mut bench.saving(name, more));
     assert_eq!(code, 0, "{said_again}");
     [said, said_again]
 }
@@ -181,9 +169,9 @@ fn killed_and_again(bench: &Bench, name: &str, more: &[&str], flags: &[&str]) ->
 #[test]
 fn a_run_sent_elsewhere_goes_on_where_steps_are_spread_otherwise() {
     let bench = Bench::new(0.1);
-    killed_at("before_states:2@0", &mut command(&bench, "run", &[]));
+    killed_at("before_states:2@0", &mut bench.saving("run", &[]));
     let from = ["--resume", "run/checkpoints/step-2", "--overwrite"];
-    killed_at("before_states:3@0", command(&bench, "moved", &[]).args(from));
+    killed_at("before_states:3@0", bench.saving("moved", &[]).args(from));
     // As many pairs a step on half of the workers, as a script makes it after the number of nodes.
     let settings = ["batch_size=2", "save_steps=2", "gradient_accumulation_steps=4"];
     let said = succeed(bench.command("moved", 1, &settings).args(from));
@@ -193,9 +181,9 @@ fn a_run_sent_elsewhere_goes_on_where_steps_are_spread_otherwise() {
 #[test]
 fn a_command_that_asks_for_another_training_goes_back_to_where_it_is_sent() {
     let bench = Bench::new(0.1);
-    killed_at("before_states:2@0", &mut command(&bench, "run", &[]));
+    killed_at("before_states:2@0", &mut bench.saving("run", &[]));
     let from = ["--resume", "run/checkpoints/step-2"];
-    killed_at("before_states:2@0", command(&bench, "moved", &[]).args(from));
+    killed_at("before_states:2@0", bench.saving("moved", &[]).args(from));
     let check = |more: &[&str]| {
         let mut check = Command::new(env!("CARGO_BIN_EXE_reranker"));
         check.current_dir(bench.root.path()).args(["check", "--config", "t.yaml"]).args(from);
@@ -246,8 +234,8 @@ fn on_two_machines_with(folders: [&Path; 2], more: &[&str]) -> [(i32, String); 2
 fn machines_that_see_different_checkpoints_go_on_from_one_that_both_see() {
     let bench = Bench::new(0.1);
     let root = bench.root.path();
-    succeed(&mut command(&bench, "whole", &[]));
-    killed_at("before_states:4@0", &mut command(&bench, "run", &[]));
+    succeed(&mut bench.saving("whole", &[]));
+    killed_at("before_states:4@0", &mut bench.saving("run", &[]));
     let there = tempfile::tempdir().unwrap();
     let copied = Command::new("cp").arg("-r").arg(root.join(".")).arg(there.path()).status();
     assert!(copied.unwrap().success());
@@ -308,7 +296,7 @@ fn machines_that_share_no_directory_are_refused_where_they_would_save_into_it() 
 fn a_machine_that_sees_no_checkpoints_does_not_make_them_damaged() {
     let bench = Bench::new(0.1);
     let root = bench.root.path();
-    killed_at("before_states:4@0", &mut command(&bench, "run", &[]));
+    killed_at("before_states:4@0", &mut bench.saving("run", &[]));
     let before = steps_kept(&root.join("run"));
     let there = copy_of(root);
     fs::remove_dir_all(there.path().join("run")).unwrap();
@@ -389,7 +377,7 @@ fn every_kind_of_run_goes_on_to_the_bit_twice() {
         let settings: Vec<&str> =
             settings.iter().copied().chain(["save_steps=1", "num_max_checkpoints=1"]).collect();
         let run = |name: &str| {
-            let mut command = command(&bench, &format!("{name}{number}"), &settings);
+            let mut command = bench.saving(&format!("{name}{number}"), &settings);
             if let Some(file) = parallel {
                 command.args(["--parallel", file]);
             }

@@ -4,12 +4,15 @@
 
 #[path = "common/launch.rs"]
 mod launch;
+#[path = "common/program.rs"]
+mod program;
 
 use std::fs;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use launch::{Outcome, copy_model, launcher, reranker, run, write_program};
+use launch::{Outcome, copy_model, launcher, reranker, run};
+use program::write_program;
 use tempfile::TempDir;
 
 const TRAINING: &str = "model_name_or_path: model

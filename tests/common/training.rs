@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
@@ -105,11 +105,19 @@ impl Bench {
         }
         command
     }
+
+    /// 14 steps on two workers, a checkpoint after every second.
+    pub fn saving(&self, name: &str, more: &[&str]) -> Command {
+        let settings = [&["batch_size=2", "save_steps=2"], more].concat();
+        let mut command = self.command(name, 2, &settings);
+        command.env("OMP_NUM_THREADS", "1").stdin(Stdio::null());
+        command
+    }
 }
 
-/// A port of this host that nothing listens on.
-pub fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+/// The weights of a model directory, to compare bit for bit.
+pub fn weights(dir: &Path) -> Vec<u8> {
+    std::fs::read(dir.join("model.safetensors")).unwrap()
 }
 
 /// The exit code of a command, and what it said.

@@ -3,12 +3,18 @@
 #![allow(dead_code, reason = "every test file uses its own part")]
 #![allow(clippy::unwrap_used, reason = "a test may end with a panic")]
 
+#[path = "../../../tests/common/program.rs"]
+mod program;
+
 use std::fs;
-use std::io::{Read, Seek, SeekFrom, Write as _};
+use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
+
+#[allow(unused_imports, reason = "not every test file writes a program")]
+pub use program::write_program;
 
 /// Far beyond what anything here takes, even on a machine that is busy with other things.
 pub const DEADLINE: Duration = Duration::from_secs(120);
@@ -151,19 +157,6 @@ impl Launch {
 /// Runs a launcher to its end.
 pub fn run(command: &mut Command) -> Outcome {
     Launch::start(command).wait()
-}
-
-/// Writes a script that can be run. Another process writes it: were it open for writing here while another
-/// test starts a program, that one's copy of the descriptor would make running it fail ("Text file busy").
-pub fn write_program(path: &Path, text: &str) {
-    let mut child = Command::new("sh")
-        .args(["-c", "cat > \"$0\" && chmod 755 \"$0\""])
-        .arg(path)
-        .stdin(Stdio::piped())
-        .spawn()
-        .unwrap();
-    child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
-    assert!(child.wait().unwrap().success());
 }
 
 /// Waits for the end of launchers that have been started.
